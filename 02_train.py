@@ -1,0 +1,491 @@
+"""Train SAEs on cached activations: many variants, seeds and settings from one pass over the data.
+
+    python 02_train.py                                               the comparison that the README shows, on acts/tiny
+    python 02_train.py --acts gemma-2-2b_l12 --variant topk topk_ortho --seed 0 1 2 --set d_sae=16384 l0=80
+    python 02_train.py --variant topk --sweep l0=8,16,32             one run per value
+    python 02_train.py --list                                        all variants with their lineage
+
+Reads acts/NAME/ (01_cache_acts.py) and variants/*.py. Writes for each run runs/NAME/, NAME = variant, acts (unless the default),
+settings that differ from their default, seed:
+    config.json            what ran: settings, data, code, versions, how it ended
+    code.py                the source files of the class chain, base first
+    metrics.jsonl          one line per log: loss terms, L0, explained variance, dead latents, what the variant adds
+    sae.safetensors        the SAE; applies to raw activations
+    checkpoint.safetensors while training
+A run that is finished with the same settings, data and code is left alone; an interrupted one goes on where it stopped.
+"""
+import argparse
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import safetensors
+import torch
+from tqdm import tqdm
+
+from sae import (FORMAT, ROOT, SAE, Acts, Out, Refuse, checksum, docstring_line, generator, load_variant, parse_settings, parse_value,
+                 read_json, read_tensors, run_script, variant_names, write_file, write_json, write_tensors)
+
+DEFAULT_ACTS = "tiny"
+DEFAULT_VARIANTS = ["baseline", "topk", "batch_topk", "matryoshka"]
+SAMPLE_ROWS = 16_384          # rows that init_from_data sees
+REFUSED_IN_A_ROW = 10         # steps; then the run has failed
+
+
+class Run:
+    """One SAE in training, its optimizer and its folder."""
+
+    def __init__(self, variant, settings, seed, acts, steps, epochs):
+        self.variant, self.cls, self.seed, self.steps = variant, load_variant(variant), seed, steps
+        defaults = self.cls.settings()
+        self.settings = {k: v for k, v in settings.items() if v != defaults[k]}
+        parts = [variant, *([acts.folder.name] if acts.folder.name != DEFAULT_ACTS else []),
+                 *(f"{k}={v}" for k, v in sorted(self.settings.items())), f"s{seed}"]
+        self.folder = Path("runs") / "-".join(parts)
+        self.name = self.folder.name
+        self.config = {
+            "format": FORMAT, "name": self.name, "variant": variant, "lineage": docstring_line(variant),
+            "parents": [c.__module__.split(".")[-1] for c in self.cls.__bases__ if issubclass(c, SAE) and c is not SAE] or
+                       (["baseline"] if self.cls is not SAE else []),
+            "acts": acts.folder.name, "acts_checksum": acts.checksum, "source": acts.meta["source"], "model": acts.meta["model"],
+            "layer": acts.meta["layer"], "hook_name": acts.meta["hook_name"], "d_in": acts.d_in, "seed": seed, "steps": steps,
+            "epochs": epochs, "settings": {**defaults, **self.settings}, "code_checksum": self.cls.code_checksum()}
+        identity = {k: self.config[k] for k in ("variant", "acts_checksum", "seed", "steps", "settings", "code_checksum")}
+        self.identity = checksum(json.dumps(identity, sort_keys=True).encode())
+        self.next_step, self.failure, self.seconds, self.refused, self.refused_in_a_row = 0, None, 0.0, 0, 0
+        self.window = {}                                     # sums since the last log
+
+    def is_finished(self):
+        """Whether this very run is in its folder already."""
+        with contextlib.suppress(Refuse):
+            config = read_json(self.folder / "config.json")
+            read_tensors(self.folder / "sae.safetensors", config.get("sae_checksum"))
+            self.config = config if config.get("identity") == self.identity else self.config
+            return config.get("status") == "done" and config.get("identity") == self.identity
+        return False
+
+    def start(self, acts, device):
+        """Take the folder, build the SAE, and load the checkpoint if this very run was interrupted."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = take_lock(self.folder)
+        self.sae = self.cls(acts.d_in, self.steps, self.seed, **self.settings).to(device)
+        self.sae.scale.fill_(acts.scale)
+        self.opt = self.sae.make_optimizer()
+        for group in self.opt.param_groups:
+            group["base_lr"] = group["lr"]
+        self.config |= {"identity": self.identity, "status": "training", "device": str(device), "versions": versions(), **git_state()}
+        if not self.load_checkpoint():
+            shutil.rmtree(self.folder / "eval", ignore_errors=True)      # of an older run of this name
+            for name in ("sae.safetensors", "checkpoint.safetensors", "metrics.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
+            with self.blamed():
+                self.sae.init_from_data(sample(acts, self.sae.scale))
+        write_file(self.folder / "code.py", self.cls.source().encode())
+        self.write_config()
+
+    def write_config(self):
+        write_json(self.folder / "config.json", self.config)
+
+    def train_on(self, x, log_now):
+        """One step on the normalised rows x [B, d_in]."""
+        started = time.perf_counter()
+        with self.blamed():
+            out, terms, stepped = train_step(self.sae, self.opt, x, check=self.next_step == 0)
+            self.refused += not stepped
+            self.refused_in_a_row = 0 if stepped else self.refused_in_a_row + 1
+            if self.refused_in_a_row == REFUSED_IN_A_ROW:
+                raise Refuse(f"{REFUSED_IN_A_ROW} steps in a row gave a loss or gradient that is not finite (or that accept() refused)")
+            self.watch(x, out, terms)
+            if log_now:
+                self.log(len(x))
+        self.next_step += 1
+        self.seconds += time.perf_counter() - started
+
+    def watch(self, x, out, terms):
+        """Add this step to the sums that the next log line reports; nothing here waits for the GPU."""
+        new = {**{f"loss_{k}": v for k, v in terms.items()}, "mse": (x - out.x_hat).pow(2).mean(), "variance": x.var(0, correction=0).mean(),
+               "l0": (out.acts > 0).sum(-1).float().mean(), "l1": out.acts.sum(-1).mean(), "n": 1}
+        for key, value in new.items():
+            self.window[key] = self.window.get(key, 0) + value
+
+    def log(self, batch_size):
+        """One line of metrics: means since the last one; ratios of the penalties to the reconstruction error as `ratio_NAME`."""
+        n = self.window.pop("n")
+        mean = {k: float(v) / n for k, v in self.window.items()}
+        losses = {k: v for k, v in mean.items() if k.startswith("loss_")}
+        line = {"step": self.next_step + 1, "tokens": (self.next_step + 1) * batch_size, "loss": sum(losses.values()), **losses,
+                **{k.replace("loss_", "ratio_"): v / max(mean["loss_recon"], 1e-12) for k, v in losses.items() if k != "loss_recon"},
+                "mse": mean["mse"], "explained_variance": 1 - mean["mse"] / max(mean["variance"], 1e-12), "l0": mean["l0"], "l1": mean["l1"],
+                "dead": float(self.sae.dead().float().mean()), "lr": self.opt.param_groups[0]["lr"], "refused": self.refused,
+                "tokens_per_s": (self.next_step + 1) * batch_size / max(self.seconds, 1e-9),
+                **{k: float(v) for k, v in self.sae.stats.items()}}
+        line = {k: v if v == v and abs(v) != float("inf") else None for k, v in line.items()}     # strict JSON: not finite is null
+        with open(self.folder / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
+        self.last, self.window, self.sae.stats = line, {}, {}
+
+    def save_checkpoint(self):
+        """All that the next step depends on, in one file: it is there whole or not at all."""
+        tensors = {f"sae.{k}": v for k, v in self.sae.state_dict().items()}
+        plain = {}
+        for index, state in self.opt.state_dict()["state"].items():
+            for key, value in state.items():
+                if torch.is_tensor(value):
+                    tensors[f"opt.{index}.{key}"] = value
+                else:
+                    plain[f"{index}.{key}"] = value
+        write_tensors(self.folder / "checkpoint.safetensors", tensors, {
+            "identity": self.identity, "step": self.next_step, "seconds": self.seconds, "refused": self.refused,
+            "refused_in_a_row": self.refused_in_a_row, "last": self.last, "plain": plain})
+
+    def load_checkpoint(self):
+        """Whether there was a checkpoint of this very run; then the SAE, the optimizer and the log are as they were at it."""
+        path = self.folder / "checkpoint.safetensors"
+        if not path.exists():
+            return False
+        tensors, meta = read_tensors(path)
+        if meta["identity"] != self.identity:
+            print(f"{self.name}: settings, data or code changed since it was interrupted; it starts over")
+            return False
+        self.sae.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
+        state = {}
+        for key, value in [*((k[4:], v) for k, v in tensors.items() if k.startswith("opt.")), *meta["plain"].items()]:
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        self.opt.load_state_dict({"state": state, "param_groups": self.opt.state_dict()["param_groups"]})
+        self.next_step, self.seconds, self.last = meta["step"], meta["seconds"], meta["last"]
+        self.refused, self.refused_in_a_row = meta["refused"], meta["refused_in_a_row"]
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        kept = itertools.takewhile(lambda line: line.endswith("\n") and json.loads(line)["step"] <= self.next_step, lines)
+        write_file(self.folder / "metrics.jsonl", "".join(kept).encode())
+        return True
+
+    def finish(self):
+        """Write the SAE and how the run ended."""
+        self.sae.step = self.steps
+        said = write_tensors(self.folder / "sae.safetensors", self.sae.state_dict(), {"name": self.name, "identity": self.identity})
+        self.config |= {"status": "done", "sae_checksum": said, "seconds": self.seconds, "refused": self.refused, "final": self.last}
+        self.write_config()
+        (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def blamed(self):
+        """What a variant does wrong ends its run alone, with the method and the line named."""
+        try:
+            yield
+        except (KeyboardInterrupt, torch.OutOfMemoryError):
+            raise
+        except Exception as e:
+            ours = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).parent in (ROOT / "variants", ROOT)
+                    and Path(f.filename).name != "02_train.py"]
+            where = f" in {ours[-1].name}() ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours and not isinstance(e, Refuse) else ""
+            what = str(e).split("\n")[0] if isinstance(e, Refuse) else f"{type(e).__name__}: {str(e).split(chr(10))[0]}"
+            self.failure = f"{self.variant}{where}: {what}"
+            self.config |= {"status": "failed", "reason": self.failure}
+            self.write_config()
+            print(f"error: {self.name}: {self.failure}", file=sys.stderr)
+
+
+def train_step(sae, opt, x, check=False):
+    """One optimizer step on normalised rows x [B, d_in] -> (Out, loss terms, whether the step was taken).
+
+    check: verify shapes and types of what the variant's methods return, naming the method."""
+    sae.train()
+    opt.zero_grad()
+    outs, terms = [], {}
+    for part in x.chunk(sae.micro_batches):
+        share = len(part) / len(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+            out = sae(part)
+            new = sae.losses(out)
+        if check:
+            check_returns(sae, out, new)
+        (share * sum(new.values())).backward()
+        terms = {k: terms.get(k, 0) + share * v.detach() for k, v in new.items()}
+        outs.append(Out(*(t.detach() for t in out)))
+    out = outs[0] if len(outs) == 1 else Out(*map(torch.cat, zip(*outs)))
+    stepped = sae.accept(sum(terms.values()))
+    if stepped:
+        for group in opt.param_groups:
+            group["lr"] = group["base_lr"] * sae.lr_scale()
+        sae.before_step(opt)
+        stepped = bool(sae.stats["grad_norm"].isfinite())
+    if stepped:
+        opt.step()
+        with torch.no_grad():
+            sae.after_step(opt, out)
+    return out, terms, stepped
+
+
+def check_returns(sae, out, terms):
+    """Refuse, naming the method, if what a variant returns has the wrong shape or type, or is not finite."""
+    rows = len(out.x)
+    for method, tensor, shape in (("pre_acts", out.pre, (rows, sae.d_sae)), ("activate", out.acts, (rows, sae.d_sae)),
+                                  ("decode", out.x_hat, (rows, sae.d_in))):
+        if not torch.is_tensor(tensor) or tensor.shape != shape:
+            raise Refuse(f"{method}() returned {list(tensor.shape) if torch.is_tensor(tensor) else type(tensor).__name__}, want {list(shape)}")
+        if not tensor.isfinite().all():
+            raise Refuse(f"{method}() returned numbers that are not finite")
+    if out.acts.min() < 0:
+        raise Refuse("activate() returned negative activations")
+    if not isinstance(terms, dict) or "recon" not in terms:
+        raise Refuse("losses() must return a dict of named scalars with 'recon' in it")
+    for name, value in terms.items():
+        if not torch.is_tensor(value) or value.numel() != 1 or not value.isfinite():
+            raise Refuse(f"losses() returned {name!r} = {value}, want one finite number")
+
+
+def sample(acts, scale):
+    """Normalised rows for init_from_data, the same for every run: the start of the first shard."""
+    return acts.shard(0)["acts"][:SAMPLE_ROWS].to(scale.device).float() * scale
+
+
+def plan_steps(acts, batch_size, epochs):
+    """(epoch, shard, its steps) in training order. Batches don't straddle shards; what a shard has beyond its last batch is left out.
+    Shards come in a new order in every epoch."""
+    plan = []
+    for epoch in range(epochs):
+        order = torch.randperm(len(acts.shards), generator=generator("order", epoch)).tolist()
+        plan += [(epoch, i, acts.shards[i]["rows"] // batch_size) for i in order]
+    return plan
+
+
+def stream(acts, plan, device, start):
+    """Yield (step, position, rows on the device, first row's index) for every step from `start`, reading one shard ahead.
+    The cache stays in memory when there are several epochs and it fits in half of what is free."""
+    rows_before = [0, *itertools.accumulate(s["rows"] for s in acts.shards)]
+    size = sum(s["bytes"] for s in acts.shards)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    keep, kept = plan[-1][0] > 0 and size < free / 2, {}
+
+    def load(i):
+        if i not in kept:
+            rows = acts.shard(i)["acts"]
+            rows = rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
+            if not keep:
+                return rows
+            kept[i] = rows
+        return kept[i]
+
+    todo, step = [], 0
+    for _, i, n in plan:
+        if step + n > start:
+            todo.append((step, i, n))
+        step += n
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(load, todo[0][1]) if todo else None
+        for at, (step, i, n) in enumerate(todo):
+            rows = ahead.result()
+            ahead = reader.submit(load, todo[at + 1][1]) if at + 1 < len(todo) else None
+            for position in range(max(0, start - step), n):
+                yield step + position, position, rows, rows_before[i]
+
+
+def train(runs, acts, plan, batch_size, device, checkpoint_every):
+    """Train all runs together on one pass over the plan; the batch that most of them take is prepared once."""
+    steps = runs[0].steps
+    start = min(r.next_step for r in runs)
+    log_every = max(1, min(50, steps // 100))
+    stopping, saved = [], time.monotonic()
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, lambda *_: stopping.append(1) if not stopping else (_ for _ in ()).throw(KeyboardInterrupt))
+    bar = tqdm(total=steps, initial=start, unit="step", desc="training", disable=None, mininterval=1, smoothing=0.05)
+    for step, position, rows, first_row in stream(acts, plan, device, start):
+        shared = None
+        for run in runs:
+            if run.failure or step < run.next_step:
+                continue
+            sae = run.sae
+            sae.step, sae.position, sae.first_row = step, position * batch_size, first_row
+            with run.blamed():
+                chosen = sae.choose_batch(len(rows), generator(run.seed, step, "batch"))
+            if run.failure:
+                continue
+            if chosen == slice(sae.position, sae.position + batch_size) if isinstance(chosen, slice) else False:
+                shared = rows[chosen].float() * sae.scale if shared is None else shared
+                x = shared
+            else:
+                x = rows[chosen].float() * sae.scale
+            run.train_on(x, log_now=(step + 1) % log_every == 0 or step + 1 == steps)
+        alive = [r for r in runs if not r.failure]
+        bar.update()
+        if not alive:
+            break
+        if (step + 1) % log_every == 0 or step + 1 == steps:
+            bar.set_postfix(progress_line(alive, batch_size))
+            if step + 1 < steps and (stopping or time.monotonic() - saved > checkpoint_every):
+                for run in alive:
+                    if run.next_step == step + 1:
+                        run.save_checkpoint()
+                saved = time.monotonic()
+                if stopping:
+                    raise KeyboardInterrupt
+    bar.close()
+    for run in runs:
+        if not run.failure:
+            run.finish()
+
+
+def progress_line(runs, batch_size):
+    """Medians over the runs, for the progress bar."""
+    middle = lambda key: sorted(r.last[key] or 0 for r in runs)[len(runs) // 2]
+    return {"tok/s": f"{middle('tokens_per_s') / len(runs):,.0f}x{len(runs)}", "EV": f"{middle('explained_variance'):.3f}",
+            "L0": f"{middle('l0'):.1f}", "dead": f"{middle('dead'):.1%}"}
+
+
+def table(runs):
+    """One line per run, best explained variance first; failed runs last, with the reason."""
+    width = max(len(r.name) for r in runs)
+    lines = [f"{'run':{width}}  {'L0':>7}  {'expl.var':>8}  {'mse':>8}  {'dead':>6}  {'seconds':>7}"]
+    done = [r for r in runs if not r.failure]
+    for r in sorted(done, key=lambda r: -(r.config["final"]["explained_variance"] or -9)):
+        f = {k: float("nan") if v is None else v for k, v in r.config["final"].items()}
+        lines.append(f"{r.name:{width}}  {f['l0']:7.2f}  {f['explained_variance']:8.4f}  {f['mse']:8.4f}  {f['dead']:6.1%}  {r.config['seconds']:7.1f}")
+    return "\n".join(lines + [f"{r.name:{width}}  FAILED: {r.failure}" for r in runs if r.failure])
+
+
+def take_lock(folder):
+    """Hold a run's folder as long as this process lives; the kernel frees it when the process dies."""
+    file = open(folder / ".lock", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Refuse(f"{folder} is in use by another process: wait for it, or stop it", 6) from None
+    return file
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": torch.__version__, "safetensors": safetensors.__version__, "threads": torch.get_num_threads()}
+
+
+def git_state():
+    """The commit that ran and whether files differed from it; None outside a git checkout."""
+    ask = lambda *a: subprocess.run(["git", "-C", str(ROOT), *a], capture_output=True, text=True)
+    commit = ask("rev-parse", "HEAD")
+    return {"commit": commit.stdout.strip() if commit.returncode == 0 else None,
+            "dirty": bool(ask("status", "--porcelain", "--untracked-files=no").stdout.strip()) if commit.returncode == 0 else None}
+
+
+def find_variants(names):
+    """Names, `all`, or a study (`topk_ortho` stands for topk_ortho_r1, r2 ...) -> variant names, each once."""
+    known, found = variant_names(), []
+    for name in names:
+        study = sorted((v for v in known if re.fullmatch(re.escape(name) + r"_r\d+", v)), key=lambda v: int(v.rsplit("_r", 1)[1]))
+        if name == "all":
+            found += known
+        elif name in known or not study:
+            found.append(name)              # load_variant refuses an unknown one and names the closest
+        else:
+            found += study
+    return list(dict.fromkeys(found))
+
+
+def combinations(cls, sets, sweeps):
+    """Settings of each run of a sweep: `sets` in all of them, times every combination of the swept values."""
+    fixed, grid = parse_settings(cls, sets), []
+    for sweep in sweeps:
+        key, _, values = sweep.partition("=")
+        if key in fixed:
+            raise Refuse(f"--sweep {key}: --set gives it too", 2)
+        grid.append([parse_settings(cls, [f"{key}={v}"]) for v in values.split(",")])
+    return [fixed | {k: v for part in choice for k, v in part.items()} for choice in itertools.product(*grid)]
+
+
+def interrupted(acts):
+    """(variant, settings, seed, epochs) of the runs on these activations that were started and not finished."""
+    found = []
+    for path in sorted(Path("runs").glob("*/config.json")):
+        c = read_json(path)
+        if c["status"] == "training" and c["acts"] == acts.folder.name:
+            found.append((c["variant"], c["settings"], c["seed"], c["epochs"]))
+    if not found:
+        raise Refuse(f"--resume: no interrupted run on {acts.folder}")
+    return found
+
+
+def whole(text):
+    """A positive whole number; 2_000_000 is fine."""
+    if not re.fullmatch(r"\d+(_\d+)*", text, re.ASCII) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"want a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def seed_number(text):
+    return 0 if text == "0" else whole(text)
+
+
+def pick_device(name):
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name) or (name.startswith("cuda") and not torch.cuda.is_available()):
+        raise Refuse(f"--device {name}: want cpu, or cuda where there is a GPU", 2)
+    return torch.device(name)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--acts", default=DEFAULT_ACTS, help="folder under acts/ (default: %(default)s)")
+    p.add_argument("--variant", nargs="+", default=DEFAULT_VARIANTS, help="names, `all`, or a study such as topk_ortho")
+    p.add_argument("--seed", nargs="+", type=seed_number, default=[0], help="one run per seed (default: 0)")
+    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings, for every run")
+    p.add_argument("--sweep", nargs="+", action="extend", default=[], metavar="NAME=V1,V2", help="one run per value (and combination)")
+    p.add_argument("--epochs", type=whole, default=1, help="passes over the activations (default: 1)")
+    p.add_argument("--resume", action="store_true", help="go on with every interrupted run on these activations, start no new one")
+    p.add_argument("--checkpoint", type=whole, default=60, metavar="SECONDS", help="how often (default: %(default)s)")
+    p.add_argument("--list", action="store_true", help="print all variants with their lineage and stop")
+    p.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    args = p.parse_args()
+
+    if args.list:
+        print("\n".join(docstring_line(v) for v in variant_names()))
+        return 0
+    device = pick_device(args.device)
+    if not re.fullmatch(r"\w[\w.-]*", args.acts, re.ASCII):
+        raise Refuse(f"--acts {args.acts!r}: want the name of a folder under acts/", 2)
+    acts = Acts(Path("acts") / args.acts)
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    torch.set_float32_matmul_precision("high")
+
+    if args.resume:
+        wanted = interrupted(acts)
+    else:
+        wanted = [(v, settings, seed, args.epochs) for v in find_variants(args.variant)
+                  for settings in combinations(load_variant(v), args.set, args.sweep) for seed in dict.fromkeys(args.seed)]
+    sizes = {(settings.get("batch_size", load_variant(v).batch_size), epochs) for v, settings, _, epochs in wanted}
+    if len(sizes) > 1:
+        raise Refuse("all runs of a call share their batches: want one batch_size and one number of epochs", 2)
+    (batch_size, epochs), = sizes
+    plan = plan_steps(acts, batch_size, epochs)
+    steps = sum(n for _, _, n in plan)
+    if not steps:
+        raise Refuse(f"{acts.folder} has {acts.rows} rows, no shard has a batch of {batch_size}: cache more tokens or --set batch_size=")
+
+    runs = [Run(v, settings, seed, acts, steps, epochs) for v, settings, seed, _ in wanted]
+    runs = list({r.name: r for r in runs}.values())
+    todo = [r for r in runs if not r.is_finished()]
+    if len(todo) < len(runs):
+        print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already (same settings, data and code)")
+    for run in todo:
+        run.start(acts, device)
+    alive = [r for r in todo if not r.failure]
+    if alive:
+        print(f"{len(alive)} runs, {steps} steps of {batch_size} rows each, from one pass over {acts.folder} ({acts.rows:,} rows, {len(acts.shards)} shards)"
+              + (f", {epochs} epochs" if epochs > 1 else ""))
+        train(alive, acts, plan, batch_size, device, args.checkpoint)
+    print(table(runs))
+    return 5 if any(r.failure for r in runs) else 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,573 @@
+"""The base sparse autoencoder (SAE): every method that a variant may override, and the files that the scripts pass on.
+
+    pre   = (x - b_dec) W_enc + b_enc        pre-activations of a batch of rows x        [B, d_sae]
+    acts  = activation(pre)                  latent activations, sparse and >= 0         [B, d_sae]
+    x_hat = acts W_dec + b_dec               reconstruction; the rows of W_dec are unit  [B, d_in]
+
+Units: x is an activation times `scale`, so that E||x|| = sqrt(d_in); the reconstruction error is a mean over d_in, so an error of
+1 is about the size of the data. `encode` and `reconstruct` take and give raw activations.
+
+A variant is a subclass in variants/NAME.py that overrides the one method its idea is about (see the methods below the rule line,
+which stand in the order in which training calls them). A public class attribute is a setting, changed by --set name=value.
+"""
+import ast
+import contextlib
+import difflib
+import errno
+import importlib
+import inspect
+import json
+import math
+import os
+import re
+import secrets
+import sys
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+import xxhash
+from safetensors import SafetensorError
+from torch import nn
+
+ROOT = Path(__file__).parent
+FORMAT = 1                   # of every file written here; a reader refuses another one
+
+
+class Out(NamedTuple):
+    """What one forward pass gives; penalties and surgery read it."""
+    x: torch.Tensor          # [B, d_in]   normalised activations
+    pre: torch.Tensor        # [B, d_sae]  before the activation function
+    acts: torch.Tensor       # [B, d_sae]  sparse, >= 0
+    x_hat: torch.Tensor      # [B, d_in]   reconstruction
+
+
+def unit(w):
+    """Rows of w [n, d] scaled to length 1; a zero row stays zero."""
+    return w / w.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def generator(*key, device="cpu"):
+    """A random generator that depends on `key` alone, so that randomness is a function of (seed, step) and resuming is exact."""
+    return torch.Generator(device).manual_seed(xxhash.xxh3_64_intdigest(repr(key).encode()) >> 1)
+
+
+class JumpReLU(torch.autograd.Function):
+    """pre where pre > threshold, else 0; the threshold's gradient by a rectangle kernel (Rajamanoharan 2024b, eq. 11)."""
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth):
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return pre * (pre > threshold)
+
+    @staticmethod
+    def backward(ctx, grad):
+        pre, threshold = ctx.saved_tensors
+        near = ((pre - threshold).abs() < ctx.bandwidth / 2) * grad
+        return grad * (pre > threshold), -(threshold / ctx.bandwidth * near).sum(0), None
+
+
+class Step(torch.autograd.Function):
+    """1 where pre > threshold, else 0; gradient to the threshold alone (Rajamanoharan 2024b, eq. 12)."""
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth):
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        pre, threshold = ctx.saved_tensors
+        near = ((pre - threshold).abs() < ctx.bandwidth / 2) * grad
+        return None, -(near / ctx.bandwidth).sum(0), None
+
+
+class SAE(nn.Module):
+    """The base: ReLU with an L1 penalty on acts weighted by the decoder's norm (Bricken 2023, Conerly 2024), or, by the setting
+    `activation`, TopK (Gao 2024), BatchTopK (Bussmann 2024) or JumpReLU (Rajamanoharan 2024b). All reach the same `l0`."""
+
+    activation = "relu"       # relu | topk | batch_topk | jumprelu
+    d_sae = 1024              # latents
+    l0 = 16.0                 # average number of active latents per row that training ends at, for every activation
+    lr = 2e-3                 # Adam; good for runs of some hundred steps, 3e-4 is usual from 50 M tokens on
+    lr_warmup = 0.05          # fraction of the run
+    lr_decay = 0.2            # fraction of the run over which lr falls linearly to 0, at its end
+    clip = 1.0                # gradient norm
+    batch_size = 2048         # rows
+    micro_batches = 1         # a batch is worked on in this many parts, to save memory
+    sparsity_start = 1.0      # training starts at this multiple of `l0` ...
+    sparsity_warmup = 0.2     # ... and comes down to `l0` over this fraction of the run
+    sparsity_weight = 0.03    # relu, jumprelu: first weight of the penalty; a controller then moves it so that L0 stays at `l0`
+    bandwidth = 0.5           # jumprelu: width of the kernel that stands in for the step's derivative
+    aux_weight = 1 / 32       # dead latents reconstruct the residual (AuxK, Gao 2024)
+    dead_after = 0.1          # dead: silent for this fraction of the run
+
+    def __init__(self, d_in, steps, seed=0, **settings):
+        super().__init__()
+        self.d_in, self.steps, self.seed = d_in, steps, seed
+        self.step = 0
+        self.stats = {}               # a variant writes what it wants logged: name -> number
+        self.latents = {}             # parameter or buffer -> (its latent axis, the value of a fresh latent or None)
+        for name, value in settings.items():
+            setattr(self, name, value)
+        for name, low, high in (("d_sae", 1, None), ("l0", 0, self.d_sae), ("lr", 0, None), ("batch_size", 1, None), ("micro_batches", 1, None),
+                                ("sparsity_start", 0, None), ("clip", 0, None), ("lr_warmup", 0, 1), ("lr_decay", 0, 1), ("dead_after", 0, 1)):
+            value = getattr(self, name)
+            if value < low or (high is not None and value > high) or (value == 0 and name in ("l0", "lr", "sparsity_start", "clip")):
+                raise Refuse(f"--set {name}={value}: want {'above' if low == 0 else 'at least'} {low}" + (f" and at most {high}" if high else ""), 2)
+        if self.activation not in ("relu", "topk", "batch_topk", "jumprelu"):
+            raise Refuse(f"--set activation={self.activation}: want relu, topk, batch_topk or jumprelu", 2)
+        self.build()
+
+    @property
+    def progress(self):
+        """Fraction of training done, 0..1; 1 for a loaded SAE."""
+        return self.step / max(1, self.steps)
+
+    def due(self, fraction):
+        """Whether something done once every `fraction` of the run is to be done after this step."""
+        return (self.step + 1) % max(1, round(fraction * self.steps)) == 0
+
+    def generator(self, salt=""):
+        """A generator on the SAE's device for this step's random numbers."""
+        return generator(self.seed, self.step, salt, device=self.b_dec.device)
+
+    def forward(self, x):
+        pre = self.pre_acts(x)
+        acts = self.activate(pre)
+        return Out(x, pre, acts, self.decode(acts))
+
+    @torch.no_grad()
+    def encode(self, x):
+        """Raw activations [..., d_in] -> latent activations [..., d_sae], in the same units. Set eval() first."""
+        flat = x.reshape(-1, self.d_in).float() * self.scale
+        return (self(flat).acts / self.scale).reshape(*x.shape[:-1], self.d_sae)
+
+    @torch.no_grad()
+    def reconstruct(self, x):
+        """Raw activations [..., d_in] -> their reconstruction, the same shape and units. Set eval() first."""
+        flat = x.reshape(-1, self.d_in).float() * self.scale
+        return (self(flat).x_hat / self.scale).reshape(x.shape)
+
+    # ---- what a variant may override, in the order in which training calls it ------------------------------------------------
+
+    def build(self):
+        """Add parameters and buffers. A variant calls super().build() first: same seed, same starting weights as its parent."""
+        W_dec = unit(torch.randn(self.d_sae, self.d_in, generator=generator(self.seed, "W_dec")))
+        self.W_enc = nn.Parameter(W_dec.T.clone())                           # [d_in, d_sae]
+        self.W_dec = nn.Parameter(W_dec)                                     # [d_sae, d_in]
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_in))
+        self.register_buffer("scale", torch.ones(()))                        # raw activations * scale = x
+        self.register_buffer("silent", torch.zeros(self.d_sae))              # steps since the latent fired
+        self.register_buffer("rate", torch.zeros(self.d_sae))                # how often it fires, moving average
+        self.latents |= {"W_enc": (1, None), "W_dec": (0, None), "b_enc": (0, 0.0), "silent": (0, 0.0), "rate": (0, None)}
+        if self.activation in ("relu", "jumprelu"):
+            self.register_buffer("weight_now", torch.tensor(self.sparsity_weight))   # of the sparsity penalty
+            self.register_buffer("l0_now", torch.tensor(self.l0 * self.sparsity_start))   # L0, moving average over a few batches
+        if self.activation == "batch_topk":
+            self.register_buffer("threshold", torch.zeros(()))               # what a latent must exceed, at inference
+        if self.activation == "jumprelu":
+            self.log_threshold = nn.Parameter(torch.zeros(self.d_sae))
+            self.latents["log_threshold"] = (0, None)
+
+    def make_optimizer(self):
+        return torch.optim.Adam(self.parameters(), lr=self.lr, betas=(0.9, 0.999), fused=True)
+
+    @torch.no_grad()
+    def init_from_data(self, x):
+        """Start from a sample of normalised rows x [n, d_in]: b_dec is their mean; relu and jumprelu get biases or thresholds with
+        which every latent fires at the wanted rate; the encoder is scaled to reconstruct best (least squares)."""
+        self.b_dec.copy_(x.mean(0))
+        rank = round(len(x) * (1 - min(0.5, self.wanted_l0() / self.d_sae)))
+        if self.activation == "relu":
+            self.b_enc.copy_(-self.pre_acts(x).kthvalue(rank, dim=0).values)
+        if self.activation == "jumprelu":
+            self.log_threshold.copy_(self.pre_acts(x).kthvalue(rank, dim=0).values.clamp_min(1e-3).log())
+        out = self(x)
+        read = out.x_hat - self.b_dec
+        factor = ((x - self.b_dec) * read).sum() / read.pow(2).sum().clamp_min(1e-12)
+        self.W_enc.mul_(factor)
+        self.b_enc.mul_(factor)
+        if self.activation == "jumprelu":
+            self.log_threshold.add_(factor.log())
+
+    def choose_batch(self, n_rows, rng):
+        """Rows of the shard in memory (n_rows of them, shuffled when written) that make this step's batch: a slice or a tensor of
+        indices. `self.position` is where the slice starts that every other run of the call takes."""
+        return slice(self.position, self.position + self.batch_size)
+
+    def pre_acts(self, x):
+        """x [B, d_in] -> [B, d_sae]. Written so that no gradient flows through x - b_dec: that product is a vector's."""
+        return torch.addmm(self.b_enc - self.b_dec @ self.W_enc, x, self.W_enc)
+
+    def activate(self, pre):
+        """pre [B, d_sae] -> acts [B, d_sae], sparse and >= 0. In eval mode a row's acts depend on that row alone."""
+        if self.activation == "topk":
+            top = pre.relu().topk(round(self.wanted_l0()), sorted=False)
+            return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
+        if self.activation == "batch_topk":
+            cut = self.batch_threshold(pre.detach()) if self.training else self.threshold
+            return pre * (pre > cut)
+        if self.activation == "jumprelu":
+            return JumpReLU.apply(pre.relu(), self.log_threshold.exp(), self.bandwidth)
+        return pre.relu()
+
+    def decode(self, acts):
+        """acts [B, d_sae] -> [B, d_in]."""
+        return torch.addmm(self.b_dec, acts, self.W_dec)
+
+    def recon_error(self, out):
+        """Squared error of each row, mean over d_in [B]."""
+        return (out.x - out.x_hat).pow(2).mean(-1)
+
+    def losses(self, out):
+        """Named scalars; training minimises their sum and logs each. Units: fractions of E||x||^2 / d_in."""
+        terms = {"recon": self.recon_error(out).mean()}
+        if self.activation in ("relu", "jumprelu"):
+            terms["sparsity"] = self.weight_now * self.sparsity(out)
+        if self.aux_weight:
+            terms["aux"] = self.aux_weight * self.aux(out)
+        return terms
+
+    def lr_scale(self):
+        """Factor on every learning rate now: linear warm-up, constant, linear decay to 0."""
+        up = (self.step + 1) / max(1, self.lr_warmup * self.steps)
+        down = (self.steps - self.step) / max(1, self.lr_decay * self.steps)
+        return min(1.0, up, down)
+
+    def accept(self, loss):
+        """Whether to take the step; a refused one is counted and leaves the weights alone. loss: the scalar of this batch."""
+        return bool(loss.isfinite())
+
+    @torch.no_grad()
+    def before_step(self, opt):
+        """Edit gradients: what would only lengthen a decoder row is removed, the rest is clipped to norm `clip`."""
+        self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True) * self.W_dec
+        self.stats["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters(), self.clip)
+
+    @torch.no_grad()
+    def after_step(self, opt, out):
+        """Keep decoder rows unit, follow which latents fire, and steer the sparsity. Surgery on weights belongs here."""
+        self.W_dec.copy_(unit(self.W_dec))
+        fires = (out.acts > 0).float().mean(0)
+        self.silent.copy_(torch.where(fires > 0, 0.0, self.silent + 1))
+        self.rate.lerp_(fires, self.memory(0.02))
+        if self.activation in ("relu", "jumprelu"):
+            self.steer_sparsity(fires.sum())
+        if self.activation == "batch_topk":
+            self.threshold.lerp_(self.batch_threshold(out.pre), self.memory(0.02))
+
+    # ---- tools for variants ----------------------------------------------------------------------------------------------------
+
+    def memory(self, fraction):
+        """The weight of the newest value in a moving average that remembers `fraction` of the run (its plain mean at first)."""
+        return max(1 / (self.step + 1), min(1.0, 1 / (fraction * self.steps)))
+
+    def wanted_l0(self):
+        """The L0 that training wants now: from sparsity_start * l0 down to l0, geometrically, over the first sparsity_warmup."""
+        done = min(1.0, self.progress / max(1e-9, self.sparsity_warmup))
+        return min(self.l0 * self.sparsity_start ** (1 - done), self.d_sae / 2)
+
+    def sparsity(self, out):
+        """The penalty before its weight, mean over rows. relu: sum_i acts_i ||d_i|| / sqrt(d_in); jumprelu: L0 / l0."""
+        if self.activation == "relu":
+            return (out.acts @ self.W_dec.norm(dim=-1)).mean() / self.d_in ** 0.5
+        return Step.apply(out.pre, self.log_threshold.exp(), self.bandwidth).sum(-1).mean() / self.l0
+
+    def steer_sparsity(self, l0):
+        """Move the penalty's weight so that the L0 of the batches, `l0` of this one, stays at wanted_l0(): a controller on the
+        logarithms, proportional to L0's change (2) and, summed over 5 % of the run, to its error (1)."""
+        before = self.l0_now.clamp_min(1e-3)
+        self.l0_now.lerp_(l0, 0.5)
+        now = self.l0_now.clamp_min(1e-3)
+        change, error = (now / before).log(), (now / self.wanted_l0()).log()
+        self.weight_now.mul_((2 * change + error / (0.05 * self.steps)).clamp(-0.2, 0.2).exp())
+
+    def batch_threshold(self, pre):
+        """The value that round(wanted_l0 * B) entries of pre exceed (0 if fewer are positive). Exact: the carried threshold only
+        narrows the entries that are looked at."""
+        keep = min(round(self.wanted_l0() * len(pre)), pre.numel() - 1)
+        near = pre[pre > 0.8 * self.threshold]
+        if len(near) <= keep:
+            near = pre.flatten()
+        return near.kthvalue(len(near) - keep).values.clamp_min(0)
+
+    def dead(self):
+        """Mask [d_sae] of the latents that have been silent for `dead_after` of the run."""
+        return self.silent > self.dead_after * self.steps
+
+    def aux(self, out):
+        """AuxK: how much of the residual the d_in / 2 highest dead latents leave, over the residual's variance (Gao 2024, A.2)."""
+        dead = self.dead().nonzero().flatten()
+        if not len(dead):
+            return out.x.new_zeros(())
+        pre = out.pre.index_select(1, dead)
+        if self.activation in ("topk", "batch_topk"):
+            pre = pre.relu()                      # elsewhere a dead latent's pre is negative and would get no gradient
+        top = pre.topk(min(len(dead), max(1, self.d_in // 2)), sorted=False)
+        acts = torch.zeros_like(pre).scatter(-1, top.indices, top.values)
+        residual = (out.x - out.x_hat).detach()
+        left = (residual - acts @ self.W_dec.index_select(0, dead)).pow(2).mean()
+        return left / residual.var(0, correction=0).mean().clamp_min(1e-12)
+
+    @torch.no_grad()
+    def reset_latents(self, opt, which, directions, encoder=0.2):
+        """Restart latents `which` (indices [n] or mask [d_sae]) at `directions` [n, d_in], and clear exactly their optimizer
+        moments. Their encoder columns get `encoder` times the mean norm of the others' (Bricken 2023)."""
+        which = which.nonzero().flatten() if which.dtype == torch.bool else which
+        if not len(which):
+            return
+        others = torch.ones(self.d_sae, dtype=torch.bool, device=which.device)
+        others[which] = False
+        norm = self.W_enc.norm(dim=0)[others].mean() if others.any() else self.W_enc.norm(dim=0).mean()
+        directions = unit(directions.to(self.W_dec.dtype))
+        self.W_dec[which] = directions
+        self.W_enc[:, which] = directions.T * norm * encoder
+        self.rate[which] = self.l0 / self.d_sae                    # fresh, not rare
+        for name, (axis, fresh) in self.latents.items():
+            tensor = getattr(self, name)
+            if fresh is not None:
+                tensor.data.index_fill_(axis, which, fresh)
+            for moment in opt.state.get(tensor, {}).values():
+                if torch.is_tensor(moment) and moment.shape == tensor.shape:
+                    moment.index_fill_(axis, which, 0.0)
+
+    # ---- settings and sources -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def settings(cls):
+        """All settings with their defaults: the public bool, int, float and str attributes of the class chain, base first."""
+        chain = {k: v for c in reversed(cls.__mro__) if issubclass(c, SAE) for k, v in vars(c).items()}
+        return {k: getattr(cls, k) for k, v in chain.items() if type(v) in (bool, int, float, str) and not k.startswith("_")}
+
+    @classmethod
+    def chain(cls):
+        """The classes that make this one, base first."""
+        return [c for c in reversed(cls.__mro__) if issubclass(c, SAE)]
+
+    @classmethod
+    def source(cls):
+        """What runs, in one text: the source files of the class chain, base first."""
+        return "\n\n".join(f"# ---- {Path(inspect.getfile(c)).name}\n\n{Path(inspect.getfile(c)).read_text()}" for c in cls.chain())
+
+    @classmethod
+    def code_checksum(cls):
+        """Changes when the code of the class chain does, not when a comment or docstring does."""
+        trees = [ast.parse(textwrap.dedent(inspect.getsource(c))) for c in cls.chain() + [JumpReLU, Step]]
+        for node in (n for tree in trees for n in ast.walk(tree)):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                node.body = body[1:]
+        return checksum("\n".join(map(ast.dump, trees)).encode())
+
+
+def load_variant(name):
+    """The class that variants/NAME.py defines; `baseline` is the base itself. Refuses a name that is not a file there."""
+    if name == "baseline":
+        return SAE
+    names = variant_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 3)
+        raise Refuse(f"no variant {name!r} in variants/" + (f": did you mean {' or '.join(near)}?" if near else f": there are {', '.join(names)}"), 2)
+    try:
+        variant = importlib.import_module(f"variants.{name}").Variant
+    except Exception as e:
+        raise Refuse(f"variants/{name}.py does not load: {type(e).__name__}: {e}", 5) from e
+    return variant
+
+
+def variant_names():
+    return ["baseline"] + sorted(p.stem for p in (ROOT / "variants").glob("[a-z]*.py"))
+
+
+def docstring_line(name):
+    """The first docstring line of a variant, `NAME = PARENT + what`."""
+    doc = SAE.__doc__ if name == "baseline" else ast.get_docstring(ast.parse((ROOT / "variants" / f"{name}.py").read_text()))
+    return "baseline = ReLU + L1 weighted by decoder norm" if name == "baseline" else (doc or "").split("\n")[0]
+
+
+def parse_settings(cls, pairs):
+    """['l0=32', 'clip=0.5'] -> {'l0': 32.0, 'clip': 0.5}, each a setting of `cls` and of its type, else Refuse."""
+    known, found = cls.settings(), {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not text:
+            raise Refuse(f"--set {pair!r}: want name=value", 2)
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise Refuse(f"--set {key}: {cls.__module__.split('.')[-1]} has no such setting" + (f", did you mean {near[0]}?" if near else ""), 2)
+        if key in found:
+            raise Refuse(f"--set {key}: given twice", 2)
+        found[key] = parse_value(key, text, type(known[key]))
+    return found
+
+
+def parse_value(key, text, kind):
+    """`text` as a value of the type that setting `key` has; numbers are plain and finite."""
+    number = re.fullmatch(r"[+-]?(\d+(_\d+)*\.?\d*|\.\d+)([eE][+-]?\d+)?", text, re.ASCII)
+    if kind is bool and text in ("True", "False", "true", "false"):
+        return text.lower() == "true"
+    if kind is float and number and math.isfinite(float(text)):
+        return float(text)
+    if kind is int and number and math.isfinite(float(text)) and float(text).is_integer():
+        return int(float(text))
+    if kind is str and re.fullmatch(r"\w[\w.-]*", text, re.ASCII):        # it becomes part of a folder's name
+        return text
+    raise Refuse(f"--set {key}={text}: want {kind.__name__}", 2)
+
+
+# ---- files: written whole or not at all, and checked when read -------------------------------------------------------------------
+
+
+class Refuse(Exception):
+    """What is wrong, where, and what to do, in one line. code: 2 usage, 3 data, 4 environment, 5 a run went wrong, 6 busy."""
+
+    def __init__(self, message, code=3):
+        super().__init__(message)
+        self.code = code
+
+
+def run_script(main):
+    """Run a script's main(); what it refuses ends in one line on stderr and an exit code that is not 0."""
+    try:
+        code = main() or 0
+    except Refuse as e:
+        code = e.code
+        print(f"error: {e}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
+    sys.exit(code)
+
+
+def checksum(data):
+    """xxh3-128 of bytes, in hex; against accidents, not against attackers."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def write_file(path, data):
+    """Write bytes so that `path` holds either all of them, on disk, or what it held before."""
+    path = Path(path)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise Refuse(f"disk full while writing {path}: free some space, then run the same command again" if full
+                     else f"cannot write {path}: {e.strerror}", 4) from e
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def write_json(path, value):
+    """Strict JSON (no NaN), with a checksum of itself."""
+    value = {k: v for k, v in value.items() if k != "checksum"}
+    text = json.dumps(value, sort_keys=True, allow_nan=False)
+    write_file(path, json.dumps({**value, "checksum": checksum(text.encode())}, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def read_json(path):
+    """What write_json wrote; Refuse if it is missing, damaged or edited."""
+    try:
+        value = json.loads(Path(path).read_text())
+        said = value.pop("checksum")
+        text = json.dumps(value, sort_keys=True, allow_nan=False)
+    except FileNotFoundError:
+        raise Refuse(f"{path} is missing: run the stage before this one") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as e:
+        raise Refuse(f"{path} is damaged ({type(e).__name__}): delete it and run the stage that makes it again") from e
+    if said != checksum(text.encode()):
+        raise Refuse(f"{path} is damaged or was edited (its checksum differs): run the stage that makes it again")
+    return value
+
+
+BLANK = b"0" * 32            # stands in the file for its checksum while that is computed
+
+
+def write_tensors(path, tensors, meta=None):
+    """Write {name: tensor} and a JSON-able `meta` as one safetensors file; returns its checksum, which the file also holds."""
+    header = json.dumps({"checksum": BLANK.decode(), "format": FORMAT, **(meta or {})}, sort_keys=False, allow_nan=False)
+    blob = bytearray(safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"meta": header}))
+    at, said = blob.index(BLANK), checksum(bytes(blob))
+    blob[at:at + 32] = said.encode()
+    write_file(path, blob)
+    return said
+
+
+def read_tensors(path, expected=None):
+    """({name: tensor}, meta) of a file by write_tensors; Refuse if any byte changed or its checksum is not `expected`."""
+    try:
+        blob = Path(path).read_bytes()
+        length = int.from_bytes(blob[:8], "little")
+        meta = json.loads(json.loads(blob[8:8 + length])["__metadata__"]["meta"])
+        said, at = meta["checksum"], blob.index(meta["checksum"].encode())
+        hashed = xxhash.xxh3_128(blob[:at])
+        hashed.update(BLANK)
+        hashed.update(memoryview(blob)[at + 32:])
+        intact = hashed.hexdigest() == said
+        tensors = safetensors.torch.load(blob) if intact else None
+    except FileNotFoundError:
+        raise Refuse(f"{path} is missing: run the stage before this one") from None
+    except (ValueError, KeyError, TypeError, RecursionError, MemoryError, OverflowError, SafetensorError, OSError) as e:
+        raise Refuse(f"{path} is damaged or not ours ({type(e).__name__}): delete it and run the stage that makes it again") from e
+    if not intact:
+        raise Refuse(f"{path} is damaged (its checksum differs): delete it and run the stage that makes it again")
+    if expected and said != expected:
+        raise Refuse(f"{path} belongs to another cache or run (its checksum is not the listed one): make it again")
+    return tensors, meta
+
+
+class Acts:
+    """Cached activations, the folder acts/NAME that 01_cache_acts.py writes.
+
+    meta.json lists the shards; a shard holds `acts` [rows, d_in], `tokens`, `context` and `position` [rows]. Rows were shuffled
+    across the whole cache when written, so that reading in order is random."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            there = sorted(p.parent.name for p in self.folder.parent.glob("*/meta.json"))
+            raise Refuse(f"no activations in {folder}" + (f": there are {', '.join(there)}" if there else ": run 01_cache_acts.py first"))
+        self.meta = read_json(self.folder / "meta.json")
+        if self.meta.get("format") != FORMAT:
+            raise Refuse(f"{self.folder}/meta.json has format {self.meta.get('format')}, this is {FORMAT}: cache again")
+        if not self.meta["complete"]:
+            raise Refuse(f"{self.folder} is not finished: run the same 01_cache_acts.py again, it goes on where it stopped")
+        self.d_in, self.rows, self.shards = self.meta["d_in"], self.meta["rows"], self.meta["shards"]
+        self.scale = self.meta["scale"]
+        self.checksum = checksum(json.dumps([s["checksum"] for s in self.shards]).encode())
+
+    def shard(self, i):
+        """The tensors of shard i, checked; activations in the dtype of the cache (int8 caches: float32)."""
+        entry = self.shards[i]
+        path = self.folder / entry["file"]
+        tensors, _ = read_tensors(path, entry["checksum"])
+        acts = tensors["acts"]
+        if acts.shape != (entry["rows"], self.d_in):
+            raise Refuse(f"{path} has shape {list(acts.shape)}, not {[entry['rows'], self.d_in]}: cache again")
+        if acts.dtype == torch.int8:
+            tensors["acts"] = acts = acts * tensors["row_scale"][:, None] * tensors["dim_std"] + tensors["dim_mean"]
+        low, high = torch.aminmax(acts.float())
+        if not (low.isfinite() and high.isfinite()):
+            raise Refuse(f"{path} has activations that are not finite: cache again, in bfloat16 or float32")
+        return tensors
+
+    def val(self):
+        """The held-out part: `tokens` [n, ctx] for a language model; `acts` and the true features for synthetic data."""
+        return read_tensors(self.folder / self.meta["val"]["file"], self.meta["val"]["checksum"])[0]

@@ -1,0 +1,6 @@
+"""topk = baseline with the TopK activation: the l0 highest pre-activations of a row, no penalty (Gao 2024)."""
+from sae import SAE
+
+
+class Variant(SAE):
+    activation = "topk"
