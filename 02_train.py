@@ -83,8 +83,6 @@ class Run:
         self.sae = self.cls(acts.d_in, self.steps, self.seed, **self.settings).to(device)
         self.sae.scale.fill_(acts.scale)
         self.opt = self.sae.make_optimizer()
-        for group in self.opt.param_groups:
-            group["base_lr"] = group["lr"]
         self.config |= {"identity": self.identity, "status": "training", "device": str(device), "versions": versions(), **git_state()}
         if not self.load_checkpoint():
             shutil.rmtree(self.folder / "eval", ignore_errors=True)      # of an older run of this name
@@ -138,14 +136,7 @@ class Run:
 
     def save_checkpoint(self):
         """All that the next step depends on, in one file: it is there whole or not at all."""
-        tensors = {f"sae.{k}": v for k, v in self.sae.state_dict().items()}
-        plain = {}
-        for index, state in self.opt.state_dict()["state"].items():
-            for key, value in state.items():
-                if torch.is_tensor(value):
-                    tensors[f"opt.{index}.{key}"] = value
-                else:
-                    plain[f"{index}.{key}"] = value
+        tensors, plain = pack(self.sae, self.opt)
         write_tensors(self.folder / "checkpoint.safetensors", tensors, {
             "identity": self.identity, "step": self.next_step, "seconds": self.seconds, "refused": self.refused,
             "refused_in_a_row": self.refused_in_a_row, "last": self.last, "plain": plain})
@@ -159,12 +150,7 @@ class Run:
         if meta["identity"] != self.identity:
             print(f"{self.name}: settings, data or code changed since it was interrupted; it starts over")
             return False
-        self.sae.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
-        state = {}
-        for key, value in [*((k[4:], v) for k, v in tensors.items() if k.startswith("opt.")), *meta["plain"].items()]:
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = value
-        self.opt.load_state_dict({"state": state, "param_groups": self.opt.state_dict()["param_groups"]})
+        unpack(self.sae, self.opt, tensors, meta["plain"])
         self.next_step, self.seconds, self.last = meta["step"], meta["seconds"], meta["last"]
         self.refused, self.refused_in_a_row = meta["refused"], meta["refused_in_a_row"]
         lines = (self.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -198,6 +184,26 @@ class Run:
             print(f"error: {self.name}: {self.failure}", file=sys.stderr)
 
 
+def pack(sae, opt):
+    """The state of an SAE and its optimizer as ({name: tensor}, {name: what is no tensor})."""
+    tensors, plain = {f"sae.{k}": v for k, v in sae.state_dict().items()}, {}
+    for index, state in opt.state_dict()["state"].items():
+        for key, value in state.items():
+            (tensors if torch.is_tensor(value) else plain)[f"opt.{index}.{key}"] = value
+    return tensors, plain
+
+
+def unpack(sae, opt, tensors, plain):
+    """Put back what pack() gave."""
+    sae.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
+    state = {}
+    for key, value in (tensors | plain).items():
+        if key.startswith("opt."):
+            index, name = key[4:].split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+    opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
+
+
 def train_step(sae, opt, x, check=False):
     """One optimizer step on normalised rows x [B, d_in] -> (Out, loss terms, whether the step was taken).
 
@@ -219,7 +225,7 @@ def train_step(sae, opt, x, check=False):
     stepped = sae.accept(sum(terms.values()))
     if stepped:
         for group in opt.param_groups:
-            group["lr"] = group["base_lr"] * sae.lr_scale()
+            group["lr"] = group.setdefault("base_lr", group["lr"]) * sae.lr_scale()
         sae.before_step(opt)
         stepped = bool(sae.stats["grad_norm"].isfinite())
     if stepped:

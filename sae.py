@@ -103,6 +103,7 @@ class SAE(nn.Module):
     sparsity_warmup = 0.2     # ... and comes down to `l0` over this fraction of the run
     sparsity_weight = 0.03    # relu, jumprelu: first weight of the penalty; a controller then moves it so that L0 stays at `l0`
     bandwidth = 0.5           # jumprelu: width of the kernel that stands in for the step's derivative
+    threshold_lr = 10.0       # jumprelu: learning rate of the thresholds over lr; at 1 they are too slow to hold L0
     aux_weight = 1 / 32       # dead latents reconstruct the residual (AuxK, Gao 2024)
     dead_after = 0.1          # dead: silent for this fraction of the run
 
@@ -158,7 +159,7 @@ class SAE(nn.Module):
     def build(self):
         """Add parameters and buffers. A variant calls super().build() first: same seed, same starting weights as its parent."""
         W_dec = unit(torch.randn(self.d_sae, self.d_in, generator=generator(self.seed, "W_dec")))
-        self.W_enc = nn.Parameter(W_dec.T.clone())                           # [d_in, d_sae]
+        self.W_enc = nn.Parameter(W_dec.T.contiguous())                      # [d_in, d_sae]
         self.W_dec = nn.Parameter(W_dec)                                     # [d_sae, d_in]
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(self.d_in))
@@ -176,7 +177,10 @@ class SAE(nn.Module):
             self.latents["log_threshold"] = (0, None)
 
     def make_optimizer(self):
-        return torch.optim.Adam(self.parameters(), lr=self.lr, betas=(0.9, 0.999), fused=True)
+        thresholds = [self.log_threshold] if self.activation == "jumprelu" else []
+        others = [p for p in self.parameters() if all(p is not t for t in thresholds)]
+        groups = [{"params": others}, *({"params": [t], "lr": self.threshold_lr * self.lr} for t in thresholds)]
+        return torch.optim.Adam(groups, lr=self.lr, betas=(0.9, 0.999), fused=True)
 
     @torch.no_grad()
     def init_from_data(self, x):
@@ -379,6 +383,21 @@ def load_variant(name):
     except Exception as e:
         raise Refuse(f"variants/{name}.py does not load: {type(e).__name__}: {e}", 5) from e
     return variant
+
+
+def load_run(folder):
+    """(SAE, config) of a finished run, the SAE in eval mode. Refuses if the variant's code is not the one that was trained."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    if config["status"] != "done":
+        raise Refuse(f"{folder} is not finished (status {config['status']}): run 02_train.py again", 5)
+    cls = load_variant(config["variant"])
+    if cls.code_checksum() != config["code_checksum"]:
+        raise Refuse(f"{folder}: the code of {config['variant']} changed since (what ran is in its code.py): train it again", 5)
+    sae = cls(config["d_in"], config["steps"], config["seed"], **config["settings"])
+    sae.load_state_dict(read_tensors(folder / "sae.safetensors", config["sae_checksum"])[0])
+    sae.step = sae.steps
+    return sae.eval(), config
 
 
 def variant_names():

@@ -8,3 +8,4 @@ from sae import SAE
 
 class Variant(SAE):
     activation = "batch_topk"
+    off = {"activation": "relu"}

@@ -4,3 +4,4 @@ from sae import SAE
 
 class Variant(SAE):
     activation = "jumprelu"
+    off = {"activation": "relu"}

@@ -4,3 +4,4 @@ from sae import SAE
 
 class Variant(SAE):
     activation = "topk"
+    off = {"activation": "relu"}

@@ -1,0 +1,19 @@
+import pytest
+import torch
+
+torch.use_deterministic_algorithms(True)        # as 02_train.py does on a CPU
+torch.set_num_threads(1)                        # bits depend on it, and toys are faster so
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes; run with -m slow")
+    config.addinivalue_line("markers", "gpu: needs CUDA")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Slow tests run when asked for by -m; GPU tests where there is a GPU."""
+    for item in items:
+        if "slow" in item.keywords and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="run with -m slow"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no GPU"))

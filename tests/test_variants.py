@@ -1,0 +1,162 @@
+"""Promises that every file in variants/ keeps, each on one short training that all checks of the variant share."""
+import functools
+import re
+
+import pytest
+import torch
+
+from sae import SAE, ROOT, docstring_line, load_variant, read_tensors, variant_names, write_tensors
+from toys import build, evaluate, mixture, steps, train, train_py
+
+NAMES = variant_names()
+CHILDREN = [n for n in NAMES if n != "baseline"]
+STEPS = 300
+
+
+@functools.cache
+def data():
+    return mixture()[0]
+
+
+@functools.cache
+def trained(name, **_):
+    """A trained variant, and the loss terms of every step."""
+    log = []
+    sae = train(name, data(), STEPS, each=lambda sae, out, terms: log.append({k: float(v) for k, v in terms.items()}))
+    return sae, log
+
+
+def parents(cls):
+    return [b for b in cls.__bases__ if issubclass(b, SAE)]
+
+
+@functools.cache
+def trained_parent(cls):
+    return train(cls, data(), STEPS)
+
+
+def rows():
+    return data()[-8192:]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_is_finite_and_falls(name):
+    sae, log = trained(name)
+    assert all(v == v and abs(v) < 1e6 for line in log for v in line.values())
+    recon = [line["recon"] for line in log]
+    assert sum(recon[-30:]) < sum(recon[:30])
+    assert all(p.isfinite().all() for p in sae.state_dict().values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_reconstructs_at_the_l0_it_was_asked_for(name):
+    sae, _ = trained(name)
+    ev, l0, acts = evaluate(sae, rows())
+    assert ev > 0.3
+    assert abs(l0 - sae.l0) < 0.1 * sae.l0
+    assert (acts > 0).any(0).float().mean() > 0.5            # fewer than half of the latents are dead
+
+
+@pytest.mark.parametrize("name", CHILDREN)
+def test_it_trains_differently_from_each_parent(name):
+    sae, _ = trained(name)
+    for parent in parents(type(sae)):
+        other = trained_parent(parent)
+        start, _ = build(parent, data(), STEPS)
+        assert (sae.W_dec - other.W_dec).norm() > 0.01 * (other.W_dec - start.W_dec).norm()
+
+
+@pytest.mark.parametrize("name", CHILDREN)
+def test_switched_off_it_is_its_parent_bit_for_bit(name):
+    cls = load_variant(name)
+    assert "off" in vars(cls), "a variant names the settings that switch its idea off: off = {...}"
+    off, parent = train(cls, data(), STEPS, **cls.off), trained_parent(parents(cls)[-1])
+    for key, value in parent.state_dict().items():
+        assert torch.equal(off.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_is_encoded_alone(name):
+    sae, _ = trained(name)
+    x = rows()[:512]
+    order = torch.randperm(512, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole, shuffled, few = sae(x), sae(x[order]), sae(x[:7])
+        assert torch.equal(whole.acts, sae(x).acts)           # deterministic
+    for a, b in ((whole.acts[order], shuffled.acts), (whole.acts[:7], few.acts), (whole.x_hat[order], shuffled.x_hat), (whole.x_hat[:7], few.x_hat)):
+        assert torch.allclose(a, b, atol=1e-4), (a - b).abs().max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_acts_are_sparse_and_not_negative(name):
+    sae, _ = trained(name)
+    acts = evaluate(sae, rows())[2]
+    assert acts.min() >= 0 and acts.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_the_latents_gives_the_reconstruction(name):
+    sae, _ = trained(name)
+    if type(sae).forward is not SAE.forward:
+        pytest.skip("it adds a path around the latents")
+    with torch.no_grad():
+        out = sae(rows()[:64])
+        assert torch.equal(sae.decode(out.acts), out.x_hat)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoder_rows_are_unit(name):
+    sae, _ = trained(name)
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(sae.d_sae), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_and_loaded_it_gives_the_same_bits(name, tmp_path):
+    sae, _ = trained(name)
+    write_tensors(tmp_path / "sae.safetensors", sae.state_dict())
+    again, _ = build(name, data(), STEPS, seed=1)             # another start: everything must come from the file
+    again.load_state_dict(read_tensors(tmp_path / "sae.safetensors")[0])
+    again.step = again.steps
+    again.eval()
+    with torch.no_grad():
+        a, b = sae(rows()[:64]), again(rows()[:64])
+    assert all(torch.equal(u, v) for u, v in zip(a, b))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stopped_and_resumed_it_gives_the_same_bits(name, tmp_path):
+    stop = STEPS // 2 + 7
+    first, opt = build(name, data(), STEPS)
+    steps(first, opt, data(), stop=stop)
+    tensors, plain = train_py.pack(first, opt)
+    write_tensors(tmp_path / "checkpoint.safetensors", tensors)
+    second, opt = build(name, data(), STEPS)
+    train_py.unpack(second, opt, read_tensors(tmp_path / "checkpoint.safetensors")[0], plain)
+    steps(second, opt, data(), start=stop)
+    straight, _ = trained(name)
+    for key, value in straight.state_dict().items():
+        assert torch.equal(second.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("name", CHILDREN)
+def test_the_first_docstring_line_names_parent_and_idea(name):
+    line = docstring_line(name)
+    assert re.fullmatch(rf"{name} = .+", line) and len(line) < 160
+    for parent in parents(load_variant(name)):
+        assert (parent.__module__.split(".")[-1] if parent is not SAE else "baseline") in line
+
+
+def test_a_setting_has_one_home():
+    """No two files introduce the same setting: a child may change a setting of its parents, not give it a second meaning."""
+    home = {}
+    for name in NAMES:
+        cls = load_variant(name)
+        inherited = set().union(*(b.settings() for b in parents(cls))) if cls is not SAE else set()
+        for key in set(cls.settings()) - inherited:
+            assert key not in home, f"{key}: in {home[key]} and in {name}"
+            home[key] = name
+
+
+def test_variants_hold_settings_and_methods_only():
+    for path in (ROOT / "variants").glob("*.py"):
+        assert not re.search(r"\b(pickle|torch\.load|eval\(|exec\(|except\b)", path.read_text()), path.name
