@@ -130,8 +130,8 @@ class SAE(nn.Module):
         return self.step / max(1, self.steps)
 
     def due(self, fraction):
-        """Whether something done once every `fraction` of the run is to be done after this step."""
-        return (self.step + 1) % max(1, round(fraction * self.steps)) == 0
+        """Whether something done once every `fraction` of the run is to be done after this step; never, if the fraction is 0."""
+        return fraction > 0 and (self.step + 1) % max(1, round(fraction * self.steps)) == 0
 
     def generator(self, salt=""):
         """A generator on the SAE's device for this step's random numbers."""
@@ -438,6 +438,31 @@ def parse_value(key, text, kind):
     if kind is str and re.fullmatch(r"\w[\w.-]*", text, re.ASCII):        # it becomes part of a folder's name
         return text
     raise Refuse(f"--set {key}={text}: want {kind.__name__}", 2)
+
+
+# ---- language models: where a hook sits ------------------------------------------------------------------------------------------
+
+
+def blocks_of(model, n_layers, name):
+    """The decoder layers: the outermost ModuleList with one entry per layer."""
+    lists = [(path.count("."), path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    if not lists:
+        raise Refuse(f"{name}: found no list of {n_layers} decoder layers, so there is nothing to hook")
+    return min(lists)[2]
+
+
+def hook_point(block, hook, name):
+    """The module of a decoder layer whose output is TransformerLens' hook_resid_post, hook_attn_out or hook_mlp_out."""
+    if hook == "resid_post":
+        return block
+    if hasattr(block, "post_feedforward_layernorm"):      # Gemma-2 and -3, OLMo-2: what is added to the stream is normed after the part
+        names = ["post_attention_layernorm" if hook == "attn_out" else "post_feedforward_layernorm"]
+    else:
+        names = ["self_attn", "attention", "attn"] if hook == "attn_out" else ["mlp"]
+    found = [getattr(block, n) for n in names if hasattr(block, n)]
+    if not found:
+        raise Refuse(f"--hook {hook}: {name}'s layers have none of {', '.join(names)}, only {', '.join(n for n, _ in block.named_children())}")
+    return found[0]
 
 
 # ---- files: written whole or not at all, and checked when read -------------------------------------------------------------------
