@@ -50,6 +50,7 @@ class Run:
     def __init__(self, variant, settings, seed, acts, steps, epochs):
         self.variant, self.cls, self.seed, self.steps = variant, load_variant(variant), seed, steps
         defaults = self.cls.settings()
+        self.cls.check({**defaults, **settings})
         self.settings = {k: v for k, v in settings.items() if v != defaults[k]}
         parts = [variant, *([acts.folder.name] if acts.folder.name != DEFAULT_ACTS else []),
                  *(f"{k}={v}" for k, v in sorted(self.settings.items())), f"s{seed}"]
@@ -80,18 +81,20 @@ class Run:
         """Take the folder, build the SAE, and load the checkpoint if this very run was interrupted."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = take_lock(self.folder)
-        self.sae = self.cls(acts.d_in, self.steps, self.seed, **self.settings).to(device)
-        self.sae.scale.fill_(acts.scale)
-        self.opt = self.sae.make_optimizer()
         self.config |= {"identity": self.identity, "status": "training", "device": str(device), "versions": versions(), **git_state()}
-        if not self.load_checkpoint():
-            shutil.rmtree(self.folder / "eval", ignore_errors=True)      # of an older run of this name
-            for name in ("sae.safetensors", "checkpoint.safetensors", "metrics.jsonl"):
-                (self.folder / name).unlink(missing_ok=True)
-            with self.blamed():
-                self.sae.init_from_data(sample(acts, self.sae.scale))
         write_file(self.folder / "code.py", self.cls.source().encode())
-        self.write_config()
+        with self.blamed():
+            self.sae = self.cls(acts.d_in, self.steps, self.seed, **self.settings).to(device)
+            self.sae.scale.fill_(acts.scale)
+            self.opt = self.sae.make_optimizer()
+            if not self.load_checkpoint():
+                shutil.rmtree(self.folder / "eval", ignore_errors=True)      # of an older run of this name
+                for name in ("sae.safetensors", "checkpoint.safetensors", "metrics.jsonl"):
+                    (self.folder / name).unlink(missing_ok=True)
+                x = sample(acts, self.sae.scale)
+                check_forward(self.sae, self.sae(x[:256]))
+                self.sae.init_from_data(x)
+            self.write_config()
 
     def write_config(self):
         write_json(self.folder / "config.json", self.config)
@@ -171,8 +174,6 @@ class Run:
         """What a variant does wrong ends its run alone, with the method and the line named."""
         try:
             yield
-        except (KeyboardInterrupt, torch.OutOfMemoryError):
-            raise
         except Exception as e:
             ours = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).parent in (ROOT / "variants", ROOT)
                     and Path(f.filename).name != "02_train.py"]
@@ -217,7 +218,8 @@ def train_step(sae, opt, x, check=False):
             out = sae(part)
             new = sae.losses(out)
         if check:
-            check_returns(sae, out, new)
+            check_forward(sae, out)
+            check_losses(new)
         (share * sum(new.values())).backward()
         terms = {k: terms.get(k, 0) + share * v.detach() for k, v in new.items()}
         outs.append(Out(*(t.detach() for t in out)))
@@ -235,8 +237,8 @@ def train_step(sae, opt, x, check=False):
     return out, terms, stepped
 
 
-def check_returns(sae, out, terms):
-    """Refuse, naming the method, if what a variant returns has the wrong shape or type, or is not finite."""
+def check_forward(sae, out):
+    """Refuse, naming the method, if what a variant's forward pass gives has the wrong shape or is not finite or negative."""
     rows = len(out.x)
     for method, tensor, shape in (("pre_acts", out.pre, (rows, sae.d_sae)), ("activate", out.acts, (rows, sae.d_sae)),
                                   ("decode", out.x_hat, (rows, sae.d_in))):
@@ -246,6 +248,10 @@ def check_returns(sae, out, terms):
             raise Refuse(f"{method}() returned numbers that are not finite")
     if out.acts.min() < 0:
         raise Refuse("activate() returned negative activations")
+
+
+def check_losses(terms):
+    """Refuse what losses() may not return."""
     if not isinstance(terms, dict) or "recon" not in terms:
         raise Refuse("losses() must return a dict of named scalars with 'recon' in it")
     for name, value in terms.items():
@@ -488,7 +494,9 @@ def main():
     if alive:
         print(f"{len(alive)} runs, {steps} steps of {batch_size} rows each, from one pass over {acts.folder} ({acts.rows:,} rows, {len(acts.shards)} shards)"
               + (f", {epochs} epochs" if epochs > 1 else ""))
+        reads = acts.reads
         train(alive, acts, plan, batch_size, device, args.checkpoint)
+        print(f"{acts.reads - reads} shards read for {len(alive)} runs")
     print(table(runs))
     return 5 if any(r.failure for r in runs) else 0
 

@@ -115,13 +115,7 @@ class SAE(nn.Module):
         self.latents = {}             # parameter or buffer -> (its latent axis, the value of a fresh latent or None)
         for name, value in settings.items():
             setattr(self, name, value)
-        for name, low, high in (("d_sae", 1, None), ("l0", 0, self.d_sae), ("lr", 0, None), ("batch_size", 1, None), ("micro_batches", 1, None),
-                                ("sparsity_start", 0, None), ("clip", 0, None), ("lr_warmup", 0, 1), ("lr_decay", 0, 1), ("dead_after", 0, 1)):
-            value = getattr(self, name)
-            if value < low or (high is not None and value > high) or (value == 0 and name in ("l0", "lr", "sparsity_start", "clip")):
-                raise Refuse(f"--set {name}={value}: want {'above' if low == 0 else 'at least'} {low}" + (f" and at most {high}" if high else ""), 2)
-        if self.activation not in ("relu", "topk", "batch_topk", "jumprelu"):
-            raise Refuse(f"--set activation={self.activation}: want relu, topk, batch_topk or jumprelu", 2)
+        self.check({k: getattr(self, k) for k in self.settings()})
         self.build()
 
     @property
@@ -310,9 +304,7 @@ class SAE(nn.Module):
         dead = self.dead().nonzero().flatten()
         if not len(dead):
             return out.x.new_zeros(())
-        pre = out.pre.index_select(1, dead)
-        if self.activation in ("topk", "batch_topk"):
-            pre = pre.relu()                      # elsewhere a dead latent's pre is negative and would get no gradient
+        pre = nn.functional.softplus(out.pre.index_select(1, dead))      # not relu: a dead latent's pre is mostly negative
         top = pre.topk(min(len(dead), max(1, self.d_in // 2)), sorted=False)
         acts = torch.zeros_like(pre).scatter(-1, top.indices, top.values)
         residual = (out.x - out.x_hat).detach()
@@ -320,9 +312,10 @@ class SAE(nn.Module):
         return left / residual.var(0, correction=0).mean().clamp_min(1e-12)
 
     @torch.no_grad()
-    def reset_latents(self, opt, which, directions, encoder=0.2):
+    def reset_latents(self, opt, which, directions, encoder=0.2, x=None):
         """Restart latents `which` (indices [n] or mask [d_sae]) at `directions` [n, d_in], and clear exactly their optimizer
-        moments. Their encoder columns get `encoder` times the mean norm of the others' (Bricken 2023)."""
+        moments. Their encoder columns get `encoder` times the mean norm of the others' (Bricken 2023). With normalised rows x they
+        fire at the wanted rate from the start; without, a ReLU latent's bias is 0, so that it fires on half of the rows."""
         which = which.nonzero().flatten() if which.dtype == torch.bool else which
         if not len(which):
             return
@@ -340,6 +333,56 @@ class SAE(nn.Module):
             for moment in opt.state.get(tensor, {}).values():
                 if torch.is_tensor(moment) and moment.shape == tensor.shape:
                     moment.index_fill_(axis, which, 0.0)
+        if x is not None and self.activation in ("relu", "jumprelu"):
+            cut = self.pre_acts(x)[:, which].kthvalue(round(len(x) * (1 - min(0.5, self.l0 / self.d_sae))), dim=0).values
+            if self.activation == "relu":
+                self.b_enc[which] -= cut
+            else:
+                self.log_threshold[which] = cut.clamp_min(1e-3).log()
+
+    # ---- SAELens' format -------------------------------------------------------------------------------------------------------------
+
+    def saelens_weights(self):
+        """(SAELens architecture, its weights for raw activations). A variant that SAELens has under another name overrides this."""
+        for method in ("forward", "pre_acts", "activate", "decode"):
+            if getattr(type(self), method) is not getattr(SAE, method):
+                raise Refuse(f"{type(self).__module__} overrides {method}(): SAELens has no such architecture")
+        weights = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc / self.scale, "b_dec": self.b_dec / self.scale}
+        if self.activation == "jumprelu":
+            return "jumprelu", weights | {"threshold": self.log_threshold.exp() / self.scale}
+        if self.activation == "batch_topk":                        # at inference a fixed threshold
+            return "jumprelu", weights | {"threshold": (self.threshold / self.scale).expand(self.d_sae)}
+        return {"relu": "standard", "topk": "topk"}[self.activation], weights
+
+    def to_saelens(self, folder, model_name=None, hook_name=None):
+        """Write `folder` so that sae_lens.SAE.load_from_disk(folder) gives these latents and reconstructions of raw activations."""
+        architecture, weights = self.saelens_weights()
+        config = {"architecture": architecture, "d_in": self.d_in, "d_sae": self.d_sae, "dtype": "float32", "device": "cpu",
+                  "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
+                  **({"k": round(self.l0), "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}),
+                  "metadata": {"sae_lens_version": "6.54.12", "model_name": model_name, "hook_name": hook_name}}
+        blob = safetensors.torch.save({k: v.detach().float().cpu().contiguous() for k, v in weights.items()})
+        write_file(Path(folder) / "sae_weights.safetensors", blob)
+        write_file(Path(folder) / "cfg.json", json.dumps(config, indent=1).encode())
+
+    @staticmethod
+    def from_saelens(folder):
+        """The SAE, in eval mode, of a folder in SAELens' format: architectures standard, topk and jumprelu without input normalisation."""
+        config = json.loads((Path(folder) / "cfg.json").read_text())
+        weights = safetensors.torch.load((Path(folder) / "sae_weights.safetensors").read_bytes())
+        architecture = config["architecture"]
+        if architecture not in ("standard", "topk", "jumprelu") or config.get("normalize_activations", "none") != "none":
+            raise Refuse(f"{folder}: architecture {architecture} with normalize_activations={config.get('normalize_activations')}: "
+                         "want standard, topk or jumprelu without normalisation")
+        if not config.get("apply_b_dec_to_input", True):
+            weights["b_enc"] = weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]
+        settings = {"activation": {"standard": "relu"}.get(architecture, architecture), "d_sae": config["d_sae"]}
+        sae = SAE(config["d_in"], 1, **settings, **({"l0": float(config["k"])} if architecture == "topk" else {}))
+        if architecture == "jumprelu":
+            weights["log_threshold"] = weights.pop("threshold").log()
+        sae.load_state_dict(weights, strict=False)
+        sae.step = sae.steps
+        return sae.eval()
 
     # ---- settings and sources -----------------------------------------------------------------------------------------------------
 
@@ -348,6 +391,17 @@ class SAE(nn.Module):
         """All settings with their defaults: the public bool, int, float and str attributes of the class chain, base first."""
         chain = {k: v for c in reversed(cls.__mro__) if issubclass(c, SAE) for k, v in vars(c).items()}
         return {k: getattr(cls, k) for k, v in chain.items() if type(v) in (bool, int, float, str) and not k.startswith("_")}
+
+    @staticmethod
+    def check(settings):
+        """Refuse settings that no run can have; `settings` has them all."""
+        for name, low, high in (("d_sae", 1, None), ("l0", 0, settings["d_sae"]), ("lr", 0, None), ("batch_size", 1, None), ("clip", 0, None),
+                                ("micro_batches", 1, None), ("sparsity_start", 0, None), ("lr_warmup", 0, 1), ("lr_decay", 0, 1), ("dead_after", 0, 1)):
+            value, above = settings[name], name in ("l0", "lr", "clip", "sparsity_start")
+            if value < low or (above and value == low) or (high is not None and value > high):
+                raise Refuse(f"--set {name}={value}: want {'above' if above else 'at least'} {low}" + ("" if high is None else f" and at most {high}"), 2)
+        if settings["activation"] not in ("relu", "topk", "batch_topk", "jumprelu"):
+            raise Refuse(f"--set activation={settings['activation']}: want relu, topk, batch_topk or jumprelu", 2)
 
     @classmethod
     def chain(cls):
@@ -405,9 +459,10 @@ def variant_names():
 
 
 def docstring_line(name):
-    """The first docstring line of a variant, `NAME = PARENT + what`."""
-    doc = SAE.__doc__ if name == "baseline" else ast.get_docstring(ast.parse((ROOT / "variants" / f"{name}.py").read_text()))
-    return "baseline = ReLU + L1 weighted by decoder norm" if name == "baseline" else (doc or "").split("\n")[0]
+    """The first docstring line of a variant, `NAME = PARENT + what`; read as text, so that a file that doesn't load is listed too."""
+    if name == "baseline":
+        return "baseline = ReLU + L1 weighted by the decoder's norm"
+    return (ROOT / "variants" / f"{name}.py").read_text().split("\n")[0].strip('"')
 
 
 def parse_settings(cls, pairs):
@@ -415,7 +470,7 @@ def parse_settings(cls, pairs):
     known, found = cls.settings(), {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
-        if not equals or not text:
+        if not key or not equals or not text:
             raise Refuse(f"--set {pair!r}: want name=value", 2)
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -515,7 +570,7 @@ def write_file(path, data):
         raise Refuse(f"disk full while writing {path}: free some space, then run the same command again" if full
                      else f"cannot write {path}: {e.strerror}", 4) from e
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             temporary.unlink()
 
 
@@ -595,11 +650,13 @@ class Acts:
             raise Refuse(f"{self.folder} is not finished: run the same 01_cache_acts.py again, it goes on where it stopped")
         self.d_in, self.rows, self.shards = self.meta["d_in"], self.meta["rows"], self.meta["shards"]
         self.scale = self.meta["scale"]
+        self.reads = 0                            # shards read so far
         self.checksum = checksum(json.dumps([s["checksum"] for s in self.shards]).encode())
 
     def shard(self, i):
         """The tensors of shard i, checked; activations in the dtype of the cache (int8 caches: float32)."""
         entry = self.shards[i]
+        self.reads += 1
         path = self.folder / entry["file"]
         tensors, _ = read_tensors(path, entry["checksum"])
         acts = tensors["acts"]
