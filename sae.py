@@ -93,7 +93,7 @@ class SAE(nn.Module):
     activation = "relu"       # relu | topk | batch_topk | jumprelu
     d_sae = 1024              # latents
     l0 = 16.0                 # average number of active latents per row that training ends at, for every activation
-    lr = 2e-3                 # Adam; good for runs of some hundred steps, 3e-4 is usual from 50 M tokens on
+    lr = 3e-3                 # Adam; good for runs of some hundred steps, 3e-4 is usual from 50 M tokens on
     lr_warmup = 0.05          # fraction of the run
     lr_decay = 0.2            # fraction of the run over which lr falls linearly to 0, at its end
     clip = 1.0                # gradient norm
