@@ -56,7 +56,7 @@ def test_a_local_model_from_text_to_plots(tmp_path):
         assert m["explained_variance"] == pytest.approx(config["final"]["explained_variance"], abs=0.1)
         assert (run / "code.py").stat().st_size > 10_000
     for variant in ("baseline", "topk"):
-        assert re.search(rf"\| *`?{variant}`? ", results), results
+        assert re.search(rf"^\| {variant}-m_l1-\S+ ", results, re.M), results
     for name in PLOTS:
         check_png(tmp_path / "plots" / name)
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("checkpoint.safetensors"))
