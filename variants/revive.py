@@ -1,0 +1,39 @@
+"""revive = baseline + dead latents restart where the reconstruction is worst (dead-latent revival; Bricken 2023).
+
+A latent that never fires gets no gradient from the rows. Every so often the silent ones start anew in the directions of this batch's
+residuals, rows drawn by their squared error as in Bricken, at most one a row; they fire at the wanted rate from the start. Costs nothing
+between restarts.
+"""
+import torch
+
+from sae import SAE
+
+
+class Variant(SAE):
+    revive_every = 0.2        # fraction of the run; nothing restarts in its last fifth, there would be no time to learn
+    revive_silent = 0.1       # a latent is revived if it was silent for this fraction of the run
+    revive_from = "error"     # error: residuals of badly reconstructed rows | random: random directions
+    revive_encoder = 1.0      # norm of a fresh encoder column over the others' mean; Bricken's 0.2 does not grow in a short run
+    off = {"revive_every": 0.0}
+    toy = {"revive_every": 0.5, "revive_silent": 0.0}       # no latent of the small test runs falls silent: there all restart once
+
+    def build(self):
+        super().build()
+        self.register_buffer("revived", torch.zeros(()))       # so far
+
+    def to_revive(self):
+        """Mask [d_sae] of the latents to restart now."""
+        return self.silent >= self.revive_silent * self.steps
+
+    @torch.no_grad()
+    def after_step(self, opt, out):
+        super().after_step(opt, out)
+        if self.due(self.revive_every) and self.progress < 0.8:
+            which, g = self.to_revive().nonzero().flatten()[:len(out.x)], self.generator("revive")
+            directions = torch.randn(len(which), self.d_in, generator=g, device=which.device)
+            if self.revive_from == "error" and len(which):
+                residual = (out.x - out.x_hat).float()
+                directions = residual[residual.pow(2).sum(-1).pow(2).multinomial(len(which), generator=g)]
+            self.reset_latents(opt, which, directions, self.revive_encoder, out.x)
+            self.revived += len(which)
+        self.stats["revived"] = self.revived
