@@ -36,7 +36,7 @@ import xxhash
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-from sae import FORMAT, Refuse, generator, read_json, run_script, write_file, write_json, write_tensors
+from sae import FORMAT, Refuse, blocks_of, generator, hook_point, language_model, read_json, run_script, write_file, write_json, write_tensors
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HOOKS = ("resid_post", "mlp_out", "attn_out")
@@ -477,10 +477,8 @@ class LanguageModel:
 
     def load(self):
         """Load the weights; returns what is known of the model only then."""
-        if getattr(self.config.get_text_config(), "attn_logit_softcapping", None):
-            self.extra["attn_implementation"] = "eager"                          # Gemma-2: transformers' sdpa leaves the soft cap out
         with hub_errors("model", self.path):
-            model = transformers.AutoModelForCausalLM.from_pretrained(self.path, dtype=DTYPES[self.model_dtype], **self.extra)
+            model = language_model(self.path, DTYPES[self.model_dtype], **self.extra)
         self.model = model.base_model.to(self.device).eval()
         self.points = [hook_point(block, self.hook, self.name) for block in blocks_of(self.model, self.n_layers, self.name)]
         return {"n_parameters": model.num_parameters()}
@@ -552,29 +550,6 @@ class LanguageModel:
 
 
 MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt")
-
-
-def blocks_of(model, n_layers, name):
-    """The decoder layers: the outermost ModuleList with one entry per layer."""
-    lists = [(path.count("."), path, m) for path, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_layers]
-    if not lists:
-        raise Refuse(f"{name}: found no list of {n_layers} decoder layers, so there is nothing to hook")
-    return min(lists)[2]
-
-
-def hook_point(block, hook, name):
-    """The module of a decoder layer whose output is TransformerLens' hook_resid_post, hook_attn_out or hook_mlp_out."""
-    if hook == "resid_post":
-        return block
-    if hasattr(block, "post_feedforward_layernorm"):      # Gemma-2 and -3, OLMo-2: what is added to the stream is normed after the part
-        names = ["post_attention_layernorm" if hook == "attn_out" else "post_feedforward_layernorm"]
-    else:
-        names = ["self_attn", "attention", "attn"] if hook == "attn_out" else ["mlp"]
-    found = [getattr(block, n) for n in names if hasattr(block, n)]
-    if not found:
-        there = ", ".join(n for n, _ in block.named_children())
-        raise Refuse(f"--hook {hook}: the layers of {name} have no {' or '.join(names)}, only {there}")
-    return found[0]
 
 
 HUB_ERRORS = {       # class in the chain of causes -> (what to say, exit code); the first that fits

@@ -498,6 +498,15 @@ def parse_value(key, text, kind):
 # ---- language models: where a hook sits ------------------------------------------------------------------------------------------
 
 
+def language_model(path, dtype, **extra):
+    """The causal language model of a hub name or folder, in eval mode."""
+    import transformers
+    config = transformers.AutoConfig.from_pretrained(path, **extra).get_text_config()
+    if getattr(config, "attn_logit_softcapping", None):
+        extra["attn_implementation"] = "eager"                   # Gemma-2: transformers' sdpa leaves the soft cap out
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **extra).eval()
+
+
 def blocks_of(model, n_layers, name):
     """The decoder layers: the outermost ModuleList with one entry per layer."""
     lists = [(path.count("."), path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
