@@ -39,7 +39,7 @@ from sae import (FORMAT, ROOT, SAE, Acts, Out, Refuse, checksum, docstring_line,
                  read_json, read_tensors, run_script, variant_names, write_file, write_json, write_tensors)
 
 DEFAULT_ACTS = "tiny"
-DEFAULT_VARIANTS = ["baseline", "topk", "batch_topk", "matryoshka"]
+DEFAULT_VARIANTS = ["baseline", "topk", "batch_topk", "matryoshka", "contrastive_r2", "adaptive_ortho_r1", "topk_ortho_r1", "zscore_r1", "hierarchical_r2"]
 SAMPLE_ROWS = 16_384          # rows that init_from_data sees
 REFUSED_IN_A_ROW = 10         # steps; then the run has failed
 

@@ -1,0 +1,654 @@
+"""Evaluate trained SAEs on held-out contexts: all runs of a cache share each pass of the language model.
+
+    python 03_eval.py                                            every finished run under runs/
+    python 03_eval.py runs/topk-s0 runs/topk-s1 --eval core      these runs, this evaluation
+    python 03_eval.py --controls                                 also what has learned nothing: untrained, random, PCA, mean
+
+Reads runs/NAME/{config.json, sae.safetensors, metrics.jsonl} (02_train.py), acts/NAME/{meta.json, val.safetensors} and the start of its
+first shard (01_cache_acts.py), and the language model. Writes
+    runs/NAME/eval/core.json           reconstruction, sparsity, the model's loss with the SAE spliced in, the truth if known, guards
+    runs/NAME/eval/rates.safetensors   how often each latent fires
+    runs/NAME/eval/features.json       for some latents the contexts in which they fire most
+    runs/controls-ACTS/KIND/eval/core.json
+A result that belongs to the same weights, activations and number of contexts is left alone (--force makes it again).
+"""
+import argparse
+import contextlib
+import json
+import math
+import platform
+import re
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from tqdm import tqdm
+
+from sae import (SAE, Acts, Refuse, blocks_of, checksum, generator, hook_point, language_model, load_run, read_json, read_tensors, run_script, unit,
+                 write_json, write_tensors)
+
+VERSION = 1                      # of the evaluations here; results of another one are made again
+SAMPLE_ROWS = 16_384             # training rows that PCA, the mean and the controls are fitted on
+DENSE = 0.1                      # a latent that fires on more than this share of rows is dense
+
+# What a guard calls invalid or doubtful. Published values are for SAEs with 16,384 latents and more; token counts are per latent here.
+UNTRAINED_TOKENS = 60            # training tokens per latent below which a run is not trained at all (1 M for 16,384 latents)
+SHORT_TOKENS = 300               # ... and below which it is too short for a claim (5 M for 16,384 latents)
+SAME_WEIGHTS = 0.99              # mean cosine of the decoder with its own start
+NOT_SPARSE = 0.1                 # L0 / d_sae; a code that uses more than this of the dictionary is not sparse ...
+NOT_SPARSE_SMALL = 0.25          # ... in a dictionary of fewer than SMALL latents
+SMALL = 1024
+DEAD = 0.1                       # share of latents that never fire
+SHRINKAGE = 0.9                  # ||x_hat|| / ||x||
+HELPS = 0.3                      # absorption: cosine with the parent from which on another latent stands in for the parent's
+PAIR_ROWS = 10                   # absorption: rows on which parent and child are both on, for a pair to count
+
+
+class Run:
+    """What is evaluated: a run of 02_train.py, or a control."""
+
+    def __init__(self, folder, sae, config):
+        self.folder, self.name, self.sae, self.config = folder, folder.name, sae, config
+
+
+# ---- the held-out data ------------------------------------------------------------------------------------------------------------
+
+
+class LanguageModel:
+    """The language model in fp32, read at the hook, and run again from there with other activations at the hook."""
+
+    def __init__(self, meta, device):
+        path = meta["model"]["path"]
+        local = Path(path).exists()
+        try:
+            self.model = language_model(path, torch.float32, **({} if local else {"revision": meta["model"]["revision"]})).to(device)
+        except (OSError, ValueError) as e:
+            raise Refuse(f"the language model {path} does not load: {str(e).strip().splitlines()[0]}", 4) from e
+        blocks = blocks_of(self.model.base_model, meta["model"]["n_layers"], path)
+        self.point = hook_point(blocks[meta["layer"]], meta["hook"], path)
+        self.earlier = list(blocks[:meta["layer"]])
+        self.path, self.vocab = path, self.model.get_output_embeddings().weight.shape[0]
+
+    @torch.no_grad()
+    def read(self, tokens, mask, logits=True):
+        """The clean pass over tokens [n, ctx]: the activations at the hook that count as rows, [rows, d_in].
+
+        As in the cache, BOS, padding (mask) and tokens of more than 10 x the median norm are no rows; no pass changes them."""
+        handles = [self.point.register_forward_hook(lambda module, args, out: setattr(self, "clean", first(out)))]
+        if self.earlier:
+            handles.append(self.earlier[-1].register_forward_hook(lambda module, args, out: setattr(self, "before", out)))
+        try:
+            out = (self.model if logits else self.model.base_model)(tokens, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        norm = self.clean.norm(dim=-1)
+        self.tokens, self.rows = tokens, mask & (norm <= 10 * norm[mask].median())
+        self.counts = self.rows[:, :-1] & self.rows[:, 1:]                    # predictions from a row, of a row
+        self.targets = tokens[:, 1:][self.counts]
+        if logits:
+            log_p = self.log_probs(out.logits)
+            self.p, self.clean_loss = log_p.exp(), self.loss(log_p)
+            self.negative_entropy = torch.linalg.vecdot(self.p, log_p).sum(dtype=torch.float64).item()
+        return self.clean[self.rows]
+
+    @torch.no_grad()
+    def splice(self, x):
+        """Loss and divergence from the clean pass, summed over the predictions, with x [rows, d_in] in place of the rows."""
+        hidden = self.clean.clone()
+        hidden[self.rows] = x
+        handle = self.point.register_forward_hook(lambda module, args, out: (hidden, *out[1:]) if isinstance(out, tuple) else hidden)
+        for block in self.earlier:
+            block.forward = lambda *args, **kwargs: self.before               # known from the clean pass
+        try:
+            log_q = self.log_probs(self.model(self.tokens, use_cache=False).logits)
+        finally:
+            handle.remove()
+            for block in self.earlier:
+                del block.forward
+        return self.loss(log_q), self.negative_entropy - torch.linalg.vecdot(self.p, log_q).sum(dtype=torch.float64).item()
+
+    def log_probs(self, logits):
+        return logits[:, :-1][self.counts].float().log_softmax(-1)
+
+    def loss(self, log_p):
+        return -log_p.gather(-1, self.targets[:, None]).sum(dtype=torch.float64).item()
+
+
+def first(out):
+    return out[0] if isinstance(out, tuple) else out
+
+
+class HeldOut:
+    """The held-out part of a cache in batches of rows; a language model reads them from `contexts` contexts (all, if None)."""
+
+    def __init__(self, acts, device, contexts=None):
+        self.acts, self.device = acts, device
+        self.val = acts.val()
+        self.model = LanguageModel(acts.meta, device) if acts.meta["source"] == "model" else None
+        self.n = n_contexts(acts, contexts)
+        sample = acts.shard(0)["acts"][:SAMPLE_ROWS].double()
+        self.sample, self.mean = sample.float(), sample.mean(0)
+        self.truth = None
+        if "truth" in acts.meta:
+            self.truth = Truth(read_tensors(acts.folder / acts.meta["truth"]["file"], acts.meta["truth"]["checksum"])[0], device)
+
+    def batches(self, description, logits=True):
+        """Yields (rows [n, d_in] float32, true features [n, n_features] or None, index of the first context)."""
+        logits_at_once = 2**28 if self.device.type == "cuda" else 2**22       # on a CPU small blocks are reused, large ones cost page faults
+        per_batch = max(1, logits_at_once // (self.val["tokens"].shape[1] * self.model.vocab)) if self.model else 4096
+        with tqdm(total=self.n, desc=description, unit="context" if self.model else "row", disable=None, mininterval=1) as bar:
+            for start in range(0, self.n, per_batch):
+                part = slice(start, min(start + per_batch, self.n))
+                tensors = {k: v[part].to(self.device) for k, v in self.val.items()}
+                if not self.model:
+                    yield tensors["acts"].float(), tensors.get("features"), start
+                elif tensors["mask"].any():
+                    yield self.model.read(tensors["tokens"].long(), tensors["mask"], logits), None, start
+                bar.update(part.stop - part.start)
+
+
+def n_contexts(acts, wanted):
+    """How many held-out contexts are used: `wanted`, or all; of synthetic data always all rows."""
+    there = acts.meta["val"]["contexts"]
+    return min(wanted or there, there) if acts.meta["source"] == "model" else there
+
+
+# ---- core: reconstruction, sparsity, the model's loss, the truth ----------------------------------------------------------------------
+
+
+def evaluate_core(held_out, runs, failures):
+    """Core metrics of all runs from one pass over the held-out data -> {run: {metrics, guards, rates, n_rows}}."""
+    data, scores, model = Data(held_out), {run: Score(run.sae, held_out) for run in runs}, held_out.model
+    for x, features, _ in held_out.batches("core"):
+        data.add(x)
+        if model:
+            data.language["ce_clean"] += model.clean_loss
+            data.language["predictions"] += len(model.targets)
+            for name, fill in (("zero", torch.zeros_like(x)), ("mean", held_out.mean.to(x).expand_as(x))):
+                ce, kl = model.splice(fill)
+                data.language[f"ce_{name}"] += ce
+                data.language[f"kl_{name}"] += kl
+        for run in alive(runs, failures):
+            with blamed(run, failures):
+                scores[run].add(x, features, model)
+    results, pca = {}, data.pca(held_out.sample)
+    for run in alive(runs, failures):
+        with blamed(run, failures):
+            metrics = {k: plain(v) for k, v in scores[run].metrics(data, pca).items()}
+            results[run] = {"metrics": metrics, "guards": guards(metrics, run, data, held_out.acts), "n_rows": data.n,
+                            "rates": scores[run].rates()}
+    return results
+
+
+class Data:
+    """What the metrics need to know of the rows themselves; sums in fp64."""
+
+    def __init__(self, held_out):
+        self.scale, self.d_in = held_out.acts.scale, held_out.acts.d_in
+        self.n, self.norm, self.sum, self.square = 0, 0.0, 0, 0
+        self.language = defaultdict(float)
+
+    def add(self, x):
+        exact = x.double()
+        self.n += len(x)
+        self.norm += exact.norm(dim=-1).sum().item()
+        self.sum = self.sum + exact.sum(0)
+        self.square = self.square + exact.T @ exact
+
+    @property
+    def total(self):
+        """Sum of squared distances to the mean."""
+        return (self.square.trace() - self.sum.square().sum() / self.n).item()
+
+    def pca(self, sample):
+        """Explained variance of the first 0, 1 ... d_in principal components of the training sample on these rows."""
+        sample = sample.to(self.sum)
+        mean = sample.mean(0)
+        axes = torch.linalg.eigh((sample - mean).T @ (sample - mean)).eigenvectors.flip(1)
+        cross = torch.outer(self.sum, mean)
+        about = self.square - cross - cross.T + self.n * torch.outer(mean, mean)
+        captured = ((about @ axes) * axes).sum(0).cumsum(0)
+        left = about.trace() - torch.cat([captured.new_zeros(1), captured])
+        return (1 - left / self.total).tolist()
+
+
+class Score:
+    """Sums over the held-out rows for one SAE."""
+
+    def __init__(self, sae, held_out):
+        self.sae, self.sums, self.fires = sae, defaultdict(float), torch.zeros(sae.d_sae, dtype=torch.float64, device=held_out.device)
+        self.truth = TruthScore(held_out.truth, sae) if held_out.truth else None
+
+    @torch.no_grad()
+    def add(self, x, features, model):
+        sae, s, whole = self.sae, self.sums, []
+        at = 0
+        for part in x.split(max(1, 2**26 // sae.d_sae)):                      # bounds the memory that [rows, d_sae] takes
+            out = sae(part * sae.scale)
+            x_hat, exact, on = out.x_hat / sae.scale, part.double(), out.acts > 0
+            guess = x_hat.double()
+            s["error"] += (exact - guess).square().sum().item()
+            s["dot"] += (exact * guess).sum().item()
+            s["norm"] += guess.norm(dim=-1).sum().item()
+            s["square"] += guess.square().sum().item()
+            s["cosine"] += torch.cosine_similarity(exact, guess, dim=-1).sum().item()
+            s["l1"] += (out.acts.sum(dtype=torch.float64) / sae.scale).item()
+            s["silent_rows"] += (~on.any(-1)).sum().item()
+            self.fires += on.sum(0)
+            if self.truth:
+                self.truth.add(on, features[at:at + len(part)] > 0)
+            at += len(part)
+            whole.append(x_hat)
+        if model:
+            ce, kl = model.splice(torch.cat(whole))
+            s["ce"] += ce
+            s["kl"] += kl
+
+    def rates(self):
+        return (self.fires / max(1, self.n)).float().cpu()
+
+    def metrics(self, data, pca):
+        self.n, s = data.n, self.sums
+        n, rate, l0 = data.n, self.fires / data.n, self.fires.sum().item() / data.n
+        dense = rate > DENSE
+        m = {"explained_variance": 1 - s["error"] / data.total, "mse": s["error"] / n / data.d_in, "cosine": s["cosine"] / n,
+             "l0": l0, "l1": s["l1"] / n, "l2_ratio": s["norm"] / data.norm, "slope": s["dot"] / max(s["square"], 1e-30),
+             "dead": (rate == 0).double().mean().item(), "dense": dense.double().mean().item(),
+             "dense_share": (rate[dense].sum() / max(l0, 1e-30)).item(), "silent_rows": s["silent_rows"] / n,
+             "decoder_max_cosine": max_cosine(self.sae.W_dec.detach()),
+             "decoder_norm_error": (self.sae.W_dec.detach().norm(dim=-1) - 1).abs().max().item(),
+             "explained_variance_zero": 1 - data.square.trace().item() / data.total,
+             "explained_variance_pca": pca[min(int(l0), data.d_in)] if math.isfinite(l0) else math.nan, "density": density(rate)}
+        if data.language:
+            tokens = data.language["predictions"]
+            m |= {k: v / tokens for k, v in data.language.items() if k != "predictions"}
+            m |= {"ce_sae": s["ce"] / tokens, "kl_sae": s["kl"] / tokens}
+            m["ce_recovered"] = (m["ce_zero"] - m["ce_sae"]) / (m["ce_zero"] - m["ce_clean"])
+            m["kl_recovered"] = 1 - m["kl_sae"] / m["kl_zero"]
+        return m | (self.truth.metrics() if self.truth else {})
+
+
+def max_cosine(W_dec, block=1024):
+    """Mean over latents of the highest cosine of its decoder row with another one's; never all pairs at once."""
+    rows, highest = unit(W_dec), []
+    for start in range(0, len(rows) if len(rows) > 1 else 0, block):
+        cosine = rows[start:start + block] @ rows.T
+        cosine.diagonal(start).fill_(-2.0)
+        highest.append(cosine.amax(-1))
+    return torch.cat(highest).mean().item() if highest else 0.0
+
+
+def density(rate, low=-6.0, width=0.25):
+    """Histogram of log10 firing rates: how many latents fall between edges; those that never fire stand apart."""
+    log = rate[rate > 0].log10().clamp(low, 0).cpu()
+    bins = round(-low / width)
+    counts = torch.histc(log.float(), bins, low, 0.0).long().tolist()
+    return {"log10_edges": [low + width * i for i in range(bins + 1)], "counts": counts, "silent": int((rate == 0).sum())}
+
+
+class Truth:
+    """The features that made synthetic data: directions, and which feature is the parent of which."""
+
+    def __init__(self, tensors, device):
+        self.dictionary = unit(tensors["dictionary"].float().to(device))                    # [n_features, d_in]
+        self.child = (tensors["parent"] >= 0).nonzero().flatten().to(device)                # of each (parent, child) pair
+        self.parent = tensors["parent"].to(device)[self.child].long()
+
+
+class TruthScore:
+    """How one SAE's latents agree with the true features, each of which has one latent by the best one-to-one matching."""
+
+    def __init__(self, truth, sae):
+        self.t = truth
+        cosine = truth.dictionary @ unit(sae.W_dec.detach()).T                              # [n_features, d_sae]
+        features, latents = linear_sum_assignment(cosine.abs().cpu().numpy(), maximize=True)
+        self.features, self.latents = (torch.as_tensor(i, device=cosine.device) for i in (features, latents))
+        self.mcc = cosine[self.features, self.latents].abs().mean().item()
+        self.coverage = (cosine.abs().amax(-1) > 0.9).double().mean().item()
+        latent_of = torch.full((len(cosine),), -1, device=cosine.device)
+        latent_of[self.features] = self.latents
+        has = latent_of[truth.parent] >= 0                                                  # a small dictionary can't match all
+        self.parent, self.child = truth.parent[has], truth.child[has]
+        self.parents, self.which = self.parent.unique(return_inverse=True)
+        self.main = latent_of[self.parents]                                                 # the parents' own latents
+        self.helps = (cosine[self.parents] > HELPS).scatter(1, self.main[:, None], False).float()
+        self.sums = defaultdict(int)
+
+    def add(self, on, true):
+        """on [n, d_sae]: latents that fire; true [n, n_features]: features that are on."""
+        fires, real, s = on[:, self.latents], true[:, self.features], self.sums
+        s["hit"] = s["hit"] + (fires & real).sum(0)
+        s["fired"] = s["fired"] + fires.sum(0)
+        s["real"] = s["real"] + real.sum(0)
+        silent = ~on[:, self.main]
+        absorbed = silent & (on.float() @ self.helps.T > 0)
+        both = true[:, self.parent] & true[:, self.child]
+        s["both"] = s["both"] + both.sum(0)
+        s["absorbed"] = s["absorbed"] + (both & absorbed[:, self.which]).sum(0)
+        s["parent"] = s["parent"] + true[:, self.parents].sum(0)
+        s["recalled"] = s["recalled"] + (true[:, self.parents] & ~silent).sum(0)
+
+    def metrics(self):
+        s = {k: v.double() for k, v in self.sums.items()}
+        seen, pairs, parents = s["real"] > 0, s["both"] >= PAIR_ROWS, s["parent"] > 0
+        mean = lambda values: values.mean().item() if len(values) else None
+        return {"mcc": self.mcc, "coverage": self.coverage, "f1": mean((2 * s["hit"] / (s["fired"] + s["real"]))[seen]),
+                "absorption": mean((s["absorbed"] / s["both"])[pairs]), "parent_recall": mean((s["recalled"] / s["parent"])[parents]),
+                "features_seen": int(seen.sum()), "pairs": int(pairs.sum())}
+
+
+def guards(m, run, data, acts):
+    """What makes a run's numbers invalid (fatal: it is left out of every comparison) or doubtful (warn), each with the number."""
+    config, sae, found = run.config, run.sae, []
+    settings, get = config["settings"], lambda key: math.nan if m.get(key) is None else m[key]
+
+    def flag(bad, guard, level, message):
+        if bad:
+            found.append({"id": guard, "level": level, "message": message})
+
+    ev, l0, d_sae = get("explained_variance"), get("l0"), sae.d_sae
+    not_finite = [k for k, v in m.items() if v is None and k not in ("absorption", "f1", "parent_recall")]
+    flag(l0 == 0 or get("silent_rows") > 0.5, "G01", "fatal", f"degenerate: L0 {l0:.3g}, no latent fires on {get('silent_rows'):.0%} of rows")
+    flag(ev <= 0, "G02", "fatal", f"worse than the mean: explained variance {ev:.3f}")
+    flag(abs(ev - m["explained_variance_zero"]) < 0.02 or get("l2_ratio") < 0.1, "G03", "fatal",
+         f"zero output: explained variance {ev:.3f}, that of zero {m['explained_variance_zero']:.3f}, l2 ratio {get('l2_ratio'):.3f}")
+    flag(not_finite or not all(v.isfinite().all() for v in sae.state_dict().values()), "G04", "fatal",
+         f"not finite: {', '.join(not_finite) or 'weights'}")
+    per_latent = config["steps"] * settings["batch_size"] / d_sae
+    flag(per_latent < UNTRAINED_TOKENS, "G05", "fatal", f"untrained: {config['steps']} steps, {per_latent:.0f} tokens per latent")
+    flag(UNTRAINED_TOKENS <= per_latent < SHORT_TOKENS, "G05", "warn", f"short run: {per_latent:.0f} tokens per latent")
+    start = type(sae)(sae.d_in, sae.steps, sae.seed, **settings).W_dec.detach().to(sae.W_dec.device)
+    moved = torch.cosine_similarity(start, sae.W_dec.detach(), dim=-1).mean().item()
+    flag(moved > SAME_WEIGHTS, "G06", "fatal", f"no learning: mean cosine of the decoder with its start {moved:.3f}")
+    log = training_log(run.folder)
+    stuck = len(log) >= 10 and len({line["loss"] for line in log[-10:]}) == 1
+    flag(stuck, "G06", "fatal", f"no learning: the same loss {log[-1]['loss'] if stuck else 0} in the last 10 logs")
+    flag(abs(l0 / d_sae - 0.5) < 0.05 and abs(get("cosine")) < 0.05, "G07", "fatal",
+         f"untrained ReLU: L0 is {l0 / d_sae:.2f} of d_sae, cosine {get('cosine'):.3f}")
+    share = NOT_SPARSE if d_sae >= SMALL else NOT_SPARSE_SMALL
+    flag(l0 > sae.d_in / 2 or l0 > share * d_sae, "G08", "fatal", f"not sparse: L0 {l0:.1f} of {d_sae} latents in {sae.d_in} dimensions")
+    flag(ev <= get("explained_variance_pca"), "G08", "fatal",
+         f"no better than PCA: explained variance {ev:.3f}, {int(l0) if l0 == l0 else 0} components {get('explained_variance_pca'):.3f}")
+    differs = [k for k in ("model", "layer", "hook_name") if k in config and config[k] != acts.meta[k]]
+    flag(differs, "G10", "fatal", f"mismatch: trained on another {', '.join(differs)}")
+    flag(not differs and config.get("acts_checksum", acts.checksum) != acts.checksum, "G10", "warn",
+         "the cache has changed or grown since training")
+    flag(m["dead"] > DEAD, "G18", "warn", f"dead: {m['dead']:.0%} of latents never fire on {data.n} rows")
+    flag(m["dense_share"] > 0.2 or m["dense"] > 0.01, "G19", "warn",
+         f"dense: {m['dense']:.1%} of latents fire on more than {DENSE:.0%} of rows and make {m['dense_share']:.0%} of L0")
+    usual = data.norm / data.n * data.scale / data.d_in ** 0.5
+    flag(not 0.95 < usual < 1.05, "G20", "warn", f"held-out rows differ from the training rows: mean norm {usual:.3f} of theirs")
+    flag(m["decoder_norm_error"] > 1e-4, "G23", "warn", f"decoder rows are not unit: off by up to {m['decoder_norm_error']:.2g}")
+    flag(get("l2_ratio") < SHRINKAGE or get("slope") > 1.05, "G24", "warn", f"shrinkage: l2 ratio {get('l2_ratio'):.3f}, slope {get('slope'):.3f}")
+    late = [line for line in log if line["step"] > 0.5 * config["steps"]]
+    for name in sorted({k for line in late for k in line if k.startswith("ratio_")}):
+        values = [line[name] for line in late if line.get(name) is not None]
+        ratio = sum(values) / len(values) if values else math.nan
+        flag(ratio > 1, "G27", "warn", f"{name[6:]} dominates: {ratio:.2g} x the reconstruction error")
+        flag(ratio < 0.01 and name not in ("ratio_aux", "ratio_sparsity"), "G27", "warn",
+             f"{name[6:]} is inactive: {ratio:.2g} x the reconstruction error")
+    flag(get("ce_recovered") < 0 or get("kl_recovered") < 0, "G34", "fatal",
+         f"worse than zero ablation: CE recovered {get('ce_recovered'):.3f}, KL recovered {get('kl_recovered'):.3f}")
+    return found
+
+
+def training_log(folder):
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# ---- features: what latents fire on -----------------------------------------------------------------------------------------------------
+
+
+def evaluate_features(held_out, runs, failures, n_latents=20, n_contexts=8, before=16, after=4):
+    """For random latents that fire: the contexts in which each fires most, the token marked << >>, and the tokens that its decoder
+    direction promotes through the unembedding (the final norm left out). Only of a language model, and of runs, not of controls."""
+    runs = [r for r in runs if "control" not in r.config]
+    if not held_out.model or not runs:
+        return {}
+    import transformers
+    tokenizer = transformers.AutoTokenizer.from_pretrained(held_out.model.path)
+    chosen, rates, best, where = {}, {}, {}, {}
+    for run in runs:
+        with blamed(run, failures):
+            tensors, meta = read_tensors(run.folder / "eval" / "rates.safetensors")
+            if meta["sae_checksum"] != run.config["sae_checksum"]:
+                raise Refuse(f"{run.folder}/eval/rates.safetensors is of other weights: run --eval core first")
+            rates[run], firing = tensors["rate"], tensors["rate"].nonzero().flatten()
+            chosen[run] = firing[torch.randperm(len(firing), generator=generator("features", run.name))[:n_latents]].sort().values
+            best[run] = torch.zeros(held_out.n, len(chosen[run]))
+            where[run] = torch.zeros(held_out.n, len(chosen[run]), dtype=torch.long)
+    for x, _, start in held_out.batches("features", logits=False):
+        rows = held_out.model.rows
+        for run in alive(runs, failures):
+            with blamed(run, failures), torch.no_grad():
+                sae, pick = run.sae, chosen[run].to(x.device)
+                acts = torch.cat([sae(part * sae.scale).acts[:, pick] for part in x.split(max(1, 2**26 // sae.d_sae))]) / sae.scale
+                full = acts.new_zeros(*rows.shape, len(pick))
+                full[rows] = acts
+                top = full.max(1)
+                best[run][start:start + len(full)], where[run][start:start + len(full)] = top.values.cpu(), top.indices.cpu()
+    tokens, text = held_out.val["tokens"], lambda ids: tokenizer.decode(ids)
+    unembed = held_out.model.model.get_output_embeddings().weight.detach()
+    results = {}
+    for run in alive(runs, failures):
+        latents = []
+        for i, latent in enumerate(chosen[run].tolist()):
+            contexts = []
+            for c in best[run][:, i].topk(min(n_contexts, held_out.n)).indices.tolist():
+                at, row = where[run][c, i].item(), tokens[c]
+                if best[run][c, i] > 0:
+                    contexts.append({"activation": best[run][c, i].item(), "token": text(row[at:at + 1]),
+                                     "text": f"{text(row[max(0, at - before):at])}<<{text(row[at:at + 1])}>>{text(row[at + 1:at + 1 + after])}"})
+            promoted = (unembed @ run.sae.W_dec[latent].detach()).topk(8).indices.tolist()
+            latents.append({"latent": latent, "rate": rates[run][latent].item(), "promotes": [text([t]) for t in promoted],
+                            "contexts": contexts})
+        results[run] = {"latents": latents}
+    return results
+
+
+EVALS = {"core": evaluate_core, "features": evaluate_features}     # name -> f(held_out, runs, failures) -> {run: part of its JSON file}
+
+
+# ---- controls ---------------------------------------------------------------------------------------------------------------------------
+
+
+def controls(acts, runs):
+    """SAEs that have learned nothing, as wide and as sparse as the runs (median of their L0 on training rows), to be evaluated as they are.
+
+    untrained: the start of the base with ReLU; random: random directions, the encoder their transpose, TopK; pca: that many principal
+    components, a latent for either sign of each; mean: the mean of the training rows. Seed 0."""
+    device = runs[0].sae.b_dec.device
+    sample = acts.shard(0)["acts"][:SAMPLE_ROWS].to(device).float() * acts.scale
+    with torch.no_grad():
+        l0s = [sum((r.sae(part).acts > 0).sum().item() for part in sample[:4096].split(512)) / len(sample[:4096]) for r in runs]
+        l0 = max(1, round(torch.tensor(l0s).median().item()))
+        d_sae, mean = int(torch.tensor([r.sae.d_sae for r in runs]).median()), sample.mean(0)
+        rank = min(l0, acts.d_in)
+        plans = {"untrained": dict(activation="relu", d_sae=d_sae, l0=float(l0)), "random": dict(activation="topk", d_sae=d_sae, l0=float(l0)),
+                 "pca": dict(activation="relu", d_sae=2 * rank, l0=float(rank)), "mean": dict(activation="relu", d_sae=1, l0=1.0)}
+        made = []
+        for kind, settings in plans.items():
+            sae = SAE(acts.d_in, 0, 0, **settings).to(device)
+            sae.scale.fill_(acts.scale)
+            sae.b_dec.copy_(mean)
+            if kind == "untrained":
+                sae.init_from_data(sample)
+            if kind == "pca":
+                centred = (sample - mean).double()
+                axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :rank].T.to(sample)
+                sae.W_dec.copy_(torch.cat([axes, -axes]))
+                sae.W_enc.copy_(sae.W_dec.T)
+            if kind == "mean":
+                sae.W_dec.zero_()
+                sae.W_enc.zero_()
+            weights = b"".join(v.cpu().numpy().tobytes() for v in sae.state_dict().values())
+            config = {"control": kind, "steps": 0, "seed": 0, "d_in": acts.d_in, "settings": {**SAE.settings(), **settings},
+                      "sae_checksum": checksum(weights)}
+            made.append(Run(Path("runs") / f"controls-{acts.folder.name}" / kind, sae.eval(), config))
+    return made
+
+
+# ---- results ----------------------------------------------------------------------------------------------------------------------------
+
+
+def envelope(name, run, acts, contexts):
+    """What a result belongs to; a result whose envelope differs in any of these is made again."""
+    return {"eval": name, "version": VERSION, "run": run.name, "control": "control" in run.config, "sae_checksum": run.config["sae_checksum"],
+            "acts": acts.folder.name, "acts_checksum": acts.checksum, "model": acts.meta["model"], "layer": acts.meta["layer"],
+            "hook_name": acts.meta["hook_name"], "d_in": acts.d_in, "d_sae": run.sae.d_sae, "contexts": contexts}
+
+
+def stored(name, run, acts, contexts):
+    """The result in the run's folder if it is this very one, else None."""
+    with contextlib.suppress(Refuse):
+        result = read_json(run.folder / "eval" / f"{name}.json")
+        if all(result.get(k) == v for k, v in envelope(name, run, acts, contexts).items()):
+            return result
+
+
+def plain(value):
+    """A metric as strict JSON takes it: what is not finite is null (and guard G04)."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def alive(runs, failures):
+    return [r for r in runs if r.folder not in failures]
+
+
+@contextlib.contextmanager
+def blamed(run, failures):
+    """What goes wrong with one run ends its evaluation alone."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:
+        failures[run.folder] = str(e) if isinstance(e, Refuse) else f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}"
+        print(f"error: {run.folder}: {failures[run.folder]}", file=sys.stderr)
+
+
+def find_runs(folders):
+    """Folders of runs: those given, or all under runs/."""
+    found = [Path(f) for f in folders] or sorted(p.parent for p in Path("runs").glob("*/config.json"))
+    if not found:
+        raise Refuse("no runs under runs/: run 02_train.py first")
+    for folder in found:
+        if not (folder / "config.json").exists():
+            raise Refuse(f"{folder} has no config.json, so it is not a run", 2)
+    return list(dict.fromkeys(found))
+
+
+def load(folders, device, failures):
+    """The finished runs of `folders`; the others are named, with the reason."""
+    runs = []
+    for folder in folders:
+        try:
+            config = read_json(folder / "config.json")
+            if config["status"] != "done":
+                print(f"{folder}: skipped, " + (f"failed: {config['reason']}" if config["status"] == "failed" else "its training is not finished"))
+                continue
+            runs.append(Run(folder, *load_run(folder)))
+            runs[-1].sae.to(device)
+        except Refuse as e:
+            failures[folder] = str(e)
+            print(f"error: {e}", file=sys.stderr)
+    return runs
+
+
+def evaluate(acts, runs, names, force, contexts, device, failures):
+    """Make the results that are not there yet, one pass over the held-out data per evaluation for all runs."""
+    n = n_contexts(acts, contexts)
+    todo = {name: [r for r in runs if force or not stored(name, r, acts, n)] for name in names}
+    if not any(todo.values()):
+        return
+    held_out = HeldOut(acts, device, contexts)
+    for name in names:
+        started = time.perf_counter()
+        results = EVALS[name](held_out, alive(todo[name], failures), failures) if todo[name] else {}
+        seconds = time.perf_counter() - started
+        for run, result in results.items():
+            if "rates" in result:
+                meta = {"sae_checksum": run.config["sae_checksum"], "rows": result["n_rows"]}
+                write_tensors(run.folder / "eval" / "rates.safetensors", {"rate": result.pop("rates")}, meta)
+            write_json(run.folder / "eval" / f"{name}.json", {**envelope(name, run, acts, n), "seconds": seconds, "shared_by": len(results),
+                                                              "versions": versions(), **result})
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            **({"transformers": sys.modules["transformers"].__version__} if "transformers" in sys.modules else {})}
+
+
+COLUMNS = [("L0", "l0", ".2f"), ("expl.var", "explained_variance", ".4f"), ("cosine", "cosine", ".4f"), ("l2ratio", "l2_ratio", ".3f"),
+           ("dead", "dead", ".1%"), ("CE rec.", "ce_recovered", ".4f"), ("KL", "kl_sae", ".4f"), ("MCC", "mcc", ".3f"), ("F1", "f1", ".3f"),
+           ("absorb.", "absorption", ".3f")]
+
+
+def table(runs, acts, contexts):
+    """One line per run and control with a core result: its metrics and the guards that fired (! where they make it invalid)."""
+    results = [(run, stored("core", run, acts, contexts)) for run in runs]
+    results = [(run, r) for run, r in results if r]
+    columns = [c for c in COLUMNS if any(c[1] in r["metrics"] for _, r in results)]
+    width = max([3, *(len(label(run)) for run, _ in results)])
+    lines = [f"{'run':{width}}" + "".join(f"  {title:>8}" for title, *_ in columns) + "  guards"]
+    for run, r in results:
+        cells = (r["metrics"].get(key) for _, key, _ in columns)
+        fired = " ".join(dict.fromkeys(g["id"] + "!" * (g["level"] == "fatal") for g in r["guards"])) or "-"
+        shown = "".join(f"  {'-' if v is None else format(v, spec):>8}" for v, (_, _, spec) in zip(cells, columns))
+        lines.append(f"{label(run):{width}}{shown}  {fired}")
+    fatal = [f"{label(run)}: invalid, {g['id']} {g['message']}" for run, r in results if "control" not in run.config
+             for g in r["guards"] if g["level"] == "fatal"]
+    return "\n".join(lines + fatal)
+
+
+def label(run):
+    return f"control: {run.name}" if "control" in run.config else run.name
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("runs", nargs="*", help="folders (default: all under runs/)")
+    p.add_argument("--eval", nargs="+", choices=EVALS, default=list(EVALS), help="which evaluations (default: all)")
+    p.add_argument("--controls", action="store_true", help="evaluate what has learned nothing as well, as wide and sparse as the runs")
+    p.add_argument("--contexts", type=count, metavar="N", help="held-out contexts to use (default: all)")
+    p.add_argument("--force", action="store_true", help="evaluate again what is there already")
+    p.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    args = p.parse_args()
+    device = pick_device(args.device)
+
+    failures = {}
+    runs = load(find_runs(args.runs), device, failures)
+    for name in dict.fromkeys(r.config["acts"] for r in runs):
+        acts = Acts(Path("acts") / name)
+        group = [r for r in runs if r.config["acts"] == name]
+        for run in [r for r in group if r.sae.d_in != acts.d_in]:
+            failures[run.folder] = f"trained on rows of {run.sae.d_in}, {acts.folder} has rows of {acts.d_in} (G10)"
+            print(f"error: {run.folder}: {failures[run.folder]}", file=sys.stderr)
+        group = alive(group, failures)
+        group += controls(acts, group) if args.controls and group else []
+        evaluate(acts, group, args.eval, args.force, args.contexts, device, failures)
+        n = n_contexts(acts, args.contexts)
+        print(f"\n{acts.folder}, {n} held-out {'contexts' if acts.meta['source'] == 'model' else 'rows'}\n{table(group, acts, n)}")
+    return 5 if failures else 0
+
+
+def count(text):
+    if not re.fullmatch(r"\d+(_\d+)*", text, re.ASCII) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"want a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def pick_device(name):
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name) or (name.startswith("cuda") and not torch.cuda.is_available()):
+        raise Refuse(f"--device {name}: want cpu, or cuda where there is a GPU", 2)
+    return torch.device(name)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,219 @@
+"""Promises of 04_plot.py: it reads run folders alone, its numbers are those of the JSON files, gaps are words, invalid runs stay out."""
+import contextlib
+import importlib
+import io
+import json
+import statistics
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sae import ROOT, Refuse, write_json, write_tensors
+
+sys.path.insert(0, str(ROOT))
+plot = importlib.import_module("04_plot")
+SETTINGS = {"activation": "topk", "d_sae": 64, "l0": 4.0, "batch_size": 100, "lr": 1e-3}
+
+
+def run(root, variant, seed=0, acts="tiny", status="done", parents=("baseline",), steps=100, log=True, **settings):
+    """A run folder as 02_train.py leaves it, without an evaluation."""
+    parts = [variant, *([acts] if acts != "tiny" else []), *(f"{k}={v}" for k, v in settings.items()), f"s{seed}"]
+    folder = root / "-".join(parts)
+    write_json(folder / "config.json", {"name": folder.name, "variant": variant, "parents": list(parents) if variant != "baseline" else [], "acts": acts,
+                                        "seed": seed, "steps": steps, "settings": SETTINGS | settings, "status": status, "sae_checksum": f"{folder.name}",
+                                        **({"reason": "it broke"} if status == "failed" else {})})
+    if log:
+        lines = [{"step": s, "tokens": 100 * s, "loss_recon": 1 / s, "l0": 4.0, "explained_variance": 1 - 1 / s, "dead": 0.0} for s in range(1, 101)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def evaluated(folder, guards=(), acts="tiny", rates=True, checksum=None, contexts=100, **metrics):
+    """Its core result, and rates."""
+    counts = [0] * 23 + [64]
+    m = {"l0": 4.0, "explained_variance": 0.8, "dead": 0.0, "density": {"log10_edges": [-6 + 0.25 * i for i in range(25)], "counts": counts, "silent": 0}}
+    m |= {"ce_recovered": 0.9, "kl_sae": 0.1} if acts == "tiny" else {"mcc": 0.7, "f1": 0.6, "absorption": 0.3}
+    m |= metrics
+    said = checksum or folder.name
+    write_json(folder / "eval" / "core.json", {"eval": "core", "run": folder.name, "acts": acts, "sae_checksum": said, "contexts": contexts, "metrics": m,
+                                               "guards": [{"id": g, "level": level, "message": "because"} for g, level in guards]})
+    if rates:
+        write_tensors(folder / "eval" / "rates.safetensors", {"rate": torch.linspace(0, 0.3, 64)}, {"sae_checksum": said, "rows": 1000})
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs"
+
+
+def draw(*flags, png=False):
+    """04_plot.py in this folder -> (printed text, rows of results.md: {run: {column: cell}}). png: write the figures too, which takes seconds."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(sys, "argv", ["04_plot.py", *flags])
+        if not png:
+            patch.setattr(plot, "save", lambda figure, path: plot.plt.close(figure))
+        plot.main()
+    folder = flags[flags.index("--out") + 1] if "--out" in flags else "plots"
+    rows = {}
+    for line in open(f"{folder}/results.md").read().splitlines():
+        cells = [c.strip() for c in line.strip("|").split("|")]
+        if line.startswith("| run |"):
+            header = cells
+        elif line.startswith("| "):
+            rows[cells[0]] = dict(zip(header, cells))
+    for name in ("pareto", "training_curves", "feature_usage") if png else ():
+        with open(f"{folder}/{name}.png", "rb") as f:
+            assert f.read(8) == b"\x89PNG\r\n\x1a\n"
+    return out.getvalue(), rows
+
+
+def test_the_tables_numbers_are_those_of_the_files(here):
+    ours, theirs = [0.81, 0.83, 0.88], [0.80, 0.80, 0.82]
+    for seed, (a, b) in enumerate(zip(ours, theirs)):
+        evaluated(run(here, "idea", seed, parents=["topk"]), explained_variance=a, l0=4.1)
+        evaluated(run(here, "baseline", seed), explained_variance=b)
+    text, rows = draw()
+    row = rows["idea"]
+    assert row["EV"] == f"{statistics.mean(ours):.4f} +- {statistics.stdev(ours):.4f}" and row["seeds"] == "3" and row["L0"] == "4.10 +- 0.00"
+    deltas = [a - b for a, b in zip(ours, theirs)]
+    assert row["EV - baseline"] == f"{statistics.mean(deltas):+.4f} +- {statistics.stdev(deltas):.4f} (n=3)"
+    assert row["EV - parent"] == "-" and rows["baseline"]["EV - baseline"] == ""
+    assert row["EV"] in text and row["EV - baseline"] in text
+
+
+def test_differences_pair_the_same_seed_only(here):
+    evaluated(run(here, "baseline", 0), explained_variance=0.5)
+    evaluated(run(here, "baseline", 7), explained_variance=0.1)
+    evaluated(run(here, "idea", 0), explained_variance=0.6)
+    evaluated(run(here, "idea", 1), explained_variance=0.9)
+    assert draw()[1]["idea"]["EV - baseline"] == "+0.1000 (n=1)"
+
+
+@pytest.mark.parametrize("l0, said", [(4.19, "+0.1000 (n=1)"), (4.3, "L0 differs")])
+def test_runs_are_compared_at_the_same_l0_only(here, l0, said):
+    evaluated(run(here, "baseline"), explained_variance=0.5)
+    evaluated(run(here, "idea"), explained_variance=0.6, l0=l0)
+    assert draw()[1]["idea"]["EV - baseline"] == said
+
+
+def test_of_several_baselines_the_one_at_the_same_l0_and_settings_counts(here):
+    evaluated(run(here, "baseline"), explained_variance=0.5)
+    evaluated(run(here, "baseline", lr=0.01), explained_variance=0.3)
+    evaluated(run(here, "baseline", l0=8.0), explained_variance=0.7, l0=8.0)
+    evaluated(run(here, "idea", l0=8.0), explained_variance=0.75, l0=8.1)
+    evaluated(run(here, "idea", lr=0.01), explained_variance=0.5)
+    rows = draw()[1]
+    assert rows["idea-l0=8.0"]["EV - baseline"] == "+0.0500 (n=1)" and rows["idea-lr=0.01"]["EV - baseline"] == "+0.2000 (n=1)"
+
+
+def test_invalid_runs_are_marked_and_stay_out_of_means_differences_and_figures(here):
+    evaluated(run(here, "baseline", 0), explained_variance=0.5)
+    evaluated(run(here, "idea", 0), explained_variance=0.6)
+    evaluated(run(here, "idea", 1), explained_variance=-5.0, guards=[("G02", "fatal")])
+    evaluated(run(here, "void", 0), explained_variance=0.99, guards=[("G08", "fatal"), ("G24", "warn")])
+    text, rows = draw()
+    assert rows["idea"]["EV"] == "0.6000" and "1 of 2 left out as invalid: G02" in rows["idea"]["guards"]
+    assert rows["void"]["guards"] == "INVALID G08; warns G24" and rows["void"]["EV - baseline"] == "-"
+    assert "void-s0 is invalid: G08 because." in text
+    shown = figures(here)
+    assert "void" not in [t.get_text() for t in shown["pareto"].legends[0].get_texts()]
+    for axis in shown["pareto"].axes:
+        low, high = axis.get_ylim()
+        assert low > 0 and high < 0.99
+
+
+def figures(here):
+    """The figures before they are written, by name."""
+    runs, controls = plot.find_runs([])
+    caches = {acts: ([r for r in runs if r.acts == acts], [c for c in controls if c.acts == acts]) for acts in dict.fromkeys(r.acts for r in runs)}
+    kept = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot, "save", lambda figure, path: (plot.plt.close(figure), kept.update({path: figure})))
+        for name, f in (("pareto", plot.draw_pareto), ("training", plot.draw_training), ("usage", plot.draw_usage)):
+            f(caches, plot.looks(runs), name)
+    return kept
+
+
+def test_gaps_are_words(here):
+    run(here, "baseline")                                                     # never evaluated
+    run(here, "idea", status="failed", log=False)
+    run(here, "late", status="training")
+    evaluated(run(here, "old"), checksum="of other weights")
+    half = run(here, "half")
+    evaluated(half, rates=False, ce_recovered=None)
+    text, rows = draw()
+    said = {name: row["guards"] for name, row in rows.items()}
+    assert said == {"baseline": "not evaluated", "idea": "training failed", "late": "training not finished", "old": "evaluation is of older weights", "half": "-"}
+    assert rows["old"]["EV"] == "-" and rows["half"]["CE rec."] == "-" and rows["half"]["EV"] == "0.8000"
+    assert "idea-s0 failed in training: it broke." in text
+    assert any("no valid run" in t.get_text() for axis in figures(here)["pareto"].axes for t in axis.texts)
+
+
+def test_nothing_evaluated_still_draws(here):
+    run(here, "baseline", log=False)
+    assert draw(png=True)[1]["baseline"]["guards"] == "not evaluated"
+
+
+def test_controls_stand_in_the_table_and_are_drawn_hollow(here):
+    evaluated(run(here, "baseline"), kl_sae=0.2)
+    evaluated(here / "controls-tiny" / "random", guards=[("G05", "fatal")], rates=False, explained_variance=0.2, kl_sae=0.1)
+    evaluated(here / "controls-other" / "random", acts="other", rates=False)
+    text, rows = draw()
+    assert rows["control: random"]["EV"] == "0.2000" and rows["control: random"]["EV - baseline"] == "" and len(rows) == 2
+    assert "KL says nothing by itself here: the median run has 0.2000, control: random 0.1000." in text and "EV says nothing" not in text
+    ev, ce = figures(here)["pareto"].axes
+    hollow = lambda axis: [line for line in axis.lines if line.get_markerfacecolor() == "none"]
+    assert len(hollow(ce)) == 1 and not hollow(ev)                            # 0.2 would squeeze the runs at 0.8
+    assert [t.get_text() for t in ev.texts] == ["controls below: random 0.20"]
+
+
+def test_swept_l0s_are_joined_by_a_line(here):
+    for l0 in (4.0, 8.0, 16.0):
+        evaluated(run(here, "idea", l0=l0), l0=l0, explained_variance=l0 / 20)
+    lines = [line.get_xydata().tolist() for line in figures(here)["pareto"].axes[0].lines if line.get_linestyle() == "-"]
+    assert [[4.0, 0.2], [8.0, 0.4], [16.0, 0.8]] in lines
+
+
+def test_forty_five_variants_have_looks_of_their_own_and_the_legend_names_them_all(here):
+    names = [f"idea_{i}" for i in range(44)]
+    for name in ["baseline", *names]:
+        evaluated(run(here, name, log=False), rates=False)
+    looks = plot.looks([plot.Run(p) for p in here.iterdir()])
+    assert len({look[:2] for look in looks.values()}) == 45
+    figure = figures(here)["pareto"]
+    assert len(figure.legends[0].get_texts()) == 45
+    figure.savefig(io.BytesIO())                                              # lays it out
+    box = figure.legends[0].get_window_extent()
+    assert box.height <= figure.bbox.height and all(axis.get_window_extent().x1 <= box.x0 for axis in figure.axes)
+
+
+def test_evaluations_of_different_size_are_pointed_out(here):
+    evaluated(run(here, "baseline"))
+    assert "different numbers" not in draw()[0]
+    evaluated(run(here, "idea"), contexts=5)
+    assert "different numbers of held-out contexts (5, 100)" in draw()[0]
+
+
+def test_caches_have_panels_and_tables_of_their_own(here):
+    evaluated(run(here, "topk"))
+    evaluated(run(here, "topk", acts="synthetic"), acts="synthetic", absorption=None)
+    text, _ = draw("--out", "elsewhere", png=True)
+    md = open("elsewhere/results.md").read()
+    assert "## tiny" in md and "## synthetic" in md and md.count("| run |") == 2 and "MCC" in md.split("## synthetic")[1]
+    assert {axis.get_title(loc="left") for axis in figures(here)["pareto"].axes} >= {"tiny: explained variance", "synthetic: MCC with the true features"}
+
+
+def test_bad_input_is_refused(here):
+    with pytest.raises(Refuse, match="run 02_train.py first"):
+        plot.find_runs([])
+    with pytest.raises(Refuse, match="is not a run"):
+        plot.find_runs(["runs/none"])
+
+
+def test_neither_the_model_nor_the_data_is_needed():
+    code = "import sys, importlib; importlib.import_module('04_plot'); print(sorted({'transformers', 'sae_bench', 'datasets'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == "[]"
