@@ -35,8 +35,8 @@ import safetensors
 import torch
 from tqdm import tqdm
 
-from sae import (FORMAT, ROOT, SAE, Acts, Out, Refuse, checksum, docstring_line, generator, load_variant, parse_settings, parse_value,
-                 read_json, read_tensors, run_script, variant_names, write_file, write_json, write_tensors)
+from sae import (FORMAT, ROOT, SAE, Acts, Out, Refuse, checksum, docstring_line, generator, load_variant, parse_settings,
+                 pick_device, read_json, read_tensors, run_script, variant_names, whole, write_file, write_json, write_tensors)
 
 DEFAULT_ACTS = "tiny"
 DEFAULT_VARIANTS = ["baseline", "topk", "batch_topk", "matryoshka", "contrastive_r2", "adaptive_ortho_r1", "topk_ortho_r1", "zscore_r1", "hierarchical_r2"]
@@ -427,22 +427,8 @@ def interrupted(acts):
     return found
 
 
-def whole(text):
-    """A positive whole number; 2_000_000 is fine."""
-    if not re.fullmatch(r"\d+(_\d+)*", text, re.ASCII) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"want a whole number above 0, not {text!r}")
-    return int(text)
-
-
 def seed_number(text):
     return 0 if text == "0" else whole(text)
-
-
-def pick_device(name):
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name) or (name.startswith("cuda") and not torch.cuda.is_available()):
-        raise Refuse(f"--device {name}: want cpu, or cuda where there is a GPU", 2)
-    return torch.device(name)
 
 
 def main():

@@ -17,7 +17,6 @@ import contextlib
 import json
 import math
 import platform
-import re
 import sys
 import time
 from collections import defaultdict
@@ -27,8 +26,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
-from sae import (SAE, Acts, Refuse, blocks_of, checksum, generator, hook_point, language_model, load_run, read_json, read_tensors, run_script, unit,
-                 write_json, write_tensors)
+from sae import (SAE, Acts, Refuse, blocks_of, checksum, generator, hook_point, language_model, load_run, pick_device, read_json,
+                 read_tensors, run_script, unit, whole, write_json, write_tensors)
 
 VERSION = 1                      # of the evaluations here; results of another one are made again
 SAMPLE_ROWS = 16_384             # training rows that PCA, the mean and the controls are fitted on
@@ -615,7 +614,7 @@ def main():
     p.add_argument("runs", nargs="*", help="folders (default: all under runs/)")
     p.add_argument("--eval", nargs="+", choices=EVALS, default=list(EVALS), help="which evaluations (default: all)")
     p.add_argument("--controls", action="store_true", help="evaluate what has learned nothing as well, as wide and sparse as the runs")
-    p.add_argument("--contexts", type=count, metavar="N", help="held-out contexts to use (default: all)")
+    p.add_argument("--contexts", type=whole, metavar="N", help="held-out contexts to use (default: all)")
     p.add_argument("--force", action="store_true", help="evaluate again what is there already")
     p.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     args = p.parse_args()
@@ -635,19 +634,6 @@ def main():
         n = n_contexts(acts, args.contexts)
         print(f"\n{acts.folder}, {n} held-out {'contexts' if acts.meta['source'] == 'model' else 'rows'}\n{table(group, acts, n)}")
     return 5 if failures else 0
-
-
-def count(text):
-    if not re.fullmatch(r"\d+(_\d+)*", text, re.ASCII) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"want a whole number above 0, not {text!r}")
-    return int(text)
-
-
-def pick_device(name):
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name) or (name.startswith("cuda") and not torch.cuda.is_available()):
-        raise Refuse(f"--device {name}: want cpu, or cuda where there is a GPU", 2)
-    return torch.device(name)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Units: x is an activation times `scale`, so that E||x|| = sqrt(d_in); the recons
 A variant is a subclass in variants/NAME.py that overrides the one method its idea is about (see the methods below the rule line,
 which stand in the order in which training calls them). A public class attribute is a setting, changed by --set name=value.
 """
+import argparse
 import ast
 import contextlib
 import difflib
@@ -258,7 +259,7 @@ class SAE(nn.Module):
         if self.activation in ("relu", "jumprelu"):
             self.steer_sparsity(fires.sum())
         if self.activation == "batch_topk":
-            self.threshold.lerp_(self.batch_threshold(out.pre), self.memory(0.02))
+            self.threshold.lerp_(self.batch_threshold(out.pre.float()), self.memory(0.02))
 
     # ---- tools for variants ----------------------------------------------------------------------------------------------------
 
@@ -551,6 +552,20 @@ def run_script(main):
         code = 130
         print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
     sys.exit(code)
+
+
+def whole(text):
+    """A positive whole number; 2_000_000 is fine."""
+    if not re.fullmatch(r"\d+(_\d+)*", text, re.ASCII) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"want a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def pick_device(name):
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name) or (name.startswith("cuda") and not torch.cuda.is_available()):
+        raise Refuse(f"--device {name}: want cpu, or cuda where there is a GPU", 2)
+    return torch.device(name)
 
 
 def checksum(data):
