@@ -19,7 +19,7 @@ from sae import SAE
 
 
 class Variant(SAE):
-    linear_start = 0.5            # L0 wanted at the start, as a multiple of l0; below 1 it rises, above 1 it falls
+    linear_start = 0.75           # L0 wanted at the start, as a multiple of l0; below 1 it rises, above 1 it falls
     linear_until = 0.5            # fraction of the run by which it is l0, linearly
     linear_form = "l0"            # l0 | weight: sparsity_weight / sqrt(d_sae), linearly to 0, and L0 as it may come
     linear_window = 100.0         # rows per latent over which firing is followed in `window`
