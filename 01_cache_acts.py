@@ -10,6 +10,10 @@ where a file val.* is the held-out part). Writes acts/NAME: train_*.safetensors 
 (held-out contexts in order) and meta.json. NAME is the last part of --model, with _mlp_out or _attn_out for these hooks, and with _l5 if
 --layer is given. The same command goes on where an interrupted one stopped; a larger --tokens adds shards to a finished cache.
 """
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: waiting threads that spin cost 2 to 5 x on a busy machine
+
 import argparse
 import ast
 import contextlib
@@ -17,7 +21,6 @@ import fcntl
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 import random
 import re

@@ -14,12 +14,15 @@ settings that differ from their default, seed:
     checkpoint.safetensors while training
 A run that is finished with the same settings, data and code is left alone; an interrupted one goes on where it stopped.
 """
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: waiting threads that spin cost 2 to 5 x on a busy machine
+
 import argparse
 import contextlib
 import fcntl
 import itertools
 import json
-import os
 import platform
 import re
 import shutil

@@ -12,6 +12,10 @@ first shard (01_cache_acts.py), and the language model. Writes
     runs/controls-ACTS/KIND/eval/core.json
 A result that belongs to the same weights, activations and number of contexts is left alone (--force makes it again).
 """
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: waiting threads that spin cost 2 to 5 x on a busy machine
+
 import argparse
 import contextlib
 import json
