@@ -42,7 +42,8 @@ from sae import (FORMAT, ROOT, SAE, Acts, Out, Refuse, checksum, docstring_line,
                  pick_device, read_json, read_tensors, run_script, variant_names, whole, write_file, write_json, write_tensors)
 
 DEFAULT_ACTS = "tiny"
-DEFAULT_VARIANTS = ["baseline", "topk", "batch_topk", "matryoshka", "contrastive_r2", "adaptive_ortho_r1", "topk_ortho_r1", "zscore_r1", "hierarchical_r2"]
+DEFAULT_VARIANTS = ["baseline", "topk", "batch_topk", "matryoshka",
+                    "contrastive_r2", "adaptive_ortho_r1", "topk_ortho_r1", "zscore_r1", "hierarchical_r2"]      # an idea of each study
 SAMPLE_ROWS = 16_384          # rows that init_from_data sees
 REFUSED_IN_A_ROW = 10         # steps; then the run has failed
 
@@ -367,7 +368,8 @@ def table(runs):
     done = [r for r in runs if not r.failure]
     for r in sorted(done, key=lambda r: -(r.config["final"]["explained_variance"] or -9)):
         f = {k: float("nan") if v is None else v for k, v in r.config["final"].items()}
-        lines.append(f"{r.name:{width}}  {f['l0']:7.2f}  {f['explained_variance']:8.4f}  {f['mse']:8.4f}  {f['dead']:6.1%}  {r.config['seconds']:7.1f}")
+        lines.append(f"{r.name:{width}}  {f['l0']:7.2f}  {f['explained_variance']:8.4f}  {f['mse']:8.4f}  {f['dead']:6.1%}  "
+                     f"{r.config['seconds']:7.1f}")
     return "\n".join(lines + [f"{r.name:{width}}  FAILED: {r.failure}" for r in runs if r.failure])
 
 
@@ -382,7 +384,8 @@ def take_lock(folder):
 
 
 def versions():
-    return {"python": platform.python_version(), "torch": torch.__version__, "safetensors": safetensors.__version__, "threads": torch.get_num_threads()}
+    return {"python": platform.python_version(), "torch": torch.__version__, "safetensors": safetensors.__version__,
+            "threads": torch.get_num_threads()}
 
 
 def git_state():
@@ -481,8 +484,8 @@ def main():
         run.start(acts, device)
     alive = [r for r in todo if not r.failure]
     if alive:
-        print(f"{len(alive)} runs, {steps} steps of {batch_size} rows each, from one pass over {acts.folder} ({acts.rows:,} rows, {len(acts.shards)} shards)"
-              + (f", {epochs} epochs" if epochs > 1 else ""))
+        print(f"{len(alive)} runs, {steps} steps of {batch_size} rows each, from one pass over {acts.folder} "
+              f"({acts.rows:,} rows, {len(acts.shards)} shards)" + (f", {epochs} epochs" if epochs > 1 else ""))
         reads = acts.reads
         train(alive, acts, plan, batch_size, device, args.checkpoint)
         print(f"{acts.reads - reads} shards read for {len(alive)} runs")

@@ -31,7 +31,7 @@ from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
 from sae import (SAE, Acts, Refuse, blocks_of, checksum, generator, hook_point, language_model, load_run, pick_device, read_json,
-                 read_tensors, run_script, unit, whole, write_json, write_tensors)
+                 read_tensors, run_folders, run_script, unit, whole, write_json, write_tensors)
 
 VERSION = 1                      # of the evaluations here; results of another one are made again
 SAMPLE_ROWS = 16_384             # training rows that PCA, the mean and the controls are fitted on
@@ -535,17 +535,6 @@ def blamed(run, failures):
         print(f"error: {run.folder}: {failures[run.folder]}", file=sys.stderr)
 
 
-def find_runs(folders):
-    """Folders of runs: those given, or all under runs/."""
-    found = [Path(f) for f in folders] or sorted(p.parent for p in Path("runs").glob("*/config.json"))
-    if not found:
-        raise Refuse("no runs under runs/: run 02_train.py first")
-    for folder in found:
-        if not (folder / "config.json").exists():
-            raise Refuse(f"{folder} has no config.json, so it is not a run", 2)
-    return list(dict.fromkeys(found))
-
-
 def load(folders, device, failures):
     """The finished runs of `folders`; the others are named, with the reason."""
     runs = []
@@ -625,7 +614,7 @@ def main():
     device = pick_device(args.device)
 
     failures = {}
-    runs = load(find_runs(args.runs), device, failures)
+    runs = load(run_folders(args.runs), device, failures)
     for name in dict.fromkeys(r.config["acts"] for r in runs):
         acts = Acts(Path("acts") / name)
         group = [r for r in runs if r.config["acts"] == name]

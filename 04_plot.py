@@ -23,7 +23,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from sae import Refuse, read_json, read_tensors, run_script, write_file
+from sae import read_json, read_tensors, run_folders, run_script, write_file
 
 SAME_L0 = 0.05               # runs are compared if their L0 differs by no more than this share
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A"]      # told apart by the colour-blind (Okabe and Ito)
@@ -63,13 +63,7 @@ class Run:
 
 def find_runs(folders):
     """(runs, controls of their caches) from the folders given, or from all under runs/."""
-    found = [Path(f) for f in folders] or sorted(p.parent for p in Path("runs").glob("*/config.json"))
-    if not found:
-        raise Refuse("no runs under runs/: run 02_train.py first")
-    for folder in found:
-        if not (folder / "config.json").exists():
-            raise Refuse(f"{folder} has no config.json, so it is not a run", 2)
-    runs = [Run(f) for f in dict.fromkeys(found)]
+    runs = [Run(f) for f in run_folders(folders)]
     places = sorted({r.folder.parent / f"controls-{r.acts}" for r in runs})
     return runs, [Run(p.parent.parent) for place in places for p in sorted(place.glob("*/eval/core.json"))]
 

@@ -455,6 +455,17 @@ def load_run(folder):
     return sae.eval(), config
 
 
+def run_folders(folders):
+    """Folders of runs: those given, or all under runs/."""
+    found = [Path(f) for f in folders] or sorted(p.parent for p in Path("runs").glob("*/config.json"))
+    if not found:
+        raise Refuse("no runs under runs/: run 02_train.py first")
+    for folder in found:
+        if not (folder / "config.json").exists():
+            raise Refuse(f"{folder} has no config.json, so it is not a run", 2)
+    return list(dict.fromkeys(found))
+
+
 def variant_names():
     return ["baseline"] + sorted(p.stem for p in (ROOT / "variants").glob("[a-z]*.py"))
 
