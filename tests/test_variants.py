@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from sae import SAE, ROOT, docstring_line, load_variant, read_tensors, variant_names, write_tensors
+from sae import SAE, ROOT, docstring_line, generator, load_variant, read_tensors, variant_names, write_tensors
 from toys import build, evaluate, mixture, steps, train, train_py
 
 NAMES = variant_names()
@@ -136,6 +136,26 @@ def test_stopped_and_resumed_it_gives_the_same_bits(name, tmp_path):
     straight, _ = trained(name)
     for key, value in straight.state_dict().items():
         assert torch.equal(second.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains_under_bf16_autocast(name):
+    """As on a GPU, where 02_train.py casts: the forward pass and the losses in bf16, weights and surgery in fp32."""
+    sae, opt = build(name, data(), 20)
+    for sae.step in range(20):
+        sae.first_row, sae.position = 0, sae.step * 256
+        x = data()[sae.choose_batch(len(data()), generator(sae.step))]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = sae.train()(x)
+            loss = sum(sae.losses(out).values())
+        opt.zero_grad()
+        loss.backward()
+        sae.before_step(opt)
+        opt.step()
+        with torch.no_grad():
+            sae.after_step(opt, out._replace(**{k: v.detach() for k, v in out._asdict().items()}))
+    assert loss.isfinite() and all(p.isfinite().all() for p in sae.parameters())
+    assert all(v.dtype != torch.bfloat16 for v in sae.state_dict().values())
 
 
 @pytest.mark.parametrize("name", CHILDREN)

@@ -28,4 +28,4 @@ class Variant(Base):
     @torch.no_grad()
     def after_step(self, opt, out):
         super().after_step(opt, out)
-        self.usual_pre.lerp_(out.pre.square().mean(0), self.memory(0.02))
+        self.usual_pre.lerp_(out.pre.float().square().mean(0), self.memory(0.02))
