@@ -31,6 +31,7 @@ from collections import Counter
 from itertools import accumulate, islice
 from pathlib import Path
 
+import huggingface_hub
 import safetensors.torch
 import tokenizers
 import torch
@@ -333,7 +334,6 @@ class Text:
         else:
             self.files = None
             with hub_errors("data set", data):
-                import huggingface_hub
                 self.description["revision"] = huggingface_hub.HfApi().dataset_info(data).sha
 
     def held_out_files(self):
@@ -439,6 +439,8 @@ class LanguageModel:
     """Rows are activations of a transformer at one or more layers, read by hooks."""
 
     def __init__(self, args):
+        if args.model == "tiny":
+            check_layers(args.layer or [], RECIPE["n_layers"], args.model)       # before it is built
         path, data = tiny_model() if args.model == "tiny" else (args.model, None)
         local = Path(path).exists()
         if local and not Path(path, "config.json").is_file():
@@ -457,9 +459,7 @@ class LanguageModel:
         sizes = self.config.get_text_config()
         self.d_in, self.n_layers = sizes.hidden_size, sizes.num_hidden_layers
         self.layers = sorted(set(args.layer)) if args.layer else [self.n_layers // 2]
-        for layer in self.layers:
-            if not 0 <= layer < self.n_layers:
-                raise Refuse(f"--layer {layer}: {args.model} has layers 0 to {self.n_layers - 1}", 2)
+        check_layers(self.layers, self.n_layers, args.model)
         positions = getattr(sizes, "max_position_embeddings", None) or self.ctx
         if not 2 <= self.ctx <= min(positions, 32767):
             raise Refuse(f"--ctx {self.ctx}: want 2 to {min(positions, 32767)} for {args.model}", 2)
@@ -550,6 +550,12 @@ class LanguageModel:
             if stop:
                 raise Stop
         return hook
+
+
+def check_layers(layers, n_layers, name):
+    for layer in layers:
+        if not 0 <= layer < n_layers:
+            raise Refuse(f"--layer {layer}: {name} has layers 0 to {n_layers - 1}", 2)
 
 
 MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt")
@@ -810,6 +816,7 @@ def versions():
 
 def main():
     args = parse_args()
+    huggingface_hub.utils.logging.set_verbosity_error()                          # its retries; how they end is said by hub_errors
     source = Synthetic(args) if args.model == "synthetic" else LanguageModel(args)
     caches = [Cache(folder, source.settings(layer), layer, args) for folder, layer in zip(folders(args, source.layers), source.layers)]
     with contextlib.ExitStack() as held:
