@@ -32,7 +32,7 @@ def run(name, seed, **settings):
 @pytest.mark.parametrize("activation", ["relu", "batch_topk"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_l0_rises_through_training_as_scheduled_and_ends_at_l0(activation, seed):
-    sae, log = run("hierarchical_r1", seed, activation=activation, linear_start=0.5)
+    sae, log = run("hierarchical_r1", seed, activation=activation, linear_start=0.5, linear_until=0.5)
     flat_sae, flat = run("hierarchical_r1", seed, activation=activation, linear_start=1.0)
     assert log[0, 1] == pytest.approx(2.2, abs=0.05) and log[2, 1] == pytest.approx(3.0, abs=0.05) and log[5:, 1].eq(4).all()
     assert (log[:, 0] / log[:, 1] - 1).abs().mean() < (0.12 if activation == "relu" else 0.01)
@@ -43,13 +43,13 @@ def test_l0_rises_through_training_as_scheduled_and_ends_at_l0(activation, seed)
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_once_it_holds_l0_the_weight_falls_while_l0_rises(seed):
-    _, log = run("hierarchical_r1", seed, linear_start=0.5)
+    _, log = run("hierarchical_r1", seed, linear_start=0.5, linear_until=0.5)
     _, flat = run("hierarchical_r1", seed, linear_start=1.0)
     assert log[3, 2] > 1.1 * log[7, 2] and flat[3, 2] < flat[7, 2]
 
 
 def test_above_one_the_schedule_runs_the_other_way():
-    sae, log = run("hierarchical_r1", 0, activation="batch_topk", linear_start=4.0)
+    sae, log = run("hierarchical_r1", 0, activation="batch_topk", linear_start=4.0, linear_until=0.5)
     assert (log[1:6, 0] < log[:5, 0]).all() and evaluate(sae, data(0)[1])[1] == pytest.approx(4, rel=0.05)
 
 
