@@ -390,6 +390,13 @@ def rates_of(run):
     return tensors["rate"] if meta["sae_checksum"] == run.config["sae_checksum"] else None
 
 
+PLOTS = {                                     # file name -> f(caches, looks, path) that draws it, or returns in a word why there is nothing to draw
+    "pareto": draw_pareto,
+    "training_curves": draw_training,
+    "feature_usage": draw_usage,
+}
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("runs", nargs="*", help="folders (default: all under runs/)")
@@ -400,13 +407,14 @@ def main():
     caches = {acts: ([r for r in runs if r.acts == acts], [c for c in controls if c.acts == acts]) for acts in dict.fromkeys(r.acts for r in runs)}
     look, out = looks(runs), Path(args.out)
     markdown, text = results(caches)
-    print(text)
+    print(text + "\n")
     write_file(out / "results.md", markdown.encode())
     plt.rcParams.update(STYLE)
-    draw_pareto(caches, look, out / "pareto.png")
-    draw_training(caches, look, out / "training_curves.png")
-    draw_usage(caches, look, out / "feature_usage.png")
-    print(f"\nwrote {out}/results.md, pareto.png, training_curves.png, feature_usage.png")
+    for name, draw in PLOTS.items():
+        missing = draw(caches, look, out / f"{name}.png")
+        if missing:
+            (out / f"{name}.png").unlink(missing_ok=True)                     # of an earlier call, on other runs
+        print(f"{out / name}.png: {missing or 'drawn'}")
 
 
 if __name__ == "__main__":
