@@ -9,6 +9,8 @@ first shard (01_cache_acts.py), and the language model. Writes
     runs/NAME/eval/core.json           reconstruction, sparsity, the model's loss with the SAE spliced in, the truth if known, guards
     runs/NAME/eval/rates.safetensors   how often each latent fires
     runs/NAME/eval/features.json       for some latents the contexts in which they fire most
+    runs/NAME/eval/saebench_core.json  and one file for every other evaluation of SAEBench: its own schema, with ours beside it
+    acts/NAME/eval_cache/              what SAEBench's evaluations of all runs share; may be deleted
     runs/controls-ACTS/KIND/eval/core.json
 A result that belongs to the same weights, activations and number of contexts is left alone (--force makes it again).
 """
@@ -18,15 +20,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: wa
 
 import argparse
 import contextlib
+import importlib
+import importlib.metadata
 import json
 import math
 import platform
+import random
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
+import xxhash
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
@@ -457,6 +465,449 @@ def evaluate_features(held_out, runs, failures, n_latents=20, n_contexts=8, befo
 EVALS = {"core": evaluate_core, "features": evaluate_features}     # name -> f(held_out, runs, failures) -> {run: part of its JSON file}
 
 
+# ---- SAEBench: its own evaluations, called as a library --------------------------------------------------------------------------------
+
+
+class Unfit(Exception):
+    """Why an evaluation makes no sense for the model or the data at hand; it is left out, and said so."""
+
+
+class BenchEval(NamedTuple):
+    """One evaluation of SAEBench."""
+    output: str              # module:class of its result
+    settings: Callable       # f(acts) -> everything that its numbers depend on beside model and SAE, as JSON; Unfit where it makes no sense
+    evaluate: Callable       # f(bench, runs, settings, failures) -> yields (run, SAEBench's result as a dict, {"metrics": ..., "guards": ...})
+
+
+class Bench:
+    """What SAEBench's evaluations of the runs of one cache share: the language model, and folders for what depends on no SAE."""
+
+    def __init__(self, acts, device):
+        self.acts, self.device, self.layer, self.hook_name = acts, device, acts.meta["layer"], acts.meta["hook_name"]
+        self.model, self.weights = hooked_transformer(acts, device)
+        self.name = self.model.cfg.model_name
+        self.dtype, self.started = "float32", time.time()
+
+    def key(self, name, settings):
+        """What the work kept for evaluation `name` depends on."""
+        return {"eval": name, "version": VERSION, "settings": settings, "model": self.weights, "layer": self.layer, "hook": self.hook_name,
+                "acts": self.acts.meta["val"]["checksum"], "dtype": self.dtype, "device": self.device.type,
+                "versions": {k: importlib.metadata.version(k) for k in ("torch", "transformers", "transformer_lens", "sae_lens", "sae_bench")}}
+
+    def folder(self, name, settings):
+        """The folder for work that all runs share; one of its own for every key, so that nothing in it can be stale."""
+        key = self.key(name, settings)
+        folder = self.acts.folder / "eval_cache" / f"{name}-{checksum(json.dumps(key, sort_keys=True).encode())[:12]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "key.json", key)
+        return folder.resolve()
+
+    def label(self, run):
+        """The name of a run in SAEBench's files; it carries the weights' checksum."""
+        return f"{run.name}-{run.config['sae_checksum'][:8]}"
+
+    @contextlib.contextmanager
+    def seams(self, seed, data=None, log=None):
+        """For the duration of a call into SAEBench: our model stands for its name, local folders stand for data sets (`data`: name ->
+        folder with SPLIT.jsonl, or CONFIG/SPLIT.jsonl), every generator starts from `seed`, and what it prints goes to the file `log`.
+        Afterwards the modules, the generators and the grad mode are as before."""
+        import numpy
+        import transformer_lens
+
+        def from_pretrained(name, *args, **kwargs):
+            if name != self.name or kwargs.get("dtype", torch.float32) != torch.float32:
+                raise Refuse(f"SAEBench asked for the model {name} in {kwargs.get('dtype')}, there is {self.name} in {self.dtype}")
+            return self.model
+
+        def load_dataset(name, config=None, split=None, **_):
+            if name not in (data or {}):
+                raise Refuse(f"SAEBench asked for the data set {name}, which is not there: only {', '.join(data or {}) or 'none'}")
+            return local_dataset(Path(data[name]) / (config or ""), split)
+
+        before = random.getstate(), numpy.random.get_state(), torch.is_grad_enabled()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng())
+            stack.enter_context(replaced(transformer_lens.HookedTransformer, "from_pretrained_no_processing", staticmethod(from_pretrained)))
+            for module in LOADERS:
+                stack.enter_context(replaced(importlib.import_module(module), "load_dataset", load_dataset))
+            if log:
+                out = stack.enter_context(open(log, "a"))
+                stack.enter_context(contextlib.redirect_stdout(out))
+                if not sys.stderr.isatty():                                       # its progress bars
+                    stack.enter_context(contextlib.redirect_stderr(out))
+            random.seed(seed)
+            numpy.random.seed(seed)
+            torch.manual_seed(seed)
+            try:
+                yield
+            finally:
+                random.setstate(before[0])
+                numpy.random.set_state(before[1])
+                torch.set_grad_enabled(before[2])
+
+
+LOADERS = ["sae_bench.sae_bench_utils.dataset_utils", "sae_bench.evals.scr_and_tpp.dataset_creation",
+           "sae_bench.evals.unlearning.utils.feature_activation", "sae_bench.evals.unlearning.utils.metrics"]    # they import load_dataset
+
+
+@contextlib.contextmanager
+def replaced(target, name, value):
+    """target.name is `value` inside, and as before afterwards."""
+    before = vars(target)[name]
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        setattr(target, name, before)
+
+
+def local_dataset(folder, split=None):
+    """The records of folder/SPLIT.jsonl as a data set, or all splits of the folder by name."""
+    import datasets
+    files = {p.stem: p for p in sorted(folder.glob("*.jsonl")) if split in (None, p.stem)}
+    if not files:
+        raise Refuse(f"{folder}/{split or '*'}.jsonl is missing")
+    found = {k: datasets.Dataset.from_list([json.loads(line) for line in p.read_text().splitlines()]) for k, p in files.items()}
+    return found[split] if split else found
+
+
+def hooked_transformer(acts, device):
+    """(the cache's language model as TransformerLens' HookedTransformer in fp32, nothing folded; a checksum of its weights).
+
+    Checked against the Hugging Face model on held-out contexts: the activations at the hook and the log-probabilities."""
+    import transformer_lens
+    import transformers
+    from transformer_lens import loading_from_pretrained as loading
+    meta, tokens = acts.meta, acts.val()["tokens"][:4].long().to(device)
+    original = LanguageModel(meta, device)
+    config = original.model.config
+    config.architectures = [type(original.model).__name__]
+    hashed = xxhash.xxh3_128()
+    for weight in original.model.state_dict().values():
+        hashed.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    weights = hashed.hexdigest()
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            config.save_pretrained("model")                     # TransformerLens goes by the words in a path: one that says nothing
+            cfg = hooked_config(loading, config, device)
+            state = loading.get_pretrained_state_dict("model", cfg, original.model)
+    except (ValueError, KeyError, NotImplementedError, AttributeError) as e:
+        raise Unfit(f"TransformerLens has no {config.architectures}, which SAEBench needs ({type(e).__name__}: {e})") from e
+    cfg.model_name = f"{meta['model']['name'].replace('/', '_')}-{weights[:8]}"
+    model = transformer_lens.HookedTransformer(cfg, transformers.AutoTokenizer.from_pretrained(meta["model"]["path"]))
+    model.load_and_process_state_dict(state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False)
+    model.to(device).eval().requires_grad_(False)
+    with torch.no_grad():
+        kept = {}
+        handle = original.point.register_forward_hook(lambda module, args, out: kept.update(x=first(out)))
+        log_p = original.model(tokens, use_cache=False).logits.float().log_softmax(-1)
+        handle.remove()
+        logits, cache = model.run_with_cache(tokens, prepend_bos=False, names_filter=[meta["hook_name"]])
+        off = {"activations": (cache[meta["hook_name"]] - kept["x"]).abs().max() / kept["x"].abs().max(),
+               "log-probabilities": (logits.log_softmax(-1) - log_p).abs().max() / log_p.abs().max()}
+    wrong = {k: float(v) for k, v in off.items() if not v < 1e-3}
+    if wrong:
+        raise Refuse(f"TransformerLens' {meta['model']['name']} is not the Hugging Face model: {wrong} of the largest value apart")
+    return model, weights
+
+
+def hooked_config(loading, config, device):
+    """TransformerLens' configuration of a Hugging Face model. It knows the sizes of Gemma-2 by name alone, so they are filled in."""
+    if config.architectures[0] != "Gemma2ForCausalLM":
+        return loading.get_pretrained_model_config("model", hf_cfg=config.to_dict(), device=device, dtype=torch.float32)
+    known = loading.get_pretrained_model_config("google/gemma-2-2b", device=device, dtype=torch.float32).to_dict()
+    sizes = dict(d_model=config.hidden_size, d_head=config.head_dim, n_heads=config.num_attention_heads, d_mlp=config.intermediate_size,
+                 n_layers=config.num_hidden_layers, n_ctx=min(8192, config.max_position_embeddings), eps=config.rms_norm_eps, d_vocab=config.vocab_size,
+                 d_vocab_out=config.vocab_size, n_key_value_heads=config.num_key_value_heads, window_size=config.sliding_window,
+                 rotary_base=config.rope_theta, rotary_dim=config.head_dim, attn_scale=config.query_pre_attn_scalar ** 0.5,
+                 attn_scores_soft_cap=config.attn_logit_softcapping, output_logits_soft_cap=config.final_logit_softcapping)
+    return loading.HookedTransformerConfig.from_dict({**known, **sizes})
+
+
+class BenchSAE(torch.nn.Module):
+    """A run as SAEBench's BaseSAE: raw activations in and out, fp32 inside whatever dtype an evaluation moves it to.
+
+    W_enc, W_dec and the biases are those of raw activations. Where x_hat is more than decode(acts) (a variant with a forward of its own),
+    `decode` is the forward pass of the rows encoded last with the given acts in place of its own."""
+
+    def __init__(self, bench, run):
+        from sae_bench.custom_saes.custom_sae_config import CustomSAEConfig
+        super().__init__()
+        sae, scale = run.sae, run.sae.scale
+        self.holds = [sae]                                                      # a list: .to() of this module leaves it alone
+        for name, value in (("W_enc", sae.W_enc), ("W_dec", sae.W_dec), ("b_enc", sae.b_enc / scale), ("b_dec", sae.b_dec / scale)):
+            self.register_buffer(name, value.detach())
+        self.composed = type(sae).forward is not SAE.forward
+        self.device, self.dtype = bench.device, torch.float32
+        self.cfg = CustomSAEConfig(bench.name, sae.d_in, sae.d_sae, bench.layer, bench.hook_name, architecture=run.config["variant"],
+                                   dtype=bench.dtype, device=str(bench.device), context_size=bench.acts.meta["ctx"])
+
+    @torch.no_grad()
+    def encode(self, x):
+        """x [..., d_in] -> acts [..., d_sae]."""
+        self.x, sae = x, self.holds[0]
+        if self.composed:
+            return sae.encode(x).to(self.dtype)
+        flat = x.reshape(-1, sae.d_in).float() * sae.scale                       # without the decoder, which SAE.encode runs as well
+        return (sae.activate(sae.pre_acts(flat)) / sae.scale).reshape(*x.shape[:-1], sae.d_sae).to(self.dtype)
+
+    @torch.no_grad()
+    def decode(self, acts):
+        """acts [..., d_sae] -> x_hat [..., d_in]."""
+        sae, flat = self.holds[0], acts.reshape(-1, acts.shape[-1]).float() * self.holds[0].scale
+        if not self.composed:
+            x_hat = sae.decode(flat) / sae.scale
+        elif self.x.shape[:-1] != acts.shape[:-1]:
+            raise ValueError(f"acts of {list(acts.shape[:-1])} rows to decode, but rows {list(self.x.shape[:-1])} were encoded last")
+        else:
+            sae.activate = lambda pre: flat
+            try:
+                x_hat = sae.reconstruct(self.x)
+            finally:
+                del sae.activate
+        return x_hat.reshape(*acts.shape[:-1], -1).to(self.dtype)
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+    def to(self, *args, **kwargs):
+        super().to(*args, **kwargs)
+        self.dtype = self.W_dec.dtype
+        return self
+
+
+def evaluate_saebench(acts, runs, names, force, device, failures):
+    """Make SAEBench's results that are not there yet, each checked and written as soon as it is made. Of runs, not of controls."""
+    runs = [r for r in runs if "control" not in r.config]
+    try:
+        if acts.meta["source"] != "model":
+            raise Unfit("there is no language model")
+        if acts.meta["hook"] != "resid_post":
+            raise Unfit(f"it reads the residual stream after a layer, these are {acts.meta['hook']}")
+        if not any(Path(acts.meta["model"]["path"]).glob("tokenizer*")) and Path(acts.meta["model"]["path"]).exists():
+            raise Unfit("the language model has no tokenizer")
+        plans = {}
+        for name in names:
+            try:
+                settings = {"sae_bench": importlib.metadata.version("sae-bench"), **BENCH[name].settings(acts)}
+                plans[name] = settings, [r for r in runs if force or not stored(name, r, acts, settings=settings)]
+            except Unfit as e:
+                print(f"{acts.folder}: {name} left out: {e}")
+        if not any(todo for _, todo in plans.values()):
+            return
+        bench = Bench(acts, device)
+    except Unfit as e:
+        print(f"{acts.folder}: SAEBench left out: {e}")
+        return
+    for name, (settings, todo) in plans.items():
+        with tqdm(total=len(todo), desc=name, unit="run", disable=None, file=sys.stderr) as bar:
+            for run, result, more, seconds in outcomes(bench, name, settings, todo, failures):
+                with blamed(run, failures, name):
+                    check_saebench(result, run, bench, BENCH[name])
+                    write_json(run.folder / "eval" / f"{name}.json", {**result, **envelope(name, run, acts, settings=settings), **more,
+                                                                      "seconds": seconds, "versions": versions()})
+                bar.update()
+
+
+def outcomes(bench, name, settings, todo, failures):
+    """The results of one evaluation, each with the seconds it took; what goes wrong for all runs ends this evaluation alone."""
+    started = time.perf_counter()
+    try:
+        for run, result, more in BENCH[name].evaluate(bench, todo, settings, failures) if todo else ():
+            yield run, result, more, time.perf_counter() - started
+            todo = [r for r in todo if r is not run]
+            started = time.perf_counter()
+    except Exception as e:
+        for run in [r for r in todo if (r.folder, name) not in failures]:
+            blame(run, failures, name, e)
+
+
+def check_saebench(result, run, bench, spec):
+    """Refuse a result that is not what SAEBench's class of it wants, not of this run, not finite or empty."""
+    import pydantic
+    module, cls = spec.output.split(":")
+    pydantic.TypeAdapter(getattr(importlib.import_module(module), cls)).validate_python(result)
+    of = {k: result["sae_cfg_dict"][k] for k in ("model_name", "hook_layer", "hook_name", "d_in", "d_sae")}
+    want = {"model_name": bench.name, "hook_layer": bench.layer, "hook_name": bench.hook_name, "d_in": run.sae.d_in, "d_sae": run.sae.d_sae}
+    if of != want or result["sae_lens_release_id"] != bench.label(run):
+        raise Refuse(f"the result is of {result['sae_lens_release_id']} {of}, not of {bench.label(run)} {want}", 5)
+    if result["datetime_epoch_millis"] < bench.started * 1000:
+        raise Refuse("the result is an older one", 5)
+    if result["eval_result_details"] == []:
+        raise Refuse("the result has no details: nothing was evaluated", 5)
+    json.dumps(result, allow_nan=False)
+
+
+# ---- SAEBench's core: what the language model alone decides is computed once ------------------------------------------------------------
+
+KEPT = 2**31                     # bytes of activations that are kept on disk and in memory; what exceeds them is computed again
+
+
+def core_settings(acts):
+    """The held-out contexts in batches of 16: all of them (SAEBench's 200 batches of 128 tokens are about as many tokens), of the embedded
+    model the first 256. Special tokens are left as they are, as in SAEBench's own published runs."""
+    there = acts.meta["val"]["contexts"]
+    contexts = min(there, 256) if acts.meta["model"]["name"] == "tiny" else there
+    batch = min(16, contexts)
+    return {"batch_size_prompts": batch, "batches": contexts // batch, "context_size": acts.val()["tokens"].shape[1],
+            "exclude_special_tokens_from_reconstruction": True}
+
+
+def bench_core(bench, runs, settings, failures):
+    """SAEBench's core metrics by its own code, which is handed the kept tokens, activations and losses in place of a language model."""
+    from sae_bench.evals.core.eval_config import CoreEvalConfig
+    shared = CoreShared(bench, settings)
+    saes = {run: BenchSAE(bench, run) for run in runs}
+    shared.splice(saes, failures)
+    n = settings["batches"]
+    config = CoreEvalConfig(model_name=bench.name, llm_dtype=bench.dtype, batch_size_prompts=settings["batch_size_prompts"], n_eval_reconstruction_batches=n,
+                            n_eval_sparsity_variance_batches=n, dataset=str(bench.acts.folder), context_size=settings["context_size"], compute_kl=True,
+                            compute_ce_loss=True, compute_l2_norms=True, compute_sparsity_metrics=True, compute_variance_metrics=True,
+                            compute_featurewise_density_statistics=True, compute_featurewise_weight_based_metrics=True,
+                            exclude_special_tokens_from_reconstruction=True)
+    for run, sae in saes.items():
+        if (run.folder, "saebench_core") not in failures:
+            made = []
+            with blamed(run, failures, "saebench_core"), bench.seams(42):
+                made = [core_result(bench, run, sae, shared, config)]
+            yield from ((run, *m) for m in made)
+
+
+def core_result(bench, run, sae, shared, config):
+    """(SAEBench's result, our part) of one SAE that is already spliced in."""
+    from sae_bench.evals.core import main as core
+    shared.start(run)
+    core.general_utils.load_and_format_sae(bench.label(run), sae, str(bench.device))
+    with replaced(core, "get_recons_loss", shared.losses):
+        metrics, latents = core.run_evals(sae, shared, shared, config, ignore_tokens=shared.ignored)
+    metrics["misc_metrics"] = core.calculate_misc_metrics(latents)
+    with tempfile.TemporaryDirectory() as folder:
+        of = {"sae_id": "custom_sae", "sae_set": bench.label(run), "eval_cfg": config, "metrics": metrics, "feature_metrics": latents}
+        path = core.save_single_eval_result(core.replace_nans_with_negative_one(of), core.get_eval_uuid(), core.get_sae_lens_version(),
+                                            core.get_sae_bench_version(), f"{folder}/result.json", sae)
+        result = json.loads(Path(path).read_text())
+    scalars = {k: v for part in metrics.values() for k, v in part.items()}
+    scalars["explained_variance_about_mean"] = shared.explained_variance[run]
+    return result, {"metrics": {k: plain(v) for k, v in scalars.items()}, "guards": core_guards(scalars)}
+
+
+def core_guards(m):
+    """What makes a core result void."""
+    lost = [k for k, v in m.items() if not math.isfinite(v)]
+    found = [("G01", m["l0"] == 0, "degenerate: L0 0"),
+             ("G03", m["l2_ratio"] < 0.1, f"zero output: l2 ratio {m['l2_ratio']:.3f}"),
+             ("G04", lost, f"not finite: {', '.join(lost)} (SAEBench writes -1)"),
+             ("G34", min(m["ce_loss_score"], m["kl_div_score"]) < 0, f"worse than zero ablation: CE score {m['ce_loss_score']:.3f}, KL score {m['kl_div_score']:.3f}")]
+    return [{"id": guard, "level": "fatal", "message": message} for guard, bad, message in found if bad]
+
+
+class CoreShared:
+    """What core needs of the language model: tokens, activations at the hook, losses clean and with zeros in place of the activations.
+
+    Made once and kept in the shared folder. Also stands in for SAELens' ActivationsStore and for the model in SAEBench's code, to which
+    it gives batch after batch of what is kept."""
+
+    def __init__(self, bench, settings):
+        self.bench, self.model = bench, bench.model
+        self.store_batch_size_prompts, self.context_size = settings["batch_size_prompts"], settings["context_size"]
+        self.tokens = bench.acts.val()["tokens"][:settings["batches"] * settings["batch_size_prompts"]].long()
+        tokenizer = bench.model.tokenizer
+        self.ignored = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
+        self.special = torch.isin(self.tokens, torch.tensor([i for i in self.ignored if i is not None]))
+        self.at_once = max(1, (2**28 if bench.device.type == "cuda" else 2**22) // (self.context_size * bench.model.cfg.d_vocab))
+        self.kept_contexts = min(len(self.tokens), KEPT // (4 * self.context_size * bench.model.cfg.d_model))
+        path = bench.folder("saebench_core", settings) / "clean.safetensors"
+        if not path.exists():
+            write_tensors(path, self.clean())
+        self.kept = read_tensors(path)[0]
+        self.spliced, self.explained_variance = {}, {}
+
+    def parts(self):
+        """Slices of the contexts, as many at once as the logits' memory allows."""
+        return [slice(i, min(i + self.at_once, len(self.tokens))) for i in range(0, len(self.tokens), self.at_once)]
+
+    @torch.no_grad()
+    def acts(self, part):
+        """Activations at the hook [n, ctx, d_in] of a slice of contexts: the kept ones, or read from the model."""
+        if part.stop <= self.kept_contexts and hasattr(self, "kept"):
+            return self.kept["acts"][part].to(self.bench.device)
+        name = self.bench.hook_name
+        return self.model.run_with_cache(self.tokens[part].to(self.bench.device), prepend_bos=False, names_filter=[name],
+                                         stop_at_layer=self.bench.layer + 1)[1][name]
+
+    def log_probs(self, x):
+        """log p of the next token [n, ctx, d_vocab] with x [n, ctx, d_in] at the hook."""
+        return self.model(x, start_at_layer=self.bench.layer + 1, return_type="logits").log_softmax(-1)
+
+    def ce(self, log_p, part):
+        """Loss of each prediction [n, ctx - 1]."""
+        return -log_p[:, :-1].gather(-1, self.tokens[part, 1:, None].to(log_p.device)).squeeze(-1).cpu()
+
+    @torch.no_grad()
+    def clean(self):
+        found = defaultdict(list)
+        for part in tqdm(self.parts(), desc="saebench_core: clean and ablated losses", disable=None):
+            x = self.acts(part)
+            log_p, log_q = self.log_probs(x), self.log_probs(torch.zeros_like(x))
+            found["acts"].append(x.cpu()[:max(0, self.kept_contexts - part.start)])
+            found["ce_clean"].append(self.ce(log_p, part))
+            found["ce_zero"].append(self.ce(log_q, part))
+            found["kl_zero"].append(divergence(log_p, log_q))
+        return {k: torch.cat(v) for k, v in found.items()}
+
+    @torch.no_grad()
+    def splice(self, saes, failures):
+        """Loss and divergence with each SAE's reconstruction at the hook; the clean pass is made once for all SAEs."""
+        sums = {run: defaultdict(list) for run in saes}
+        mean, square, n = 0, 0.0, 0
+        for part in tqdm(self.parts(), desc="saebench_core: losses with the SAEs", disable=None):
+            x, special = self.acts(part), self.special[part].to(self.bench.device)
+            log_p, rows = self.log_probs(x), x[~special].double()
+            mean, square, n = mean + rows.sum(0), square + rows.square().sum().item(), n + len(rows)
+            for run, sae in saes.items():
+                if (run.folder, "saebench_core") not in failures:
+                    with blamed(run, failures, "saebench_core"):
+                        x_hat = torch.where(special[..., None], x, sae(x))
+                        log_q = self.log_probs(x_hat)
+                        sums[run]["ce"].append(self.ce(log_q, part))
+                        sums[run]["kl"].append(divergence(log_p, log_q))
+                        sums[run]["error"].append((rows - x_hat[~special].double()).square().sum().item())
+        total = square - (mean / n).square().sum().item() * n
+        for run in saes:
+            self.spliced[run] = {k: torch.cat(sums[run][k]) for k in ("ce", "kl") if sums[run][k]}
+            self.explained_variance[run] = 1 - sum(sums[run]["error"]) / total
+
+    # ---- what SAEBench's code asks of a store and of a model
+
+    def start(self, run):
+        self.run, self.at = run, 0
+
+    def reset_input_dataset(self):
+        self.at = 0
+
+    def get_batch_tokens(self, n):
+        self.part = slice(self.at, self.at + n)
+        self.at += n
+        return self.tokens[self.part].to(self.bench.device)
+
+    def run_with_cache(self, tokens, names_filter, **_):
+        return None, {names_filter[0]: self.acts(self.part)}
+
+    def losses(self, *_, **__):
+        kept, spliced, device = self.kept, self.spliced[self.run], self.bench.device
+        found = {"kl_div_with_sae": spliced["kl"], "kl_div_with_ablation": kept["kl_zero"], "ce_loss_with_sae": spliced["ce"],
+                 "ce_loss_without_sae": kept["ce_clean"], "ce_loss_with_ablation": kept["ce_zero"]}
+        return {k: v[self.part].to(device) for k, v in found.items()}
+
+
+def divergence(log_p, log_q):
+    """KL(p || q) of each position [n, ctx]."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1).cpu()
+
+
+BENCH = {"saebench_core": BenchEval("sae_bench.evals.core.eval_output:CoreEvalOutput", core_settings, bench_core)}
+
+
 # ---- controls ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -499,18 +950,19 @@ def controls(acts, runs):
 # ---- results ----------------------------------------------------------------------------------------------------------------------------
 
 
-def envelope(name, run, acts, contexts):
+def envelope(name, run, acts, contexts=None, settings=None):
     """What a result belongs to; a result whose envelope differs in any of these is made again."""
     return {"eval": name, "version": VERSION, "run": run.name, "control": "control" in run.config, "sae_checksum": run.config["sae_checksum"],
             "acts": acts.folder.name, "acts_checksum": acts.checksum, "model": acts.meta["model"], "layer": acts.meta["layer"],
-            "hook_name": acts.meta["hook_name"], "d_in": acts.d_in, "d_sae": run.sae.d_sae, "contexts": contexts}
+            "hook_name": acts.meta["hook_name"], "d_in": acts.d_in, "d_sae": run.sae.d_sae,
+            **({"settings": settings} if settings else {"contexts": contexts})}
 
 
-def stored(name, run, acts, contexts):
+def stored(name, run, acts, contexts=None, settings=None):
     """The result in the run's folder if it is this very one, else None."""
     with contextlib.suppress(Refuse):
         result = read_json(run.folder / "eval" / f"{name}.json")
-        if all(result.get(k) == v for k, v in envelope(name, run, acts, contexts).items()):
+        if all(result.get(k) == v for k, v in envelope(name, run, acts, contexts, settings).items()):
             return result
 
 
@@ -524,15 +976,20 @@ def alive(runs, failures):
 
 
 @contextlib.contextmanager
-def blamed(run, failures):
-    """What goes wrong with one run ends its evaluation alone."""
+def blamed(run, failures, name=None):
+    """What goes wrong with one run ends its evaluation alone; with a name, that evaluation alone."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except Exception as e:
-        failures[run.folder] = str(e) if isinstance(e, Refuse) else f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}"
-        print(f"error: {run.folder}: {failures[run.folder]}", file=sys.stderr)
+        blame(run, failures, name, e)
+
+
+def blame(run, failures, name, e):
+    reason = str(e) if isinstance(e, Refuse) else f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}"
+    failures[(run.folder, name) if name else run.folder] = reason
+    print(f"error: {run.folder}: {name + ' failed: ' if name else ''}{reason}", file=sys.stderr)
 
 
 def load(folders, device, failures):
@@ -573,7 +1030,7 @@ def evaluate(acts, runs, names, force, contexts, device, failures):
 
 def versions():
     return {"python": platform.python_version(), "torch": torch.__version__,
-            **({"transformers": sys.modules["transformers"].__version__} if "transformers" in sys.modules else {})}
+            **{name: importlib.metadata.version(name) for name in ("transformers", "sae_lens", "sae_bench", "transformer_lens") if name in sys.modules}}
 
 
 COLUMNS = [("L0", "l0", ".2f"), ("expl.var", "explained_variance", ".4f"), ("cosine", "cosine", ".4f"), ("l2ratio", "l2_ratio", ".3f"),
@@ -605,7 +1062,8 @@ def label(run):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("runs", nargs="*", help="folders (default: all under runs/)")
-    p.add_argument("--eval", nargs="+", choices=EVALS, default=list(EVALS), help="which evaluations (default: all)")
+    p.add_argument("--eval", nargs="+", choices=[*EVALS, *BENCH], default=[*EVALS, *BENCH], metavar="NAME",
+                   help=f"which evaluations (default: all that fit the model): {', '.join(EVALS)}, and SAEBench's {', '.join(BENCH)}")
     p.add_argument("--controls", action="store_true", help="evaluate what has learned nothing as well, as wide and sparse as the runs")
     p.add_argument("--contexts", type=whole, metavar="N", help="held-out contexts to use (default: all)")
     p.add_argument("--force", action="store_true", help="evaluate again what is there already")
@@ -623,7 +1081,8 @@ def main():
             print(f"error: {run.folder}: {failures[run.folder]}", file=sys.stderr)
         group = alive(group, failures)
         group += controls(acts, group) if args.controls and group else []
-        evaluate(acts, group, args.eval, args.force, args.contexts, device, failures)
+        evaluate(acts, group, [n for n in args.eval if n in EVALS], args.force, args.contexts, device, failures)
+        evaluate_saebench(acts, alive(group, failures), [n for n in args.eval if n in BENCH], args.force, device, failures)
         n = n_contexts(acts, args.contexts)
         print(f"\n{acts.folder}, {n} held-out {'contexts' if acts.meta['source'] == 'model' else 'rows'}\n{table(group, acts, n)}")
     return 5 if failures else 0
