@@ -9,6 +9,8 @@ first shard (01_cache_acts.py), and the language model. Writes
     runs/NAME/eval/core.json           reconstruction, sparsity, the model's loss with the SAE spliced in, the truth if known, guards
     runs/NAME/eval/rates.safetensors   how often each latent fires
     runs/NAME/eval/features.json       for some latents the contexts in which they fire most
+    runs/NAME/eval/geometry.json       coherence, rank, condition numbers, correlations, random projections, beside a random dictionary
+    runs/NAME/eval/stability.json      which latents the other seeds of the same settings find again, beside random dictionaries
     runs/NAME/eval/saebench_core.json  and one file for every other evaluation of SAEBench: its own schema, with ours beside it
     acts/NAME/eval_cache/              what SAEBench's evaluations of all runs share; may be deleted
     runs/controls-ACTS/KIND/eval/core.json
@@ -20,12 +22,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: wa
 
 import argparse
 import contextlib
+import glob
 import importlib
 import importlib.metadata
 import json
 import math
 import platform
 import random
+import re
 import sys
 import tempfile
 import time
@@ -462,7 +466,301 @@ def evaluate_features(held_out, runs, failures, n_latents=20, n_contexts=8, befo
     return results
 
 
-EVALS = {"core": evaluate_core, "features": evaluate_features}     # name -> f(held_out, runs, failures) -> {run: part of its JSON file}
+# ---- geometry: how the decoder's directions lie, and which latents fire together -----------------------------------------------------------
+
+
+GEOMETRY_ROWS = 8192             # held-out rows on which co-firing is seen
+GEOMETRY_LATENTS = 2048          # latents that are looked at in pairs: all, or as many of them at random
+JL_DIMENSIONS = (32, 64, 128, 256, 512)
+TOP_PAIRS = 0.001                # share of all pairs that a batch selects, as in topk_ortho_r1
+PAIR_BATCHES = (256, 1024, 4096)     # rows
+GROUP, GROUPS = 32, 64           # latents in a group, and how many groups are looked at
+
+
+def evaluate_geometry(held_out, runs, failures):
+    """What the training metrics don't say of a run: coherence and rank of its decoder, condition numbers of latents that fire together, how
+    well random projections keep its cosines, correlations of its latents, how stable a batch's choice of pairs is, sparsity of the code.
+    `null`: the same of random directions, as many in as many dimensions, and of activations shifted against each other. Not of controls."""
+    runs, nulls, results = [r for r in runs if "control" not in r.config], {}, {}
+    x = some_rows(held_out) if runs else None
+    for run in tqdm(runs, desc="geometry", unit="run", disable=None):
+        with blamed(run, failures), torch.no_grad():
+            g = lambda name: generator("geometry", name)
+            W, code = unit(run.sae.W_dec.float()), Code(run.sae, x, g("latents"))
+            n, d = W.shape
+            if (n, d) not in nulls:
+                chance = unit(torch.randn(n, d, generator=g("chance"))).to(W)
+                nulls[n, d] = chance, directions(chance), projections(chance, g("jl"))
+            chance, null, null_jl = nulls[n, d]
+            sets = code.sets(g("sets"))
+            results[run] = {
+                "rows": len(x), "latents": len(code.latents), "metrics": directions(W) | code.metrics(),
+                "null": null | {"welch": max(0.0, (n - d) / (d * max(1, n - 1))), "correlation": mean_correlation(shifted(code.acts, g("shift")))},
+                "condition": {kind: {"run": condition(W, latents), "null": condition(chance, latents), "marchenko_pastur": marchenko_pastur(latents, d)}
+                              for kind, latents in sets.items()},
+                "jl": {"dimensions": JL_DIMENSIONS, "run": projections(W, g("jl")), "null": null_jl}, "pairs": pair_stability(code)}
+    return results
+
+
+def some_rows(held_out):
+    """The first GEOMETRY_ROWS held-out rows [n, d_in]."""
+    rows = []
+    for x, _, _ in held_out.batches("rows", logits=False):
+        rows.append(x)
+        if sum(map(len, rows)) >= GEOMETRY_ROWS:
+            break
+    return torch.cat(rows)[:GEOMETRY_ROWS]
+
+
+def directions(W, block=1024):
+    """Coherence and spectrum of unit rows W [n, d]; never all pairs at once.
+
+    coherence: largest absolute cosine of two rows; unique: share of rows whose nearest other one has a cosine below 0.2; mean_square_cosine
+    can't fall below Welch's (n - d) / (d (n - 1)); effective_rank: exp of the entropy of the squared singular values' shares, which is also
+    the Vendi score of the cosines (Friedman 2022); frame_ratio: largest over d-th singular value, null where the rows don't span all d."""
+    n, d = W.shape
+    absolute = square = lowest = 0.0
+    above, highest = dict.fromkeys(("0.3", "0.5", "0.9"), 0), []
+    for start in range(0, n, block):
+        cosine = W[start:start + block] @ W.T
+        cosine.diagonal(start).zero_()
+        absolute += cosine.abs().sum(dtype=torch.float64).item()
+        square += cosine.square().sum(dtype=torch.float64).item()
+        above = {k: count + (cosine > float(k)).sum().item() for k, count in above.items()}      # each pair twice
+        lowest = min(lowest, cosine.min().item())
+        cosine.diagonal(start).fill_(-1)
+        highest.append(cosine.amax(-1))
+    highest, pairs = torch.cat(highest), max(1, n * (n - 1))
+    power = torch.linalg.eigvalsh((W.T @ W).double()).clamp_min(0)
+    return {"coherence": max(highest.max().item(), -lowest), "mean_max_cosine": highest.mean().item(), "mean_abs_cosine": absolute / pairs,
+            "mean_square_cosine": square / pairs, "pairs_above": {k: count // 2 for k, count in above.items()},
+            "unique": (highest < 0.2).double().mean().item(), "effective_rank": torch.special.entr(power / power.sum()).sum().exp().item(),
+            "frame_ratio": (power[-1] / power[0]).sqrt().item() if power[0] > 1e-10 * power[-1] else None, "nearest_cosine": quantiles(highest)}
+
+
+def quantiles(values, n=100):
+    """n + 1 quantiles of `values`, from the lowest to the highest; None of none."""
+    values = values.double().sort().values.cpu()
+    return values[torch.linspace(0, len(values) - 1, n + 1).round().long()].tolist() if len(values) else None
+
+
+def condition(W, sets):
+    """Condition numbers (largest over smallest singular value) of the rows W[set], over the sets: median, 10th and 90th percentile.
+    A set with dependent rows, as any of more than d rows, has none: it counts as infinite, and an infinite percentile is null."""
+    found = []
+    for latents in sets:
+        s = torch.linalg.svdvals(W[latents].double())
+        found.append((s[0] / s[-1]).item() if len(latents) <= W.shape[1] and s[-1] > 1e-6 * s[0] else math.inf)
+    at = lambda q: plain(sorted(found)[round(q * (len(found) - 1))]) if found else None
+    return {"median": at(0.5), "low": at(0.1), "high": at(0.9), "sets": len(found), "infinite": found.count(math.inf)}
+
+
+def marchenko_pastur(sets, d):
+    """(1 + sqrt(m / d)) / (1 - sqrt(m / d)): what m random directions tend to, for the median size m of the sets; null from m = d on."""
+    root = math.sqrt(sorted(map(len, sets))[len(sets) // 2] / d) if sets else 1
+    return (1 + root) / (1 - root) if root < 1 else None
+
+
+def projections(W, g):
+    """How well k random orthonormal axes (d, if less, which is exact) keep what unit rows W [n, d] say of each other (Johnson and
+    Lindenstrauss 1984), for each k of JL_DIMENSIONS, on GEOMETRY_LATENTS rows: standard deviation and largest size of the cosines' error,
+    which of the n closest pairs are still among the n closest (share), and the share of the rows' squared length that the axes hold."""
+    W = W[torch.randperm(len(W), generator=g)[:GEOMETRY_LATENTS].to(W.device)]
+    axes = torch.linalg.qr(torch.randn(W.shape[1], W.shape[1], generator=g))[0].to(W)
+    above = torch.ones(len(W), len(W), dtype=torch.bool, device=W.device).triu(1)                # each pair once
+    exact = (W @ W.T)[above]
+    closest = lambda cosine: cosine.topk(min(len(W), len(exact))).indices
+    true, found = closest(exact), defaultdict(list)
+    for k in JL_DIMENSIONS:
+        low = W @ axes[:, :k]
+        rough = (unit(low) @ unit(low).T)[above]
+        found["error_sd"].append((rough - exact).square().mean().sqrt().item())
+        found["error_max"].append((rough - exact).abs().max().item())
+        found["recall"].append(torch.isin(true, closest(rough)).double().mean().item())
+        found["reconstruction"].append((low.square().sum() / W.square().sum()).item())
+    return dict(found)
+
+
+class Code:
+    """What an SAE makes of rows x [n, d_in]: sparsity, and the activations of GEOMETRY_LATENTS latents that fire, drawn by generator g."""
+
+    def __init__(self, sae, x, g):
+        parts, rows = x.split(max(1, 2**26 // sae.d_sae)), []
+        self.d_in, self.fires, self.active = sae.d_in, 0, []
+        for part in parts:
+            out = sae(part * sae.scale)
+            on, root = out.acts > 0, sae.d_sae ** 0.5
+            self.fires = self.fires + on.sum(0)
+            self.active += [latents.nonzero().flatten() for latents in on[:GROUPS - len(self.active)]]
+            hoyer = (root - out.acts.sum(-1) / out.acts.norm(dim=-1).clamp_min(1e-12)) / max(root - 1, 1e-12)
+            rows.append(torch.stack([on.sum(-1), hoyer, part.norm(dim=-1), (part - out.x_hat / sae.scale).square().sum(-1)], -1).double())
+        self.l0, self.hoyer, self.norm, self.error = torch.cat(rows).unbind(-1)              # of each row
+        self.variance = (x - x.mean(0)).double().square().sum(-1)
+        firing = self.fires.nonzero().flatten()
+        self.latents = firing[torch.randperm(len(firing), generator=g)[:GEOMETRY_LATENTS].to(firing.device)].sort().values
+        chosen = [(out.acts[:, self.latents], out.pre[:, self.latents]) for out in (sae(part * sae.scale) for part in parts)]
+        self.acts, self.pre = (torch.cat(columns).float() for columns in zip(*chosen))       # [n, latents]
+
+    def metrics(self):
+        """hoyer: (sqrt(d) - L1 / L2) / (sqrt(d) - 1) of a row's activations, 1 for a single latent (Hoyer 2004), mean over rows that fire;
+        gini of the latents' firing rates, 0 if all fire alike; correlation: mean absolute correlation of two latents' activations; and by
+        tenths of the rows' norm L0 and explained variance."""
+        rate = (self.fires.double() / len(self.l0)).sort().values
+        n, rank = len(rate), torch.arange(1, len(rate) + 1, device=rate.device)
+        gini = (2 * (rank * rate).sum() / (n * rate.sum()) - (n + 1) / n).item() if rate.sum() else None
+        tenths = self.norm.argsort().tensor_split(10)
+        fires = self.l0 > 0
+        return {"hoyer": self.hoyer[fires].mean().item() if fires.any() else None, "gini": gini, "correlation": mean_correlation(self.acts),
+                "l0_of_rows": quantiles(self.l0), "tenths": {
+                    "norm": [self.norm[t].mean().item() for t in tenths], "l0": [self.l0[t].mean().item() for t in tenths],
+                    "explained_variance": [1 - (self.error[t].sum() / self.variance[t].sum()).item() for t in tenths]}}
+
+    def sets(self, g):
+        """Sets of latents. `group`: a latent and those whose firing correlates most with its own; `across`: as many at random (GROUP, or
+        d_in / 4 if that is less); `active`: those that fire on a row. GROUPS of each."""
+        n, m = len(self.latents), min(GROUP, self.d_in // 4, len(self.latents))
+        if m < 2:
+            return {"group": [], "across": [], "active": []}
+        fires, seeds = standard((self.acts > 0).float()), torch.randperm(n, generator=g)[:GROUPS]
+        phi = fires[:, seeds].T @ fires
+        phi[torch.arange(len(seeds)), seeds] = math.inf
+        return {"group": [self.latents[near] for near in phi.topk(m).indices],
+                "across": [self.latents[torch.randperm(n, generator=g)[:m]] for _ in seeds], "active": [a for a in self.active if len(a) > 1]}
+
+
+def standard(columns):
+    """Columns [n, m] with mean 0 and length 1, so that their products are correlations; a constant column becomes 0."""
+    return unit((columns - columns.mean(0)).T).T
+
+
+def mean_correlation(columns):
+    """Mean absolute correlation of two columns of [n, m]; None of fewer than two."""
+    m, columns = columns.shape[1], standard(columns)
+    return ((columns.T @ columns).fill_diagonal_(0).abs().sum().item() / (m * (m - 1))) if m > 1 else None
+
+
+def shifted(columns, g):
+    """Each column of [n, m] rotated by a random number of rows: what the columns have in common is gone, each alone is as it was."""
+    n, m = columns.shape
+    by = torch.randint(n, (m,), generator=g).to(columns.device)
+    return columns.gather(0, (torch.arange(n, device=columns.device)[:, None] + by) % n)
+
+
+def pair_stability(code):
+    """How much the TOP_PAIRS of all pairs that a batch selects are those that the next batch selects, at fixed weights: mean Jaccard index and
+    rank-biased overlap over successive batches, per rule (those of topk_ortho_r1) and number of rows. `null`: the Jaccard index of chance."""
+    n, m = code.acts.shape
+    count = round(TOP_PAIRS * m * (m - 1) / 2)
+    if not count:
+        return None
+    result = {"pairs": count, "rows": [b for b in PAIR_BATCHES if 2 * b <= n], "null": TOP_PAIRS / (2 - TOP_PAIRS)}
+    score = {"coactivation": lambda acts, pre: acts.T @ acts, "phi": lambda acts, pre: correlations((acts > 0).float()),
+             "preact": lambda acts, pre: correlations(pre)}
+    for rule, f in score.items():
+        result[rule] = {"jaccard": [], "rbo": []}
+        for b in result["rows"]:
+            chosen = [top_pairs(f(code.acts[at:at + b], code.pre[at:at + b]), count) for at in range(0, min(n // b, 4) * b, b)]
+            for name, f_pair in (("jaccard", jaccard), ("rbo", rank_biased_overlap)):
+                values = [f_pair(a, c) for a, c in zip(chosen, chosen[1:])]
+                result[rule][name].append(sum(values) / len(values))
+    return result
+
+
+def correlations(columns):
+    return standard(columns).T @ standard(columns)
+
+
+def top_pairs(score, count):
+    """Flat indices i m + j, i < j, of the `count` highest scores [m, m], highest first."""
+    return score.masked_fill(torch.ones_like(score, dtype=torch.bool).tril(), -math.inf).flatten().topk(count).indices
+
+
+def jaccard(a, b):
+    """Size of the intersection of two sets of unique indices over that of their union."""
+    both = torch.isin(a, b).sum().item()
+    return both / (len(a) + len(b) - both)
+
+
+def rank_biased_overlap(a, b, p=0.98):
+    """Overlap of two rankings of equal length without repeats, the top weighing most: the shares that the first 1, 2 ... have in common,
+    averaged with weights p^(depth - 1) (Webber 2010); 1 for equal rankings."""
+    place = {item: i for i, item in enumerate(b.tolist())}
+    meet = torch.tensor([max(i, place.get(item, len(a))) for i, item in enumerate(a.tolist())])       # depth from which both have the item
+    depth = torch.arange(len(a))
+    weight = p ** depth.double()
+    shared = torch.bincount(meet[meet < len(a)], minlength=len(a)).cumsum(0) / (depth + 1)
+    return ((weight * shared).sum() / weight.sum()).item()
+
+
+# ---- stability: which latents another seed finds again --------------------------------------------------------------------------------------
+
+
+def evaluate_stability(held_out, runs, failures):
+    """The latents of a run against those of each other seed of the same variant, settings, data and code: one-to-one by decoder direction.
+    `null`: the same of two random dictionaries. Fewer than two seeds leave `others` empty."""
+    results, nulls, loaded = {}, {}, {}
+    x = some_rows(held_out) if any(siblings(r) for r in runs) else None
+    for run in tqdm([r for r in runs if "control" not in r.config], desc="stability", unit="run", disable=None):
+        with blamed(run, failures), torch.no_grad():
+            n, d = run.sae.W_dec.shape
+            if (n, d) not in nulls and siblings(run):
+                chance = lambda name: unit(torch.randn(n, d, generator=generator("stability", name))).to(run.sae.W_dec)
+                nulls[n, d] = match(chance("a"), chance("b"))[2]
+            others = {}
+            for folder in siblings(run):
+                if folder not in loaded:
+                    loaded[folder] = load_run(folder)[0].to(run.sae.W_dec.device)
+                others[folder.name] = compare(run.sae, loaded[folder], x)
+            null = nulls.get((n, d))
+            results[run] = {"others": others} | ({"null": {"matched": null.mean().item(), "cosines": quantiles(null)}} if others else {})
+    return results
+
+
+def siblings(run):
+    """{folder: checksum of its SAE} of the finished runs that differ from `run` in nothing but the seed."""
+    same = ("variant", "acts_checksum", "steps", "settings", "code_checksum", "status")
+    found = {}
+    for folder in sorted(run.folder.parent.glob(re.sub(r"-s\d+$", "", glob.escape(run.name)) + "-s*")):
+        config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+        if config.get("seed") != run.config["seed"] and all(config.get(k) == run.config.get(k) for k in same):
+            found[folder] = config["sae_checksum"]
+    return found
+
+
+def match(W, V):
+    """Each of the unit rows of W [n, d] (or of GEOMETRY_LATENTS of them at random) with another one of the rows of V [m, d], m >= n, so that
+    the sum of cosines is highest (Hungarian) -> indices into W, into V, and the cosines. Signed: a latent's opposite is another feature."""
+    rows = torch.randperm(len(W), generator=generator("match"))[:GEOMETRY_LATENTS].sort().values.to(W.device)
+    cosine = W[rows] @ V.T
+    picked, columns = (torch.as_tensor(i, device=W.device) for i in linear_sum_assignment(cosine.cpu().numpy(), maximize=True))
+    return rows[picked], columns, cosine[picked, columns]
+
+
+def compare(sae, other, x):
+    """How the latents of `sae` are found again in `other`; on rows x [n, d_in].
+
+    matched: mean cosine of the matched decoder rows; encoder: of their encoder columns; again: share of matches above 0.7, 0.8, 0.9; best:
+    mean over latents of the highest cosine with any of the other's, not one-to-one; activations: mean correlation of the activations of matched
+    latents that fire in both; by_rate: mean cosine in ten equal parts, rarest first; pairs: Jaccard index of the TOP_PAIRS that fire together."""
+    W, V = unit(sae.W_dec.float()), unit(other.W_dec.float())
+    mine, theirs, cosine = match(W, V)
+    encoder = (unit(sae.W_enc.T[mine].float()) * unit(other.W_enc.T[theirs].float())).sum(-1)
+    read = lambda s, latents: torch.cat([s(part * s.scale).acts[:, latents] for part in x.split(max(1, 2**26 // s.d_sae))])
+    a, b = read(sae, mine), read(other, theirs)
+    fire = (a > 0).any(0) & (b > 0).any(0)
+    together = (standard(a[:, fire]) * standard(b[:, fire])).sum(0)
+    rarest = (a > 0).sum(0).argsort().tensor_split(10)
+    count = round(TOP_PAIRS * len(mine) * (len(mine) - 1) / 2)
+    return {"matched": cosine.mean().item(), "encoder": encoder.mean().item(), "cosines": quantiles(cosine), "latents": len(mine),
+            "again": {k: (cosine > float(k)).double().mean().item() for k in ("0.7", "0.8", "0.9")},
+            "best": torch.cat([(part @ V.T).amax(-1) for part in W.split(1024)]).mean().item(),
+            "activations": together.mean().item() if len(together) else None,
+            "by_rate": [cosine[part].mean().item() for part in rarest if len(part)],
+            "pairs": jaccard(top_pairs(a.T @ a, count), top_pairs(b.T @ b, count)) if count else None}
+
+
+EVALS = {"core": evaluate_core, "features": evaluate_features, "geometry": evaluate_geometry,
+         "stability": evaluate_stability}                          # name -> f(held_out, runs, failures) -> {run: part of its JSON file}
 
 
 # ---- SAEBench: its own evaluations, called as a library --------------------------------------------------------------------------------
@@ -955,6 +1253,7 @@ def envelope(name, run, acts, contexts=None, settings=None):
     return {"eval": name, "version": VERSION, "run": run.name, "control": "control" in run.config, "sae_checksum": run.config["sae_checksum"],
             "acts": acts.folder.name, "acts_checksum": acts.checksum, "model": acts.meta["model"], "layer": acts.meta["layer"],
             "hook_name": acts.meta["hook_name"], "d_in": acts.d_in, "d_sae": run.sae.d_sae,
+            **({"siblings": {folder.name: said for folder, said in siblings(run).items()}} if name == "stability" else {}),
             **({"settings": settings} if settings else {"contexts": contexts})}
 
 

@@ -1,0 +1,267 @@
+"""Promises of the analyses in 03_eval.py (geometry, stability): planted geometries give the numbers that theory says."""
+import importlib
+import math
+
+import pytest
+import torch
+from test_eval import CPU, D, as_run, finished_run, language_cache, some_sae, truth_cache, with_decoder
+from toys import orthonormal
+
+from sae import Acts, generator, load_run, read_json, unit, write_json, write_tensors
+
+ev = importlib.import_module("03_eval")
+
+
+def rows(n, d, key="rows"):
+    return torch.randn(n, d, generator=generator(key, n, d))
+
+
+# ---- directions ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_orthonormal_dictionary_has_no_coherence_and_full_rank():
+    m = ev.directions(orthonormal(32))
+    assert m["coherence"] < 1e-6 and m["mean_square_cosine"] < 1e-12 and m["unique"] == 1.0
+    assert m["effective_rank"] == pytest.approx(32, rel=1e-6) and m["frame_ratio"] == pytest.approx(1, rel=1e-6)
+
+
+def test_duplicated_and_opposite_latents_are_seen():
+    W = orthonormal(8)
+    m = ev.directions(torch.cat([W, W[:4]]), block=5)
+    assert m["pairs_above"] == {"0.3": 4, "0.5": 4, "0.9": 4} and m["unique"] == pytest.approx(4 / 12)
+    assert m["mean_max_cosine"] == pytest.approx(8 / 12) and m["coherence"] == pytest.approx(1) and m["frame_ratio"] is None
+    m = ev.directions(torch.cat([W, -W[:4]]))
+    assert m["coherence"] == pytest.approx(1) and m["unique"] == 1.0 and sum(m["pairs_above"].values()) == 0
+
+
+def test_blocks_give_what_all_pairs_at_once_give():
+    W = unit(rows(100, 16))
+    cosine = W @ W.T
+    others = cosine[~torch.eye(100, dtype=torch.bool)]
+    m = ev.directions(W, block=7)
+    assert m["mean_abs_cosine"] == pytest.approx(others.abs().mean().item(), rel=1e-5)
+    assert m["mean_square_cosine"] == pytest.approx(others.square().mean().item(), rel=1e-5)
+    assert m["coherence"] == pytest.approx(others.abs().max().item()) and m["pairs_above"]["0.3"] == (others > 0.3).sum().item() // 2
+
+
+def test_no_dictionary_is_below_welchs_floor_and_a_tight_frame_reaches_it():
+    welch = lambda n, d: (n - d) / (d * (n - 1))
+    assert ev.directions(unit(rows(200, 32)))["mean_square_cosine"] > welch(200, 32)
+    tight = torch.cat([orthonormal(32), orthonormal(32, seed=1)])
+    assert ev.directions(tight)["mean_square_cosine"] == pytest.approx(welch(64, 32), rel=1e-4)
+
+
+def test_the_effective_rank_is_that_of_the_subspace():
+    W = unit(rows(400, 5)) @ orthonormal(5)
+    assert 4.5 < ev.directions(W)["effective_rank"] <= 5 + 1e-6
+
+
+# ---- condition numbers -----------------------------------------------------------------------------------------------------------------
+
+
+def test_condition_numbers_of_orthonormal_near_duplicate_and_dependent_sets():
+    W = orthonormal(8)
+    sets = [torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])]
+    assert ev.condition(W, sets)["median"] == pytest.approx(1, abs=1e-6)
+    angle = 0.01
+    near = torch.stack([W[0], math.cos(angle) * W[0] + math.sin(angle) * W[1]])
+    expected = math.sqrt((1 + math.cos(angle)) / (1 - math.cos(angle)))
+    assert ev.condition(near, [torch.tensor([0, 1])])["median"] == pytest.approx(expected, rel=1e-3)
+    dependent = ev.condition(torch.cat([W, W]), [torch.tensor([0, 8])])
+    assert dependent["median"] is None and dependent["infinite"] == 1
+    assert ev.condition(unit(rows(20, 4)), [torch.arange(5)])["infinite"] == 1                 # more rows than dimensions
+
+
+def test_random_directions_have_the_condition_number_of_marchenko_and_pastur():
+    W, g = unit(rows(4000, 512)), generator("sets")
+    sets = [torch.randperm(4000, generator=g)[:64] for _ in range(20)]
+    assert ev.condition(W, sets)["median"] == pytest.approx(ev.marchenko_pastur(sets, 512), rel=0.06)
+    assert ev.marchenko_pastur(sets, 64) is None and ev.marchenko_pastur([], 64) is None
+
+
+# ---- random projections -----------------------------------------------------------------------------------------------------------------
+
+
+def test_projection_errors_fall_as_one_over_root_k_and_are_exact_from_d_on():
+    found = ev.projections(unit(rows(300, 256)), generator("jl"))
+    k = torch.tensor(ev.JL_DIMENSIONS[:3], dtype=torch.double)
+    theory = ((1 - k / 256) / k).sqrt()                                                            # of orthonormal axes, for cosines near 0
+    assert found["error_sd"][:3] == pytest.approx(theory.tolist(), rel=0.1)
+    assert found["reconstruction"][:3] == pytest.approx((k / 256).tolist(), rel=0.1)
+    assert max(found["error_max"][3:]) < 1e-5 and found["recall"][3:] == [1.0, 1.0] and found["reconstruction"][3] == pytest.approx(1)
+    assert found["recall"][0] < found["recall"][1] < found["recall"][2] < 1
+
+
+# ---- codes -------------------------------------------------------------------------------------------------------------------------------
+
+
+def planted_code(on, directions=None):
+    """Code of an SAE that reads the rows `on` [n, 16] of zeros and ones as they are."""
+    sae = with_decoder(FAKE, torch.eye(16) if directions is None else directions)
+    return ev.Code(sae, on.float(), generator("latents"))
+
+
+class FAKE:
+    d_in, scale = 16, 1.0
+
+
+def test_latents_that_fire_together_are_a_group_and_correlate():
+    on = torch.zeros(4000, 16)
+    together = torch.rand(4000, 4, generator=generator("groups")) < 0.25
+    for i in range(16):
+        on[:, i] = together[:, i // 4]                                                         # four groups of four that are one
+    code = planted_code(on)
+    sets = code.sets(generator("sets"))
+    assert all(len({i // 4 for i in s.tolist()}) == 1 for s in sets["group"]) and len(sets["group"][0]) == 4
+    assert any(len({i // 4 for i in s.tolist()}) > 1 for s in sets["across"])
+    assert ev.mean_correlation(code.acts) == pytest.approx(3 / 15, abs=0.02)                    # 3 of 15 others are the same
+    assert ev.mean_correlation(ev.shifted(code.acts, generator("shift"))) < 0.03
+
+
+def test_sparsity_of_known_codes():
+    one = torch.eye(16).repeat(10, 1)
+    m = planted_code(one).metrics()
+    assert m["hoyer"] == pytest.approx(1) and m["gini"] == pytest.approx(0, abs=1e-6) and set(m["l0_of_rows"]) == {1.0}
+    m = planted_code(torch.ones(50, 16)).metrics()
+    assert m["hoyer"] == pytest.approx(0, abs=1e-6) and set(m["l0_of_rows"]) == {16.0} and m["correlation"] == 0
+    single = torch.zeros(50, 16)
+    single[:, 3] = 1
+    m = planted_code(single).metrics()
+    assert m["gini"] == pytest.approx(15 / 16) and m["correlation"] is None
+    silent = planted_code(torch.zeros(50, 16))
+    assert silent.metrics()["hoyer"] is None and silent.sets(generator("sets")) == {"group": [], "across": [], "active": []}
+    assert ev.pair_stability(silent) is None
+
+
+def test_pairs_that_always_fire_together_are_chosen_in_every_batch_and_independent_ones_by_chance(monkeypatch):
+    monkeypatch.setattr(ev, "TOP_PAIRS", 0.1)                                                    # 12 of 120 pairs
+    independent = torch.rand(8192, 16, generator=generator("independent")) < 0.3
+    planted = independent.clone()
+    planted[:, 8:] = independent[:, :8]                                                        # 8 pairs that are one
+    stable, chance = ev.pair_stability(planted_code(planted)), ev.pair_stability(planted_code(independent))
+    assert stable["rows"] == [256, 1024, 4096] and stable["pairs"] == 12
+    assert min(stable["phi"]["jaccard"]) >= 8 / 16 and chance["phi"]["jaccard"][0] < 0.25
+    assert stable["null"] == pytest.approx(0.1 / 1.9)
+
+
+def test_jaccard_and_rank_biased_overlap_of_planted_rankings():
+    a, other = torch.arange(10), torch.arange(10, 20)
+    half = torch.cat([a[:5], other[:5]])
+    assert ev.jaccard(a, a) == 1 and ev.jaccard(a, other) == 0 and ev.jaccard(a, half) == pytest.approx(5 / 15)
+    assert ev.rank_biased_overlap(a, a) == pytest.approx(1) and ev.rank_biased_overlap(a, other) == 0
+    last = torch.cat([other[:5], a[:5]])
+    assert 0 < ev.rank_biased_overlap(a, last, 0.9) < ev.rank_biased_overlap(a, half, 0.9) < 1  # the top weighs most
+    two = ev.rank_biased_overlap(torch.tensor([0, 1]), torch.tensor([1, 0]), 0.5)
+    assert two == pytest.approx((1 * 0 + 0.5 * 1) / 1.5)
+
+
+# ---- stability -------------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def permuted(sae, order):
+    other = some_sae(FAKE_OF(sae), activation=sae.activation, d_sae=sae.d_sae, l0=sae.l0)
+    other.load_state_dict({k: v[order] if k in ("W_dec", "b_enc") else v[:, order] if k == "W_enc" else v for k, v in sae.state_dict().items()})
+    return other
+
+
+def FAKE_OF(sae):
+    class Acts:
+        d_in, scale = sae.d_in, sae.scale.item()
+
+        @staticmethod
+        def shard(i):
+            return {"acts": rows(64, sae.d_in, "init")}
+    return Acts
+
+
+@torch.no_grad()
+def test_a_permuted_dictionary_is_found_again_in_full():
+    x = rows(500, 16, "x")
+    sae = with_decoder(FAKE, unit(rows(40, 16)))
+    found = ev.compare(sae, permuted(sae, torch.randperm(40, generator=generator("order"))), x)
+    for key in ("matched", "encoder", "best", "activations", "pairs"):
+        assert found[key] == pytest.approx(1, abs=1e-5), key
+    assert found["again"] == {"0.7": 1.0, "0.8": 1.0, "0.9": 1.0} and found["by_rate"] == pytest.approx([1.0] * 10)
+
+
+@torch.no_grad()
+def test_opposite_directions_are_not_the_same_latents():
+    W = orthonormal(16, d_in=16)
+    assert ev.match(W, -W)[2].mean() < 0.1 and ev.match(W, W)[2].min() > 0.999
+
+
+def test_random_dictionaries_match_as_the_null_says():
+    n, d = 400, 64
+    a, b = unit(rows(n, d, "a")), unit(rows(n, d, "b"))
+    matched = ev.match(a, b)[2].mean().item()
+    assert matched == pytest.approx(ev.match(unit(rows(n, d, "c")), unit(rows(n, d, "d")))[2].mean().item(), rel=0.03)
+    assert 0.5 * math.sqrt(2 * math.log(n) / d) < matched < math.sqrt(2 * math.log(n) / d)        # that is the best of n, one-to-one takes less
+
+
+def test_large_dictionaries_are_matched_by_a_sample(monkeypatch):
+    monkeypatch.setattr(ev, "GEOMETRY_LATENTS", 10)
+    W = unit(rows(40, 16))
+    mine, theirs, cosine = ev.match(W, W.flip(0))
+    assert len(mine) == 10 and theirs.tolist() == (39 - mine).tolist() and cosine.min() > 0.999
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------------------------
+
+
+def evaluated(*names):
+    """--eval NAMES of all runs under runs/ as main() does it; -> {folder name: {eval: its JSON}}."""
+    failures, folders = {}, ev.run_folders([])
+    acts = Acts("acts/toy")
+    ev.evaluate(acts, ev.load(folders, CPU, failures), names, False, None, CPU, failures)
+    assert not failures
+    return {f.name: {n: read_json(f / "eval" / f"{n}.json") for n in names} for f in folders}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    language_cache(tmp_path / "acts" / "toy")
+    return tmp_path / "runs"
+
+
+def test_geometry_of_a_run_stands_in_its_file_beside_the_null(here):
+    finished_run(here, Acts("acts/toy"))
+    result = evaluated("geometry")["topk-s0"]["geometry"]
+    W = load_run(here / "topk-s0")[0].W_dec.detach()
+    assert result["metrics"]["mean_max_cosine"] == pytest.approx(ev.max_cosine(W), rel=1e-5)
+    assert result["null"]["effective_rank"] <= D and result["null"]["welch"] == pytest.approx((32 - D) / (D * 31))
+    assert set(result["condition"]) == {"group", "across", "active"} and result["condition"]["active"]["run"]["sets"] == 64
+    assert result["jl"]["run"]["recall"][0] == 1.0 and result["metrics"]["l0_of_rows"][50] == 3.0                # d_in is 16
+
+
+def test_the_same_numbers_come_out_twice_and_alone_or_among_others(here):
+    acts = Acts("acts/toy")
+    finished_run(here, acts)
+    finished_run(here, acts, "topk-s1", seed=1)
+    strip = lambda r: {k: v for k, v in r.items() if k not in ("seconds", "shared_by", "checksum")}
+    both = evaluated("geometry", "stability")["topk-s1"]
+    for name in both:
+        (here / "topk-s1" / "eval" / f"{name}.json").unlink()
+    again = evaluated("geometry", "stability")["topk-s1"]
+    assert {k: strip(v) for k, v in both.items()} == {k: strip(v) for k, v in again.items()}
+
+
+def test_stability_is_between_seeds_of_the_same_settings_and_made_again_when_one_comes(here):
+    acts = Acts("acts/toy")
+    for name, seed, settings in (("topk-s0", 0, {}), ("topk-s1", 1, {}), ("topk-l0=2.0-s1", 1, {"l0": 2.0})):
+        finished_run(here, acts, name, seed=seed, **settings)
+    found = evaluated("stability")
+    others = {name: list(result["stability"]["others"]) for name, result in found.items()}
+    assert others == {"topk-s0": ["topk-s1"], "topk-s1": ["topk-s0"], "topk-l0=2.0-s1": []}
+    assert 0 < found["topk-s0"]["stability"]["null"]["matched"] < 1
+    finished_run(here, acts, "topk-s2", seed=2)
+    assert list(evaluated("stability")["topk-s0"]["stability"]["others"]) == ["topk-s1", "topk-s2"]
+
+
+def test_synthetic_data_have_a_geometry_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    truth_cache(tmp_path / "acts" / "toy", n=600)
+    finished_run(tmp_path / "runs", Acts("acts/toy"))
+    result = evaluated("geometry")["topk-s0"]["geometry"]
+    assert result["rows"] == 600 and result["pairs"] is None                                   # a thousandth of 496 pairs is none
