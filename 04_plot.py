@@ -12,16 +12,19 @@ runs/controls-ACTS/KIND/eval/core.json. Writes
 A row of panels per cache of activations. Runs that a guard calls invalid stand in the table, marked, and nowhere else.
 """
 import argparse
+import functools
 import io
 import json
 import math
 import re
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 from sae import read_json, read_tensors, run_folders, run_script, write_file
 
@@ -34,8 +37,138 @@ STYLE = {"figure.dpi": 110, "savefig.dpi": 160, "font.size": 9, "axes.titlesize"
          "axes.axisbelow": True, "axes.edgecolor": "#666666", "xtick.color": "#444444", "ytick.color": "#444444", "legend.frameon": False}
 
 
+# ---- statistics: is a difference more than chance? ----------------------------------------------------------------------------------
+# numpy only; `deltas` [..., n] are paired differences, one a seed, on the last axis; every function works on a whole stack of experiments at once
+
+LEVEL = 0.05                 # share of experiments without a true difference in which one is called
+MIN_SEEDS = 3                # fewer give no interval worth the name: with 2 it is 12.7 standard errors wide to either side
+CLAIM_SEEDS = 5              # fewer are a screening: what they find is to be confirmed
+FLIP_SEEDS = 6               # from here on the exact sign-flip test can reach 5 %, and must agree
+
+
+def t_tail(t, df):
+    """P(|T| > t) of Student's t with df degrees of freedom (a whole number): the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    angle = np.arctan2(np.abs(t), math.sqrt(df))
+    term, total = np.cos(angle) if df % 2 else np.ones_like(angle), 0.0
+    for k in range(df % 2, df - 1, 2):
+        total = total + term
+        term = term * (k + 1) / (k + 2) * np.cos(angle) ** 2
+    inside = 2 / math.pi * (angle + np.sin(angle) * total) if df % 2 else np.sin(angle) * total
+    return np.clip(1 - inside, 0, 1)
+
+
+@functools.cache
+def t_quantile(df, level=LEVEL):
+    """The t with P(|T| > t) = level, by bisection; 12.71, 4.30, 2.78 for 1, 2, 4 degrees of freedom at 5 %."""
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, df) > level else (low, middle)
+    return high
+
+
+def t_interval(deltas, level=LEVEL):
+    """(mean, low, high): the interval that holds the true mean with probability 1 - level, if the deltas are normal; infinite for one seed."""
+    deltas = np.asarray(deltas, float)
+    n, mean = deltas.shape[-1], deltas.mean(-1)
+    half = t_quantile(n - 1, level) * deltas.std(-1, ddof=1) / math.sqrt(n) if n > 1 else np.full_like(mean, np.inf)
+    return mean, mean - half, mean + half
+
+
+def t_test(deltas):
+    """Two-sided p of no true difference, if the deltas are normal; 1 for one seed, and where all deltas are the same number (inert seeds)."""
+    deltas = np.asarray(deltas, float)
+    n, mean = deltas.shape[-1], deltas.mean(-1)
+    error = deltas.std(-1, ddof=1) / math.sqrt(n) if n > 1 else np.zeros_like(mean)
+    varies = error > 1e-12 * np.abs(mean)
+    return np.where(varies, t_tail(mean / np.where(varies, error, 1), max(n - 1, 1)), 1.0)
+
+
+def sign_flip(deltas):
+    """Exact two-sided p of no true difference: the share of the 2^n ways to flip the deltas' signs whose mean is as far from 0 or further.
+    It assumes nothing but that a delta is as likely as its negative. The smallest p is 2 / 2^n: 0.25 for 3 seeds, 0.031 for 6."""
+    deltas = np.asarray(deltas, float)
+    sums = np.zeros(deltas.shape[:-1] + (1,))
+    for i in range(deltas.shape[-1]):
+        d = deltas[..., i:i + 1]
+        sums = np.concatenate([sums + d, sums - d], -1)
+    seen = np.abs(deltas.sum(-1, keepdims=True))
+    return (np.abs(sums) >= seen - 1e-12 * np.abs(deltas).sum(-1, keepdims=True)).mean(-1)
+
+
+def p_value(deltas):
+    """The p that a verdict rests on. The t test decides, from MIN_SEEDS on. From FLIP_SEEDS on the exact sign-flip test must agree (p <= LEVEL,
+    not corrected for the number of variants: 2 / 2^n could never pass that), else p is at least the sign-flip test's."""
+    deltas = np.asarray(deltas, float)
+    n = deltas.shape[-1]
+    if n < MIN_SEEDS:
+        return np.ones(deltas.shape[:-1])
+    p = t_test(deltas)
+    if FLIP_SEEDS <= n <= 20:                                                 # beyond, 2^n sums; the mean of so many is normal enough
+        flip = sign_flip(deltas)
+        p = np.where(flip > LEVEL, np.maximum(p, flip), p)
+    return p
+
+
+def holm(p):
+    """Adjusted p values [..., m] of m comparisons made together (Holm 1979): called at 5 %, there is a false one among them in at most 5 %."""
+    p = np.asarray(p, float)
+    m, order = p.shape[-1], np.argsort(p, -1)
+    adjusted = np.minimum(1, np.maximum.accumulate(np.take_along_axis(p, order, -1) * np.arange(m, 0, -1), -1))
+    return np.take_along_axis(adjusted, np.argsort(order, -1), -1)
+
+
+@functools.cache
+def detectable(n, tried=1):
+    """The true difference, in standard deviations of the deltas over seeds, that is called in at least 80 % of experiments of n seeds, with
+    the highest threshold that Holm's correction has for `tried` variants. By simulation (82 % of 4,000 draws); infinite for fewer than MIN_SEEDS."""
+    if n < MIN_SEEDS:
+        return math.inf
+    draws, low, high = np.random.default_rng(0).standard_normal((4000, n)), 0.0, 200.0
+    test = p_value if n <= 8 else t_test                                      # with more seeds the sign-flip test agrees, and costs 2^n
+    while high > 1.001 * low:
+        middle = (low + high) / 2
+        found = (test(draws + middle) * tried <= LEVEL).mean() >= 0.82
+        low, high = (low, middle) if found else (middle, high)
+    return high
+
+
+def bootstrap(units, draws=2000):
+    """95 % interval of the mean of `units` [n seeds, m units], differences for each letter or data set: seeds are drawn with replacement, and
+    the units, the same ones for all seeds."""
+    units = np.asarray(units, float)
+    (n, m), rng = units.shape, np.random.default_rng(0)
+    seeds = rng.multinomial(n, np.full(n, 1 / n), draws) / n
+    letters = rng.multinomial(m, np.full(m, 1 / m), draws) / m
+    return tuple(np.quantile((seeds @ units * letters).sum(-1), [LEVEL / 2, 1 - LEVEL / 2]).tolist())
+
+
+def wilson(hits, total, z=1.959964):
+    """95 % interval of a share seen as hits of total (Wilson 1927); stays within 0..1 and is not empty at 0 or 1."""
+    share, extra = hits / total, z * z / total
+    middle, half = share + extra / 2, z * math.sqrt((share * (1 - share) + extra / 4) / total)
+    return max(0.0, (middle - half) / (1 + extra)), min(1.0, (middle + half) / (1 + extra))
+
+
+def word(mean, low, high, p, n, worth, better=1):
+    """What can be said of a difference: better | worse | no difference seen | cannot tell.
+
+    mean, low, high: its 95 % interval; p: adjusted; n: seeds; worth: the smallest difference that would matter; better: 1 if more is better, else
+    -1. `no difference seen` is a finding: the whole interval is smaller than what would matter. One that holds both 0 and what would matter
+    says nothing."""
+    if p <= LEVEL and (low > 0 or high < 0):
+        return ("better" if mean * better > 0 else "worse") + (f" ({n} seeds: screening)" if n < CLAIM_SEEDS else "")
+    if n >= MIN_SEEDS and -worth < low and high < worth:
+        return "no difference seen"
+    return f"cannot tell ({n} seed{'s' * (n != 1)})"
+
+
+# ---- runs -------------------------------------------------------------------------------------------------------------------------
+
+
 class Run:
-    """A run folder, or a control's: its config, its core result (None with `missing` in a word), and which guards made it invalid."""
+    """A run folder, or a control's: its config, what its evaluations measured (`metrics`, and `units`: the same for each letter or data set),
+    why an evaluation has no numbers (`gaps`; `missing` for core), and the guards that fired."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -53,17 +186,40 @@ class Run:
             self.core, self.missing = None, {"failed": "training failed"}.get(self.status, "training not finished")
         elif self.core and not control and self.core["sae_checksum"] != self.config["sae_checksum"]:
             self.core, self.missing = None, "evaluation is of older weights"
-        self.fatal = sorted({g["id"] for g in self.core["guards"] if g["level"] == "fatal"}) if self.core else []
-        self.warned = sorted({g["id"] for g in self.core["guards"] if g["level"] == "warn"}) if self.core else []
-        self.valid = bool(self.core) and not self.fatal
+        self.metrics, self.units, self.gaps = dict(self.core["metrics"]) if self.core else {}, {}, {}
+        self.guards = list(self.core["guards"]) if self.core else []
+        if self.status == "done":
+            read_benchmarks(self)
+        if not control and self.status == "done":
+            if self.config.get("seconds") and self.config["steps"]:
+                self.metrics["seconds"] = self.config["seconds"] * 1e6 / (self.config["steps"] * self.settings["batch_size"])
+            judge(self)
+
+    @property
+    def fatal(self):
+        return sorted({g["id"] for g in self.guards if g["level"] == "fatal"})
+
+    @property
+    def warned(self):
+        return sorted({g["id"] for g in self.guards if g["level"] == "warn"})
+
+    @property
+    def valid(self):
+        return bool(self.core) and not self.fatal
 
     def get(self, metric):
-        return self.core["metrics"].get(metric) if self.core else None
+        return self.metrics.get(metric)
+
+    def flag(self, bad, guard, level, message):
+        """Record a guard, unless 03_eval.py did so already."""
+        if bad and (guard, level) not in {(g["id"], g["level"]) for g in self.guards}:
+            self.guards.append({"id": guard, "level": level, "message": message})
 
 
 def find_runs(folders):
     """(runs, controls of their caches) from the folders given, or from all under runs/."""
     runs = [Run(f) for f in run_folders(folders)]
+    judge_together(runs)
     places = sorted({r.folder.parent / f"controls-{r.acts}" for r in runs})
     return runs, [Run(p.parent.parent) for place in places for p in sorted(place.glob("*/eval/core.json"))]
 
@@ -76,12 +232,288 @@ def grouped(runs):
     return {name: members for (_, name), members in groups.items()}
 
 
+def overridden(run):
+    """{setting: value} that the run's name carries, which is where they differ from the variant's defaults (--set and --sweep)."""
+    return {k: v for k, v in run.settings.items() if f"-{k}={v}-" in f"{run.name}-"}
+
+
+def swept(runs):
+    """{(variant, setting): {value: runs}} for the settings that take several values among a variant's runs, nothing else differing."""
+    found = {}
+    for variant in dict.fromkeys(r.variant for r in runs):
+        mine = [r for r in runs if r.variant == variant]
+        for key in dict.fromkeys(k for r in mine for k in overridden(r)):
+            rest = {}
+            for r in mine:
+                rest.setdefault(tuple(sorted((k, v) for k, v in overridden(r).items() if k != key)), []).append(r)
+            series = max(rest.values(), key=lambda rs: len({r.settings[key] for r in rs}))
+            values = sorted({r.settings[key] for r in series}, key=lambda v: (isinstance(v, str), v))
+            if len(values) > 1:
+                found[variant, key] = {v: [r for r in series if r.settings[key] == v] for v in values}
+    return found
+
+
+# sae_bench's result files: metric -> (file, path to the mean, name of a unit in the details, its value there)
+BENCHMARKS = {
+    "absorption_full": ("absorption", ("mean", "mean_full_absorption_score"), "first_letter", "full_absorption_rate"),
+    "absorption_fraction": ("absorption", ("mean", "mean_absorption_fraction_score"), "first_letter", "mean_absorption_fraction"),
+    **{f"probe_{k}": ("sparse_probing", ("sae", f"sae_top_{k}_test_accuracy"), "dataset_name", f"sae_top_{k}_test_accuracy") for k in (1, 5, 20)},
+    "scr": ("scr", ("scr_metrics", "scr_metric_threshold_20"), "dataset_name", "scr_metric_threshold_20"),
+    "tpp": ("tpp", ("tpp_metrics", "tpp_threshold_20_total_metric"), "dataset_name", "tpp_threshold_20_total_metric"),
+    "unlearning": ("unlearning", ("unlearning", "unlearning_score"), None, None),
+}
+
+
+def read_benchmarks(run):
+    """Put what sae_bench measured into run.metrics and run.units; a result that is stale or was never measured becomes a word in run.gaps."""
+    run.benchmarks = {}
+    for name in dict.fromkeys(name for name, *_ in BENCHMARKS.values()):
+        path = run.folder / "eval" / f"{name}.json"
+        result = read_json(path) if path.exists() else None
+        details = result.get("eval_result_details") if result else None
+        if result is None:
+            run.gaps[name] = "no eval"
+        elif run.config and result.get("sae_checksum", run.config["sae_checksum"]) != run.config["sae_checksum"]:
+            run.gaps[name] = "stale"
+        elif not details and not (name == "unlearning" and details is None):
+            run.gaps[name] = "not run (G11)"                                  # a score without what it is the mean of was not measured
+        else:
+            run.benchmarks[name] = result
+    for metric, (name, path, unit, key) in BENCHMARKS.items():
+        if name in run.benchmarks:
+            value = functools.reduce(lambda d, k: d.get(k) or {}, path[:-1], run.benchmarks[name]["eval_result_metrics"]).get(path[-1])
+            if value is not None and math.isfinite(value) and value != -1:    # sae_bench writes -1 for NaN
+                run.metrics[metric] = value
+                run.units[metric] = {d[unit]: d[key] for d in run.benchmarks[name].get("eval_result_details") or [] if unit and d.get(key) is not None}
+
+
+# ---- guards: what makes a run's numbers invalid, as far as the run folders tell -------------------------------------------------------------
+# 03_eval.py, which also sees weights and data, has recorded its own; here are those of the evaluations, those between runs, and a second reading
+# of the recorded numbers with 03_eval.py's limits, so that figures that come from elsewhere are judged as well.
+
+UNTRAINED_TOKENS = 60
+NOT_SPARSE, NOT_SPARSE_SMALL, SMALL = 0.1, 0.25, 1024
+FINGERPRINT = ["explained_variance", "mse", "cosine", "l0", "l1", "l2_ratio", "slope", "ce_recovered", "kl_recovered", "kl_sae", "decoder_max_cosine"]
+
+
+def judge(run):
+    """The guards of one run (FATAL: it is left out of every comparison, ranking and scale)."""
+    c, s, m, log = run.config, run.settings, run.metrics, read_log(run.folder)
+    get = lambda key: math.nan if m.get(key) is None else m[key]
+    ev, l0, d_in, d_sae = get("explained_variance"), get("l0"), c.get("d_in", math.inf), s["d_sae"]
+    tokens, losses = c["steps"] * s["batch_size"], [line.get("loss") for line in log]
+    run.flag(l0 == 0, "G01", "fatal", "degenerate: L0 is 0")
+    run.flag(ev <= 0, "G02", "fatal", f"worse than the mean: explained variance {ev:.3f}")
+    run.flag(abs(ev - get("explained_variance_zero")) < 0.02 or get("l2_ratio") < 0.1, "G03", "fatal", f"zero output: l2 ratio {get('l2_ratio'):.3f}")
+    not_finite = [k for k in FINGERPRINT if k in m and m[k] is None and not (k.startswith(("ce_", "kl_")) and "ce_clean" not in m)]
+    run.flag(run.core and not_finite, "G04", "fatal", f"not finite: {', '.join(not_finite)}")
+    run.flag(tokens / d_sae < UNTRAINED_TOKENS, "G05", "fatal", f"untrained: {c['steps']} steps, {tokens / d_sae:.0f} tokens per latent")
+    stuck = len(losses) >= 10 and len(set(losses[-10:])) == 1 and losses[-1] is not None
+    run.flag(stuck, "G06", "fatal", f"no learning: the same loss {losses[-1] if stuck else 0:g} in the last 10 logs")
+    run.flag(len(log) >= 10 and all(line.get("grad_norm") == 0 for line in log[-10:]), "G06", "fatal", "no learning: the gradient is 0")
+    run.flag(abs(l0 / d_sae - 0.5) < 0.05 and abs(get("cosine")) < 0.05, "G07", "fatal", f"untrained ReLU: L0 is {l0 / d_sae:.2f} of d_sae")
+    share = NOT_SPARSE if d_sae >= SMALL else NOT_SPARSE_SMALL
+    run.flag(l0 > d_in / 2 or l0 > share * d_sae, "G08", "fatal", f"not sparse: L0 {l0:.1f} of {d_sae} latents in {d_in} dimensions")
+    run.flag(ev <= get("explained_variance_pca"), "G08", "fatal", f"no better than PCA of rank L0: {get('explained_variance_pca'):.3f}")
+    for name, result in ({"core": run.core} if run.core else {} | run.benchmarks).items():
+        theirs = result.get("sae_cfg_dict") or {}
+        said = {"d_in": result.get("d_in", theirs.get("d_in", d_in)), "d_sae": result.get("d_sae", theirs.get("d_sae", d_sae)),
+                "layer": result.get("layer", theirs.get("hook_layer", c.get("layer"))), "hook_name": result.get("hook_name", c.get("hook_name"))}
+        wrong = [f"{k} {v}" for k, v in said.items() if v != {"d_in": d_in, "d_sae": d_sae}.get(k, c.get(k))]
+        run.flag(wrong, "G10", "fatal", f"mismatch: {name} was evaluated at {', '.join(wrong)}")
+    run.flag("not run (G11)" in run.gaps.values(), "G11", "warn", f"not run: {', '.join(k for k, v in run.gaps.items() if 'G11' in v)}")
+    probes = [v for k, v in (run.benchmarks.get("sparse_probing", {}).get("eval_result_metrics", {}).get("sae") or {}).items() if "top" in k and v]
+    blind = bool(probes) and all(abs(v - 0.5) <= 0.02 for v in probes)
+    run.flag(blind, "G12", "fatal", "probes see a constant: every k-sparse accuracy is 0.5")
+    if "absorption" in run.benchmarks:
+        letters = run.benchmarks["absorption"]["eval_result_details"]
+        unsplit = all(d.get("num_split_features") == 1 for d in letters)
+        run.flag(get("absorption_full") <= 0.005 and unsplit and (get("dead") > 0.5 or blind or l0 == 0), "G13", "fatal",
+                 "absorption is vacuous: silent latents absorb nothing")
+        small = [f"{len(letters)} letters"] * (len(letters) < 20) + [f"{d_sae} latents"] * (d_sae < 16384)
+        size = (c.get("model") or {}).get("n_parameters") or math.inf
+        small += [f"a model of {size / 1e6:.0f} M parameters"] * (size < 1e9)
+        run.flag(small, "G14", "warn", f"absorption is out of its scope: {', '.join(small)}")
+    depth = (c.get("layer") or 0) / ((c.get("model") or {}).get("n_layers") or math.inf)
+    run.flag("unlearning" in m and depth >= 0.7, "G32", "warn", "unlearning is expected to be about 0 so late in the model")
+    if log and c["steps"]:
+        highest = max(line.get("lr") or 0 for line in log)
+        run.flag(highest > 1.001 * s["lr"] or log[-1]["step"] != c["steps"], "G31", "fatal",
+                 f"the log is of another run: {log[-1]['step']} steps of {c['steps']}, lr up to {highest:g} of {s['lr']:g}")
+    if s.get("zscore_threshold") and s.get("zscore_gain") == 0 and s.get("zscore_start"):
+        normal = d_sae * statistics.NormalDist().cdf(-s["zscore_start"])
+        run.flag(0.9 < l0 / normal < 1.3, "G35", "warn", f"L0 is set by the rule, not learned: the normal's tail gives {normal:.1f}")
+
+
+def judge_together(runs):
+    """The guards that take several runs. G09: a run whose numbers are another's, to 6 digits, was not measured (or its idea does nothing); the
+    earlier one in the order of the table keeps them. A run whose idea was switched off by hand may equal its parent: that is only a warning."""
+    seen = []
+    for run in [r for members in grouped(runs).values() for r in members if r.core]:
+        numbers = {k: f"{run.get(k):.6g}" for k in FINGERPRINT if run.get(k)}
+        for other, theirs in seen:
+            same = [k for k in numbers if numbers[k] == theirs.get(k)]
+            if run.acts == other.acts and (len(same) >= 5 or run.config["sae_checksum"] == other.config["sae_checksum"]):
+                off = run.seed == other.seed and bool(overridden(run).keys() - other.settings.keys())
+                run.flag(True, "G09", "warn" if off else "fatal",
+                         f"duplicate: {'the same weights as' if len(same) < 5 else f'{len(same)} numbers equal to those of'} {other.config['name']}")
+                break
+        seen.append((run, numbers))
+    took = {}
+    for run in runs:
+        for name, result in run.benchmarks.items() if run.status == "done" else ():
+            took.setdefault(name, []).append((result.get("seconds"), run))
+    for name, pairs in took.items():
+        known = [(seconds, run) for seconds, run in pairs if seconds]
+        for seconds, run in known:
+            if seconds < 5 and statistics.median(s for s, _ in known) > 60:
+                run.flag(True, "G11", "warn", f"not run: {name} took {seconds:.1f} s, minutes elsewhere")
+                run.gaps[name] = "not run (G11)"
+                for metric in [k for k, (file, *_) in BENCHMARKS.items() if file == name]:
+                    run.metrics.pop(metric, None)
+
+
+# ---- comparisons: paired by seed, at the same L0 ----------------------------------------------------------------------------------------
+
+
+class Metric(NamedTuple):
+    key: str
+    title: str
+    digits: int
+    better: int = 0          # 1: more is better, -1: less; 0: described, not compared
+    worth: float = 0.0       # the smallest difference that would matter ...
+    relative: bool = False   # ... as a share of what it is compared with
+    noise: float = 0.0       # standard deviation when the same SAE is evaluated again
+
+
+METRICS = [
+    Metric("l0", "L0", 2),
+    Metric("explained_variance", "EV", 4, 1, 0.01),
+    Metric("ce_recovered", "CE rec.", 4, 1, 0.01),                  # SAEBench's own tolerance; architectures differ by 0.006
+    Metric("kl_sae", "KL", 4, -1, 0.1, True),
+    Metric("dead", "dead", 3),
+    Metric("mcc", "MCC", 3, 1, 0.02),
+    Metric("f1", "F1", 3, 1, 0.02),
+    Metric("absorption", "absorption (true)", 3, -1, 0.25, True),
+    Metric("absorption_full", "absorption (full)", 4, -1, 0.25, True, 0.0008),        # noise as measured on Pythia-160M, 4k latents
+    Metric("absorption_fraction", "absorption (fraction)", 4, -1, 0.25, True, 0.0005),
+    Metric("probe_1", "probe top-1", 3, 1, 0.02),
+    Metric("probe_5", "probe top-5", 3, 1, 0.02),
+    Metric("probe_20", "probe top-20", 3, 1, 0.02),
+    Metric("scr", "SCR@20", 3, 1, 0.05),
+    Metric("tpp", "TPP@20", 3, 1, 0.25, True),
+    Metric("unlearning", "unlearning", 3, 1, 0.02),
+    Metric("decoder_max_cosine", "max cos", 3),
+    Metric("seconds", "s / M tokens", 1),
+]
+PRIMARY = "explained_variance"
+WIDEST_GAP = 4.0             # two L0s of a curve that differ by more than this factor are not interpolated between
+
+
+class Difference(NamedTuple):
+    """How a group of runs differs from others in a metric: one delta a seed, or none and why."""
+    why: str = ""
+    deltas: list = []
+    mean: float = math.nan
+    low: float = -math.inf   # 95 % interval: Student's t over seeds; for letters and data sets the wider one of t and the bootstrap
+    high: float = math.inf
+    p: float = 1.0           # before Holm's correction
+    worth: float = 0.0
+    gap: float = 0.0         # the share by which the L0s still differ (mean over seeds)
+
+
+def reference(run, others, metric):
+    """What `run` is to be compared with, as {run: weight}, or why there is nothing: valid runs of the same seed, data, length and width, with the
+    least different other settings; at its own L0, interpolated in log L0 between two of them, or, where they don't enclose it, the nearest one
+    within 5 %. Never extrapolated."""
+    if not any(o.valid for o in others):
+        return "nothing valid to compare with" if others else "not run"
+    same = [o for o in others if o.valid and o is not run and (o.acts, o.config.get("acts_checksum"), o.seed, o.config["steps"]) ==
+            (run.acts, run.config.get("acts_checksum"), run.seed, run.config["steps"])]
+    wide = [o for o in same if o.settings["d_sae"] == run.settings["d_sae"]]
+    if same and not wide:
+        return "G17"
+    there = [o for o in wide if o.get(metric) is not None]
+    if not there:
+        return "-" if wide else "no run of the same seed and length"
+    near = min(unlike(run, o) for o in there)
+    curve = sorted((o for o in there if unlike(run, o) == near), key=lambda o: o.get("l0"))
+    l0 = run.get("l0")
+    below, above = [o for o in curve if o.get("l0") <= l0], [o for o in curve if o.get("l0") > l0]
+    if below and above and above[0].get("l0") / below[-1].get("l0") <= WIDEST_GAP:
+        low, high = below[-1], above[0]
+        share = math.log(l0 / low.get("l0")) / math.log(high.get("l0") / low.get("l0"))
+        return {low: 1 - share, high: share}
+    other = min(curve, key=lambda o: abs(math.log(l0 / o.get("l0"))))
+    return {other: 1.0} if abs(l0 / other.get("l0") - 1) <= SAME_L0 else "G16"
+
+
+def unlike(a, b):
+    """How many settings that both have differ, but for those that make the sparsifier."""
+    return sum(a.settings[k] != b.settings[k] for k in a.settings.keys() & b.settings.keys() - {"activation", "l0"})
+
+
+def difference(members, others, metric):
+    """The Difference of a group's valid runs from `others` in a Metric, paired by seed."""
+    deltas, units, levels, gaps, why = [], [], [], [], []
+    for r in [r for r in members if r.valid and r.get(metric.key) is not None]:
+        pair = reference(r, others, metric.key)
+        if isinstance(pair, str):
+            why.append(pair)
+            continue
+        level = sum(w * o.get(metric.key) for o, w in pair.items())
+        deltas.append(r.get(metric.key) - level)
+        levels.append(level)
+        gaps.append(0.0 if len(pair) == 2 else r.get("l0") / next(iter(pair)).get("l0") - 1)
+        mine, theirs = r.units.get(metric.key, {}), [(o.units.get(metric.key, {}), w) for o, w in pair.items()]
+        units.append({u: v - sum(w * t[u] for t, w in theirs) for u, v in mine.items() if all(u in t for t, _ in theirs)})
+    if not deltas:
+        return Difference(sorted(why)[0] if why else "-")
+    mean, low, high = (float(v) for v in t_interval(deltas))
+    shared = sorted(set.intersection(*map(set, units)))
+    if len(shared) > 1:
+        b_low, b_high = bootstrap([[u[name] for name in shared] for u in units])
+        low, high = (min(low, b_low), max(high, b_high))
+    worth = metric.worth * (abs(statistics.mean(levels)) if metric.relative else 1)
+    p = float(p_value(deltas)) if abs(mean) > 2 * metric.noise and (low > 0 or high < 0) else 1.0
+    return Difference("", deltas, mean, low, high, p, worth, statistics.mean(gaps))
+
+
+def compare(runs, primary):
+    """({(group, whose, metric key): (Difference, verdict)}, number of variants tried) of one cache; whose: baseline or parent.
+
+    Holm's correction: over the variants tried for the primary metric; over variants and metrics for all others, which are exploratory."""
+    groups = {name: members for name, members in grouped(runs).items() if members[0].variant != "baseline"}
+    measured = [m for m in METRICS if m.better and any(r.get(m.key) is not None for r in runs)]
+    found = {}
+    for whose in ("baseline", "parent"):
+        for family in ([m for m in measured if m.key == primary], [m for m in measured if m.key != primary]):
+            cells = [(name, m) for name in groups for m in family]
+            differ = []
+            for name, m in cells:
+                wanted = ["baseline"] if whose == "baseline" else groups[name][0].config["parents"]
+                differ.append(difference(groups[name], [r for r in runs if r.variant in wanted], m))
+            adjusted = holm([d.p for d in differ]).tolist() if differ else []
+            for (name, m), d, p in zip(cells, differ, adjusted):
+                found[name, whose, m.key] = d, said_of(groups[name], d, p, m, whose)
+    return found, len(groups)
+
+
+def said_of(members, d, p, metric, whose):
+    """The verdict in words: better, worse, no difference seen, cannot tell (why), invalid (why)."""
+    if not any(r.valid for r in members):
+        broken = sorted({g for r in members for g in r.fatal}) or \
+            sorted({r.missing for r in members if r.missing in ("training failed", "evaluation is of older weights")})
+        return f"invalid ({' '.join(broken)})" if broken else f"cannot tell ({members[0].missing})"
+    if d.why:
+        return f"invalid ({d.why})" if d.why.startswith("G") else "-" if d.why == "-" else f"cannot tell ({whose + ' ' if d.why == 'not run' else ''}{d.why})"
+    return word(d.mean, d.low, d.high, p, len(d.deltas), d.worth, metric.better)
+
+
 # ---- results.md --------------------------------------------------------------------------------------------------------------------
 
 
-METRICS = [("L0", "l0", 2), ("EV", "explained_variance", 4), ("CE rec.", "ce_recovered", 4), ("KL", "kl_sae", 4),
-           ("dead", "dead", 3), ("MCC", "mcc", 3), ("F1", "f1", 3), ("absorption", "absorption", 3)]
-COMPARED = ["explained_variance", "ce_recovered", "mcc", "absorption"]
+WORDS = {"G16": "L0 differs", "G17": "width differs"}
 
 
 def mean_sd(values, digits, sign=""):
@@ -93,51 +525,55 @@ def mean_sd(values, digits, sign=""):
     return f"{statistics.mean(values):{sign}.{digits}f}{spread}"
 
 
-def difference(members, others, metric, digits):
-    """Mean paired difference to the runs `others` with the same seed, length, width and L0, or why there is none."""
-    deltas, unmatched = [], False
-    for r in members:
-        same = [o for o in others if o.valid and (o.acts, o.seed, o.config["steps"], o.settings["d_sae"]) ==
-                (r.acts, r.seed, r.config["steps"], r.settings["d_sae"])]
-        close = [o for o in same if abs(r.get("l0") / o.get("l0") - 1) <= SAME_L0]
-        unmatched |= bool(same) and not close
-        if close:
-            other = min(close, key=lambda o: (unlike(r, o), abs(math.log(r.get("l0") / o.get("l0")))))
-            if r.get(metric) is not None and other.get(metric) is not None:
-                deltas.append(r.get(metric) - other.get(metric))
-    if not deltas:
-        return "L0 differs" if unmatched else "-"
-    return mean_sd(deltas, digits, "+") + f" (n={len(deltas)})"
+def interval(d, digits):
+    """'+0.010 [+0.002, +0.018] (n=3)', '+0.010 (n=1)', or why there is no difference."""
+    if d.why:
+        return WORDS.get(d.why, d.why)
+    span = f" [{d.low:+.{digits}f}, {d.high:+.{digits}f}]" if math.isfinite(d.low) else ""
+    return f"{d.mean:+.{digits}f}{span} (n={len(d.deltas)})"
 
 
-def unlike(a, b):
-    """How many settings that both have differ, but for those that make the sparsifier."""
-    return sum(a.settings[k] != b.settings[k] for k in a.settings.keys() & b.settings.keys() - {"activation", "l0"})
+def measured(members, metric):
+    """A group's cell in a metric's column: what it measured, even if invalid, or in a word why there is nothing."""
+    scored = [r for r in members if r.valid] or members
+    words = sorted({r.gaps.get(BENCHMARKS[metric.key][0]) or "-" for r in members}) if metric.key in BENCHMARKS else ["-"]
+    cell = mean_sd([r.get(metric.key) for r in scored], metric.digits)
+    return words[-1] if cell == "-" else cell
 
 
-def table(runs, controls):
+def table(runs, controls, found, primary):
     """(header, rows) of one cache: a row per group, controls last."""
-    everyone = runs + controls
-    columns = [m for m in METRICS if any(m[1] in r.core["metrics"] for r in everyone if r.core)]
-    compared = [m for m in columns if m[1] in COMPARED]
-    header = ["run", "parent", "seeds"] + [title for title, *_ in columns] + \
-             [f"{title} - {whose}" for whose in ("baseline", "parent") for title, *_ in compared] + ["guards"]
+    columns = [m for m in METRICS if any(m.key in r.metrics for r in runs + controls)]
+    main, blind = next(m for m in METRICS if m.key == primary), uninformative(runs, controls)
+    header = ["run", "parent", "seeds"] + [m.title + "*" * (m.key in blind) for m in columns] + \
+             [f"{main.title} - baseline", f"{main.title} - parent", "verdict", "guards"]
     rows = []
     for name, members in [*grouped(runs).items(), *((c.name, [c]) for c in controls)]:
-        one = members[0]
-        scored = [r for r in members if r.valid] or [r for r in members if r.core]       # an invalid group shows what it measured, marked
-        row = [name, "" if one in controls else ", ".join(one.config["parents"]) or "-", str(len(members)) if one not in controls else ""]
-        row += [mean_sd([r.get(metric) for r in scored], digits) for _, metric, digits in columns]
-        valid = [r for r in scored if r.valid and r not in controls]
-        for variants in (["baseline"], one.config.get("parents", [])):
-            others = [r for r in runs if r.variant in variants]
-            row += ["" if one in controls or one.variant in variants or not variants else
-                    difference(valid, others, metric, digits) if valid else "-" for _, metric, digits in compared]
-        rows.append(row + [verdict(members, one in controls)])
+        one, control = members[0], members[0] in controls
+        row = [name, "" if control else ", ".join(one.config["parents"]) or "-", "" if control else str(len(members))]
+        row += [measured(members, m) for m in columns]
+        cells = [found.get((name, whose, primary)) for whose in ("baseline", "parent")]
+        row += [interval(cell[0], main.digits) if cell else "" for cell in cells]
+        if cells[1] and not cells[1][0].why:
+            row[-1] += f": {cells[1][1]}"
+        rows.append(row + [cells[0][1] if cells[0] else "", guards_said(members, control, found, name)])
     return header, rows
 
 
-def verdict(members, control):
+def others_table(runs, found, primary):
+    """(header, rows) of the differences in every other metric, each with its verdict; None without any."""
+    columns = [m for m in METRICS if m.better and m.key != primary and any(key == m.key for _, _, key in found)]
+    names = [name for name, members in grouped(runs).items() if members[0].variant != "baseline" and any(r.valid for r in members)]
+    if not columns or not names:
+        return None
+    rows = []
+    for name in names:
+        cells = [(found[name, whose, m.key], m) for m in columns for whose in ("baseline", "parent")]
+        rows.append([name] + [interval(d, m.digits) + f": {said}" * (not d.why) for (d, said), m in cells])
+    return ["variant"] + [f"{m.title} - {whose}" for m in columns for whose in ("baseline", "parent")], rows
+
+
+def guards_said(members, control, found, name):
     """What guards and gaps say of a group, in words."""
     said = []
     invalid = [r for r in members if r.fatal]
@@ -145,50 +581,101 @@ def verdict(members, control):
         fatal = " ".join(sorted({g for r in invalid for g in r.fatal}))
         said.append(fatal if control else f"INVALID {fatal}" if len(invalid) == len(members) else
                     f"{len(invalid)} of {len(members)} left out as invalid: {fatal}")
-    for word in sorted({r.missing for r in members if not r.core}):
-        said.append(word + (f" (seed {', '.join(str(r.seed) for r in members if not r.core and r.missing == word)})" if len(members) > 1 else ""))
-    warned = " ".join(sorted({g for r in members for g in r.warned}))
-    return "; ".join(said + [f"warns {warned}"] * bool(warned)) or "-"
+    for missing in sorted({r.missing for r in members if not r.core}):
+        said.append(missing + (f" (seed {', '.join(str(r.seed) for r in members if not r.core and r.missing == missing)})" if len(members) > 1 else ""))
+    warned = {g for r in members for g in r.warned}
+    full, fraction = (found.get((name, "baseline", f"absorption_{kind}"), [Difference()])[0].mean for kind in ("full", "fraction"))
+    if full * fraction < 0:
+        warned.add("G15")
+    return "; ".join(said + [f"warns {' '.join(sorted(warned))}"] * bool(warned)) or "-"
 
 
-def notes(runs, controls):
-    """Sentences under a table: what guards say in full, and which metrics can't tell these runs from a control."""
-    lines, sizes = [], {r.core["contexts"] for r in runs + controls if r.core}
+def uninformative(runs, controls):
+    """{metric key: the controls that do at least as well as the baseline}, or as the median run where there is no baseline."""
+    found = {}
+    for m in [m for m in METRICS if m.better]:
+        there = [r for r in runs if r.valid and r.get(m.key) is not None]
+        there = [r for r in there if r.variant == "baseline"] or there
+        middle = statistics.median(r.get(m.key) for r in there) if there else math.nan
+        as_good = [c for c in controls if c.get(m.key) is not None and (c.get(m.key) - middle) * m.better >= 0]
+        if as_good:
+            found[m.key] = as_good, middle, "the baseline" if there[0].variant == "baseline" else "the median run"
+    return found
+
+
+def notes(runs, controls, found, tried, primary):
+    """Sentences under a table: how much was tried and could be seen, what guards say in full, and which metrics can't tell these runs from a control."""
+    main, lines, said = next(m for m in METRICS if m.key == primary), [], set()
+    differ = [d for (_, whose, key), (d, _) in found.items() if (whose, key) == ("baseline", primary) and len(d.deltas) >= MIN_SEEDS]
+    lines.append(f"The verdict is about {main.title} - baseline; {tried} variants and settings were tried, and Holm's correction is for as many.")
+    if differ:
+        n, spread = round(statistics.median(len(d.deltas) for d in differ)), statistics.median(statistics.stdev(d.deltas) for d in differ)
+        lines.append(f"With {n} seeds and {tried} tried, a difference of {detectable(n, tried):.1f} standard deviations over seeds is called in 4 of 5 experiments: "
+                     f"here, at the median one of {spread:.{main.digits + 1}f}, {detectable(n, tried) * spread:.{main.digits}f}.")
+    elif tried:
+        lines.append(f"Fewer than {MIN_SEEDS} seeds have no interval worth the name: run 02_train.py with --seed 0 1 2, or 0 1 2 3 4 for a claim.")
+    for (name, whose, key), (d, verdict) in found.items():
+        if (whose, key) == ("baseline", primary) and abs(d.gap) > 0.01 and verdict.startswith(("better", "worse")):
+            lines.append(f"{name}: its L0 is {d.gap:+.1%} of the baseline's; a baseline at several l0 (--sweep l0=...) would take that out.")
+    if primary in ("scr", "tpp"):
+        lines.append(f"G33: {main.title} is not reliable enough for a verdict: a perfect oracle ranks below a third of trained SAEs on SCR (2605.18229).")
+    sizes, versions = {r.core["contexts"] for r in runs + controls if r.core}, {r.core.get("version") for r in runs + controls if r.core}
     if len(sizes) > 1:
         lines.append(f"Rows were evaluated on different numbers of held-out contexts ({', '.join(map(str, sorted(sizes)))}): run 03_eval.py again.")
+    if len(versions) > 1:
+        lines.append("G26: rows were evaluated by different versions of 03_eval.py: run it again.")
     for r in runs:
-        lines += [f"{r.config['name']} is invalid: {g['id']} {g['message']}." for g in (r.core["guards"] if r.core else []) if g["level"] == "fatal"]
+        for g in r.guards:
+            if g["level"] == "fatal" or g["id"] in ("G09", "G11", "G14", "G31", "G32", "G35"):
+                about = f"{g['id']} {g['message']}."
+                line = f"{r.config['name']} is invalid: {about}" if g["level"] == "fatal" else about if g["id"] in ("G14", "G32") else f"{r.config['name']}: {about}"
+                lines += [line] if line not in said else []
+                said.add(line)
         if r.status == "failed":
             lines.append(f"{r.config['name']} failed in training: {r.config.get('reason', 'no reason given')}.")
-    for title, metric, digits in METRICS[1:]:
-        values = [r.get(metric) for r in runs if r.valid and r.get(metric) is not None]
-        low = metric in ("kl_sae", "absorption")
-        middle = statistics.median(values) if values else math.nan
-        as_good = [c for c in controls if c.get(metric) is not None and (c.get(metric) <= middle if low else c.get(metric) >= middle)]
-        if as_good and metric != "dead":
-            lines.append(f"{title} says nothing by itself here: the median run has {middle:.{digits}f}, "
-                         + ", ".join(f"{c.name} {c.get(metric):.{digits}f}" for c in as_good) + ".")
+    for m in METRICS:
+        if m.key in uninformative(runs, controls):
+            as_good, middle, whose = uninformative(runs, controls)[m.key]
+            lines.append(f"{m.title} says nothing by itself here: {whose} has {middle:.{m.digits}f}, "
+                         + ", ".join(f"{c.name} {c.get(m.key):.{m.digits}f}" for c in as_good) + ".")
     return lines
 
 
-def results(caches):
+ABOUT = f"""Mean +- standard deviation over seeds, on held-out contexts. L0: active latents per row; EV: explained variance about the mean;
+CE rec.: share of the loss that zeroing the activations costs which the reconstruction avoids; KL: from the clean model, nats per token;
+dead: share of latents that never fire; absorption, probing, SCR, TPP and unlearning: SAEBench's, or of the true features; max cos: mean over
+latents of the highest cosine with another one's decoder row; a star: a control does as well as the baseline, so the metric says nothing by itself.
+
+Differences are paired by seed (same start, same batches) at the same length and width and the same L0: interpolated in log L0 between
+two of the other's runs, or to one within {SAME_L0:.0%}; never extrapolated. In brackets the 95 % interval: Student's t over seeds; for letters and data
+sets the wider one of it and a bootstrap over seeds and letters.
+
+Verdict: *better* or *worse*, if the t interval excludes 0 after Holm's correction for the number tried, and, from {FLIP_SEEDS} seeds on, the exact sign-flip
+test agrees; with fewer than {FLIP_SEEDS} seeds that test can't reach 5 %, so the verdict rests on the differences being normal, and fewer than
+{CLAIM_SEEDS} seeds are a screening. *No difference seen*: the whole interval is smaller than what would matter. *Cannot tell*: it holds both 0 and what would
+matter, or there are fewer than {MIN_SEEDS} seeds. *Invalid*: a guard fired. Rows are in order of name, not of merit."""
+
+
+def results(caches, compared, primary):
     """(markdown, aligned text) of all caches."""
-    md, text = ["# Results", "", "Mean +- standard deviation over seeds, on held-out contexts. "
-                "L0: active latents per row; EV: explained variance about the mean; "
-                "CE rec.: share of the loss that zeroing the activations costs which the reconstruction avoids; KL: from the clean model, nats per token; "
-                "dead: share of latents that never fire. Differences to the baseline and to the parent are paired by seed, at the same L0 (within "
-                f"{SAME_L0:.0%}), length and width; with fewer than 3 seeds they are no claim. Rows are in order of name, not of merit.", ""], []
+    worth = ", ".join(f"{m.title} {f'{m.worth:.0%} of it' if m.relative else f'{m.worth:g}'}" for m in METRICS if m.better)
+    md, text = ["# Results", "", ABOUT, "", f"What would matter: {worth}.", ""], []
     for acts, (runs, controls) in caches.items():
-        header, rows = table(runs, controls)
-        escape = lambda cell: cell.replace("|", "\\|")
-        md += [f"## {acts}", "", "| " + " | ".join(header) + " |", "|" + "|".join(["---"] * 2 + ["---:"] * (len(header) - 3) + ["---"]) + "|"]
-        md += ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
-        said = notes(runs, controls)
-        md += [""] + [f"* {line}" for line in said] + [""] * bool(said)
-        widths = [max(map(len, column)) for column in zip(header, *rows)]
+        found, tried = compared[acts]
+        tables = [table(runs, controls, found, primary), others_table(runs, found, primary)]
+        said = notes(runs, controls, found, tried, primary)
+        md += [f"## {acts}", ""]
         text += [f"\n{acts}"]
-        text += ["  ".join(f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths))) for row in [header, *rows]]
-        text += said
+        for title, (header, rows) in [(t, made) for t, made in zip(("", "Other metrics (exploratory)"), tables) if made]:
+            md += [f"### {title}", ""] * bool(title)
+            md += ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] * len(header)) + "|"]
+            md += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
+            widths = [max(map(len, column)) for column in zip(header, *rows)]
+            text += [f"\n{title}"] * bool(title)
+            text += ["  ".join(f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in [header, *rows]]
+            if not title:
+                md += [f"* {line}" for line in said] + [""]
+                text += said
     return "\n".join(md).rstrip() + "\n", "\n".join(text).lstrip()
 
 
@@ -401,12 +888,15 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("runs", nargs="*", help="folders (default: all under runs/)")
     p.add_argument("--out", default="plots", help="folder to write to (default: %(default)s)")
+    p.add_argument("--metric", choices=[m.key for m in METRICS if m.better], default=PRIMARY,
+                   help="what the verdict is about; choose it before you look (default: %(default)s)")
     args = p.parse_args()
 
     runs, controls = find_runs(args.runs)
     caches = {acts: ([r for r in runs if r.acts == acts], [c for c in controls if c.acts == acts]) for acts in dict.fromkeys(r.acts for r in runs)}
     look, out = looks(runs), Path(args.out)
-    markdown, text = results(caches)
+    compared = {acts: compare(members, args.metric) for acts, (members, _) in caches.items()}
+    markdown, text = results(caches, compared, args.metric)
     print(text + "\n")
     write_file(out / "results.md", markdown.encode())
     plt.rcParams.update(STYLE)

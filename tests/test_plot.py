@@ -60,10 +60,12 @@ def draw(*flags, png=False):
     folder = flags[flags.index("--out") + 1] if "--out" in flags else "plots"
     rows = {}
     for line in open(f"{folder}/results.md").read().splitlines():
+        if line.startswith("### "):
+            header = None                                                     # the other metrics: not in these rows
         cells = [c.strip() for c in line.strip("|").split("|")]
         if line.startswith("| run |"):
             header = cells
-        elif line.startswith("| "):
+        elif line.startswith("| ") and header:
             rows[cells[0]] = dict(zip(header, cells))
     for name in ("pareto", "training_curves", "feature_usage") if png else ():
         with open(f"{folder}/{name}.png", "rb") as f:
@@ -80,8 +82,10 @@ def test_the_tables_numbers_are_those_of_the_files(here):
     row = rows["idea"]
     assert row["EV"] == f"{statistics.mean(ours):.4f} +- {statistics.stdev(ours):.4f}" and row["seeds"] == "3" and row["L0"] == "4.10 +- 0.00"
     deltas = [a - b for a, b in zip(ours, theirs)]
-    assert row["EV - baseline"] == f"{statistics.mean(deltas):+.4f} +- {statistics.stdev(deltas):.4f} (n=3)"
-    assert row["EV - parent"] == "-" and rows["baseline"]["EV - baseline"] == ""
+    half = 4.302653 * statistics.stdev(deltas) / 3 ** 0.5                     # Student's t at 95 %, 2 degrees of freedom
+    low, high = statistics.mean(deltas) - half, statistics.mean(deltas) + half
+    assert row["EV - baseline"] == f"{statistics.mean(deltas):+.4f} [{low:+.4f}, {high:+.4f}] (n=3)"
+    assert row["EV - parent"] == "not run" and rows["baseline"]["EV - baseline"] == ""
     assert row["EV"] in text and row["EV - baseline"] in text
 
 
@@ -164,7 +168,7 @@ def test_controls_stand_in_the_table_and_are_drawn_hollow(here):
     evaluated(here / "controls-other" / "random", acts="other", rates=False)
     text, rows = draw()
     assert rows["control: random"]["EV"] == "0.2000" and rows["control: random"]["EV - baseline"] == "" and len(rows) == 2
-    assert "KL says nothing by itself here: the median run has 0.2000, control: random 0.1000." in text and "EV says nothing" not in text
+    assert "KL says nothing by itself here: the baseline has 0.2000, control: random 0.1000." in text and "EV says nothing" not in text
     ev, ce = figures(here)["pareto"].axes
     hollow = lambda axis: [line for line in axis.lines if line.get_markerfacecolor() == "none"]
     assert len(hollow(ce)) == 1 and not hollow(ev)                            # 0.2 would squeeze the runs at 0.8
@@ -203,7 +207,7 @@ def test_caches_have_panels_and_tables_of_their_own(here):
     evaluated(run(here, "topk", acts="synthetic"), acts="synthetic", absorption=None)
     text, _ = draw("--out", "elsewhere", png=True)
     md = open("elsewhere/results.md").read()
-    assert "## tiny" in md and "## synthetic" in md and md.count("| run |") == 2 and "MCC" in md.split("## synthetic")[1]
+    assert "## tiny" in md and "## synthetic" in md and md.count("| run | parent |") == 2 and "MCC" in md.split("## synthetic")[1]
     assert {axis.get_title(loc="left") for axis in figures(here)["pareto"].axes} >= {"tiny: explained variance", "synthetic: MCC with the true features"}
 
 
