@@ -279,6 +279,7 @@ def read_benchmarks(run):
             run.gaps[name] = "not run (G11)"                                  # a score without what it is the mean of was not measured
         else:
             run.benchmarks[name] = result
+            run.guards += result.get("guards", [])
     for metric, (name, path, unit, key) in BENCHMARKS.items():
         if name in run.benchmarks:
             value = functools.reduce(lambda d, k: d.get(k) or {}, path[:-1], run.benchmarks[name]["eval_result_metrics"]).get(path[-1])
