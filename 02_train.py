@@ -11,6 +11,7 @@ settings that differ from their default, seed:
     code.py                the source files of the class chain, base first
     metrics.jsonl          one line per log: loss terms, L0, explained variance, dead latents, what the variant adds
     sae.safetensors        the SAE; applies to raw activations
+    snapshots/STEP.safetensors   the SAE at 1/2, 1/4, 1/8 ... of the run, for 03_eval.py to see how it came about
     checkpoint.safetensors while training
 A run that is finished with the same settings, data and code is left alone; an interrupted one goes on where it stopped.
 """
@@ -51,7 +52,8 @@ REFUSED_IN_A_ROW = 10         # steps; then the run has failed
 class Run:
     """One SAE in training, its optimizer and its folder."""
 
-    def __init__(self, variant, settings, seed, acts, steps, epochs):
+    def __init__(self, variant, settings, seed, acts, steps, epochs, snapshots=0):
+        self.snapshots = {round(steps / 2**i) for i in range(1, snapshots + 1)} - {0}        # after so many steps
         self.variant, self.cls, self.seed, self.steps = variant, load_variant(variant), seed, steps
         defaults = self.cls.settings()
         self.cls.check({**defaults, **settings})
@@ -92,7 +94,8 @@ class Run:
             self.sae.scale.fill_(acts.scale)
             self.opt = self.sae.make_optimizer()
             if not self.load_checkpoint():
-                shutil.rmtree(self.folder / "eval", ignore_errors=True)      # of an older run of this name
+                for name in ("eval", "snapshots"):
+                    shutil.rmtree(self.folder / name, ignore_errors=True)    # of an older run of this name
                 for name in ("sae.safetensors", "checkpoint.safetensors", "metrics.jsonl"):
                     (self.folder / name).unlink(missing_ok=True)
                 x = sample(acts, self.sae.scale)
@@ -117,6 +120,9 @@ class Run:
                 self.log(len(x))
         self.next_step += 1
         self.seconds += time.perf_counter() - started
+        if self.next_step in self.snapshots and not self.failure:
+            write_tensors(self.folder / "snapshots" / f"{self.next_step:08}.safetensors", self.sae.state_dict(),
+                          {"identity": self.identity, "step": self.next_step})
 
     def watch(self, x, out, terms):
         """Add this step to the sums that the next log line reports; nothing here waits for the GPU."""
@@ -433,7 +439,7 @@ def interrupted(acts):
     return found
 
 
-def seed_number(text):
+def number(text):
     return 0 if text == "0" else whole(text)
 
 
@@ -441,10 +447,12 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--acts", default=DEFAULT_ACTS, help="folder under acts/ (default: %(default)s)")
     p.add_argument("--variant", nargs="+", default=DEFAULT_VARIANTS, help="names, `all`, or a study such as topk_ortho")
-    p.add_argument("--seed", nargs="+", type=seed_number, default=[0], help="one run per seed (default: 0)")
+    p.add_argument("--seed", nargs="+", type=number, default=[0], help="one run per seed (default: 0)")
     p.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings, for every run")
     p.add_argument("--sweep", nargs="+", action="extend", default=[], metavar="NAME=V1,V2", help="one run per value (and combination)")
     p.add_argument("--epochs", type=whole, default=1, help="passes over the activations (default: 1)")
+    p.add_argument("--snapshots", type=number, default=5, metavar="N",
+                   help="keep the SAE at 1/2, 1/4 ... 1/2^N of the run, each as large as the SAE (default: %(default)s)")
     p.add_argument("--resume", action="store_true", help="go on with every interrupted run on these activations, start no new one")
     p.add_argument("--checkpoint", type=whole, default=60, metavar="SECONDS", help="how often (default: %(default)s)")
     p.add_argument("--list", action="store_true", help="print all variants with their lineage and stop")
@@ -475,7 +483,7 @@ def main():
     if not steps:
         raise Refuse(f"{acts.folder} has {acts.rows} rows, no shard has a batch of {batch_size}: cache more tokens or --set batch_size=")
 
-    runs = [Run(v, settings, seed, acts, steps, epochs) for v, settings, seed, _ in wanted]
+    runs = [Run(v, settings, seed, acts, steps, epochs, args.snapshots) for v, settings, seed, _ in wanted]
     runs = list({r.name: r for r in runs}.values())
     todo = [r for r in runs if not r.is_finished()]
     if len(todo) < len(runs):

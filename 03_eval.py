@@ -10,6 +10,7 @@ first shard (01_cache_acts.py), and the language model. Writes
     runs/NAME/eval/rates.safetensors   how often each latent fires
     runs/NAME/eval/features.json       for some latents the contexts in which they fire most
     runs/NAME/eval/geometry.json       coherence, rank, condition numbers, correlations, random projections, beside a random dictionary
+    runs/NAME/eval/training.json       the same metrics for the snapshots that training kept, on few contexts
     runs/NAME/eval/stability.json      which latents the other seeds of the same settings find again, beside random dictionaries
     runs/NAME/eval/saebench_core.json  and one file for every other evaluation of SAEBench: its own schema, with ours beside it
     acts/NAME/eval_cache/              what SAEBench's evaluations of all runs share; may be deleted
@@ -22,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: wa
 
 import argparse
 import contextlib
+import copy
 import glob
 import importlib
 import importlib.metadata
@@ -654,7 +656,7 @@ def pair_stability(code):
     if not count:
         return None
     result = {"pairs": count, "rows": [b for b in PAIR_BATCHES if 2 * b <= n], "null": TOP_PAIRS / (2 - TOP_PAIRS)}
-    score = {"coactivation": lambda acts, pre: acts.T @ acts, "phi": lambda acts, pre: correlations((acts > 0).float()),
+    score = {"coactivation": lambda acts, pre: coactivation(acts), "phi": lambda acts, pre: correlations((acts > 0).float()),
              "preact": lambda acts, pre: correlations(pre)}
     for rule, f in score.items():
         result[rule] = {"jaccard": [], "rbo": []}
@@ -664,6 +666,10 @@ def pair_stability(code):
                 values = [f_pair(a, c) for a, c in zip(chosen, chosen[1:])]
                 result[rule][name].append(sum(values) / len(values))
     return result
+
+
+def coactivation(acts):
+    return acts.T @ acts
 
 
 def correlations(columns):
@@ -727,6 +733,11 @@ def siblings(run):
     return found
 
 
+def acts_of(sae, x, latents):
+    """Activations [n, k] of some latents on rows x [n, d_in]."""
+    return torch.cat([sae(part * sae.scale).acts[:, latents] for part in x.split(max(1, 2**26 // sae.d_sae))])
+
+
 def match(W, V):
     """Each of the unit rows of W [n, d] (or of GEOMETRY_LATENTS of them at random) with another one of the rows of V [m, d], m >= n, so that
     the sum of cosines is highest (Hungarian) -> indices into W, into V, and the cosines. Signed: a latent's opposite is another feature."""
@@ -745,8 +756,7 @@ def compare(sae, other, x):
     W, V = unit(sae.W_dec.float()), unit(other.W_dec.float())
     mine, theirs, cosine = match(W, V)
     encoder = (unit(sae.W_enc.T[mine].float()) * unit(other.W_enc.T[theirs].float())).sum(-1)
-    read = lambda s, latents: torch.cat([s(part * s.scale).acts[:, latents] for part in x.split(max(1, 2**26 // s.d_sae))])
-    a, b = read(sae, mine), read(other, theirs)
+    a, b = acts_of(sae, x, mine), acts_of(other, x, theirs)
     fire = (a > 0).any(0) & (b > 0).any(0)
     together = (standard(a[:, fire]) * standard(b[:, fire])).sum(0)
     rarest = (a > 0).sum(0).argsort().tensor_split(10)
@@ -756,11 +766,62 @@ def compare(sae, other, x):
             "best": torch.cat([(part @ V.T).amax(-1) for part in W.split(1024)]).mean().item(),
             "activations": together.mean().item() if len(together) else None,
             "by_rate": [cosine[part].mean().item() for part in rarest if len(part)],
-            "pairs": jaccard(top_pairs(a.T @ a, count), top_pairs(b.T @ b, count)) if count else None}
+            "pairs": jaccard(top_pairs(coactivation(a), count), top_pairs(coactivation(b), count)) if count else None}
+
+
+# ---- training: how a run came about ---------------------------------------------------------------------------------------------------------
+
+
+TRAINING_CONTEXTS = 64           # held-out contexts (rows of synthetic data: 64 times as many) on which snapshots are evaluated
+STAGE_METRICS = ("explained_variance", "mse", "l0", "l1", "l2_ratio", "dead", "ce_recovered", "kl_recovered", "kl_sae", "mcc", "absorption")
+
+
+def evaluate_training(held_out, runs, failures):
+    """Core metrics and geometry of each snapshot that training kept, and of its end, on few contexts, the same for all. Beside them, `same`: mean
+    cosine of the decoder rows with the final ones; `pairs`: Jaccard index of the TOP_PAIRS that fire together with those at the end;
+    `survived`: the share of the latents that were revived before the snapshot which are not revived again and fire at the end.
+    `revived`: how many latents were ever revived. No snapshots leave `stages` empty."""
+    runs, results, few = [r for r in runs if "control" not in r.config], {}, copy.copy(held_out)
+    few.n = min(held_out.n, TRAINING_CONTEXTS * (1 if held_out.model else 64))
+    x = some_rows(held_out) if any((r.folder / "snapshots").exists() for r in runs) else None
+    for run in runs:
+        with blamed(run, failures), torch.no_grad():
+            stages = [snapshot(run, path) for path in sorted((run.folder / "snapshots").glob("*.safetensors"))]
+            stages += [run] if stages else []
+            core = evaluate_core(few, stages, failures) if stages else {}
+            end, fires = run.sae, core[run]["rates"] > 0 if stages else None
+            latents = torch.randperm(end.d_sae, generator=generator("training"))[:GEOMETRY_LATENTS].to(end.W_dec.device)
+            count = round(TOP_PAIRS * len(latents) * (len(latents) - 1) / 2)
+            chosen = lambda sae: top_pairs(coactivation(acts_of(sae, x, latents)), count)
+            final = chosen(end) if stages and count else None
+            results[run] = {"contexts_used": few.n, "stages": []}
+            for stage in stages:
+                sae, geometry = stage.sae, directions(unit(stage.sae.W_dec.float()))
+                revived = getattr(sae, "revived_at", torch.zeros(0)).cpu() > 0
+                still = fires[revived] & (sae.revived_at == end.revived_at).cpu()[revived] if revived.any() else None
+                results[run]["stages"].append({
+                    "step": sae.step, "tokens": sae.step * sae.batch_size, "revived": int(revived.sum()),
+                    "survived": still.double().mean().item() if revived.any() else None,
+                    "same": torch.linalg.vecdot(unit(sae.W_dec), unit(end.W_dec)).mean().item(),
+                    "pairs": jaccard(chosen(sae), final) if count else None,
+                    **{k: geometry[k] for k in ("effective_rank", "mean_max_cosine", "unique")},
+                    **{k: core[stage]["metrics"][k] for k in STAGE_METRICS if k in core[stage]["metrics"]}})
+    return results
+
+
+def snapshot(run, path):
+    """The run as it was when training kept this file."""
+    tensors, meta = read_tensors(path)
+    if meta["identity"] != run.config["identity"]:
+        raise Refuse(f"{path} is of another run of this name: delete {path.parent}")
+    sae = copy.deepcopy(run.sae)
+    sae.load_state_dict(tensors)
+    sae.step = meta["step"]
+    return Run(path, sae, run.config)
 
 
 EVALS = {"core": evaluate_core, "features": evaluate_features, "geometry": evaluate_geometry,
-         "stability": evaluate_stability}                          # name -> f(held_out, runs, failures) -> {run: part of its JSON file}
+         "stability": evaluate_stability, "training": evaluate_training}                          # name -> f(held_out, runs, failures) -> {run: part of its JSON file}
 
 
 # ---- SAEBench: its own evaluations, called as a library --------------------------------------------------------------------------------

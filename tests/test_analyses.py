@@ -1,13 +1,14 @@
-"""Promises of the analyses in 03_eval.py (geometry, stability): planted geometries give the numbers that theory says."""
+"""Promises of the analyses in 03_eval.py (geometry, stability, training): planted geometries give the numbers that theory says."""
 import importlib
+import sys
 import math
 
 import pytest
 import torch
-from test_eval import CPU, D, as_run, finished_run, language_cache, some_sae, truth_cache, with_decoder
-from toys import orthonormal
+from test_eval import CPU, D, finished_run, language_cache, some_sae, truth_cache, with_decoder
+from toys import orthonormal, train_py
 
-from sae import Acts, generator, load_run, read_json, unit, write_json, write_tensors
+from sae import Acts, generator, load_run, read_json, unit, write_tensors
 
 ev = importlib.import_module("03_eval")
 
@@ -265,3 +266,57 @@ def test_synthetic_data_have_a_geometry_too(tmp_path, monkeypatch):
     finished_run(tmp_path / "runs", Acts("acts/toy"))
     result = evaluated("geometry")["topk-s0"]["geometry"]
     assert result["rows"] == 600 and result["pairs"] is None                                   # a thousandth of 496 pairs is none
+
+
+# ---- training --------------------------------------------------------------------------------------------------------------------------
+
+
+def trained(monkeypatch, *flags):
+    """02_train.py on acts/toy, 40 steps of 100 rows."""
+    monkeypatch.setattr(sys, "argv", ["02_train.py", "--acts", "toy", "--set", "d_sae=64", "l0=3", "batch_size=100", "--device", "cpu", *flags])
+    assert train_py.main() == 0
+
+
+def test_snapshots_are_the_run_half_way_and_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    truth_cache(tmp_path / "acts" / "toy")
+    trained(monkeypatch, "--variant", "topk", "--snapshots", "3")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert [p.name for p in sorted((folder / "snapshots").iterdir())] == ["00000005.safetensors", "00000010.safetensors", "00000020.safetensors"]
+    said = read_json(folder / "config.json")["sae_checksum"]
+    again = folder.rename(tmp_path / "first")
+    trained(monkeypatch, "--variant", "topk", "--snapshots", "0")
+    assert read_json(folder / "config.json")["sae_checksum"] == said and not (folder / "snapshots").exists() and again.exists()
+
+
+def test_the_stages_of_a_run_end_at_its_core_metrics(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    truth_cache(tmp_path / "acts" / "toy")
+    trained(monkeypatch, "--variant", "topk")
+    trained(monkeypatch, "--variant", "revive", "--set", "revive_every=0.2", "revive_silent=0.0")
+    found = evaluated("core", "training")
+    topk, revive = (next(v for k, v in found.items() if k.startswith(name)) for name in ("topk", "revive"))
+    stages = topk["training"]["stages"]
+    assert [s["step"] for s in stages] == [1, 2, 5, 10, 20, 40] and stages[-1]["tokens"] == 4000
+    end = stages[-1]
+    assert end["explained_variance"] == pytest.approx(topk["core"]["metrics"]["explained_variance"]) and "absorption" in end
+    assert end["same"] == pytest.approx(1) and end["pairs"] == 1.0 and stages[0]["same"] < end["same"]
+    assert stages[0]["explained_variance"] < end["explained_variance"] and end["revived"] == 0 and end["survived"] is None
+    assert [s["revived"] for s in revive["training"]["stages"]][-3:] == [64, 64, 64] and revive["training"]["stages"][-2]["survived"] == 0.0
+
+
+def test_a_run_without_snapshots_has_no_stages(here):
+    finished_run(here, Acts("acts/toy"))
+    assert evaluated("training")["topk-s0"]["training"]["stages"] == []
+
+
+def test_snapshots_of_another_run_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    truth_cache(tmp_path / "acts" / "toy")
+    trained(monkeypatch, "--variant", "topk")
+    (folder,) = (tmp_path / "runs").iterdir()
+    path = folder / "snapshots" / "00000020.safetensors"
+    write_tensors(path, load_run(folder)[0].state_dict(), {"identity": "other", "step": 20})
+    failures = {}
+    ev.evaluate(Acts("acts/toy"), ev.load([folder], CPU, failures), ["training"], False, None, CPU, failures)
+    assert "is of another run of this name" in failures[folder]

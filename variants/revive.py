@@ -21,6 +21,8 @@ class Variant(SAE):
     def build(self):
         super().build()
         self.register_buffer("revived", torch.zeros(()))       # so far
+        self.register_buffer("revived_at", torch.zeros(self.d_sae))    # after which step a latent was last revived; 0: never
+        self.latents["revived_at"] = (0, 0.0)
 
     def to_revive(self):
         """Mask [d_sae] of the latents to restart now."""
@@ -37,4 +39,5 @@ class Variant(SAE):
                 directions = residual[residual.pow(2).sum(-1).pow(2).multinomial(len(which), generator=g)]
             self.reset_latents(opt, which, directions, self.revive_encoder, out.x)
             self.revived += len(which)
+            self.revived_at[which] = self.step + 1.0
         self.stats["revived"] = self.revived
