@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: wa
 import argparse
 import contextlib
 import copy
+import functools
 import glob
 import importlib
 import importlib.metadata
@@ -32,6 +33,7 @@ import math
 import platform
 import random
 import re
+import statistics
 import sys
 import tempfile
 import time
@@ -912,12 +914,12 @@ LOADERS = ["sae_bench.sae_bench_utils.dataset_utils", "sae_bench.evals.scr_and_t
 @contextlib.contextmanager
 def replaced(target, name, value):
     """target.name is `value` inside, and as before afterwards."""
-    before = vars(target)[name]
+    there, before = name in vars(target), vars(target).get(name)
     setattr(target, name, value)
     try:
         yield
     finally:
-        setattr(target, name, before)
+        setattr(target, name, before) if there else delattr(target, name)
 
 
 def local_dataset(folder, split=None):
@@ -1264,7 +1266,235 @@ def divergence(log_p, log_q):
     return (log_p.exp() * (log_p - log_q)).sum(-1).cpu()
 
 
-BENCH = {"saebench_core": BenchEval("sae_bench.evals.core.eval_output:CoreEvalOutput", core_settings, bench_core)}
+# ---- SAEBench's absorption: probes, prompts and activations are made once for all SAEs ---------------------------------------------------
+
+LETTERS = 26
+WORDS, READINGS = 5, 20          # own position: words per letter, and places in the held-out contexts at which each is read
+
+
+def absorption_settings(acts):
+    """SAEBench's defaults: every word of the vocabulary in a prompt that asks for the first letters of ten others. The embedded model does
+    not spell, so that such prompts find no letter in it: its words are read where they stand in the held-out contexts."""
+    own = acts.meta["model"]["name"] == "tiny"
+    return {"random_seed": 42, "min_letters": 20, "min_probe_f1": 0.6, "f1_jump": 0.03, "max_k": 10,
+            "prompt_template": "{word}" if own else "{word} has the first letter:", "prompt_token_pos": -1 if own else -6, "own_position": own}
+
+
+def bench_absorption(bench, runs, settings, failures):
+    """First-letter absorption, both scores, equal to SAEBench's: its probes and prompts, shared by all SAEs; its k-sparse probes, as far as
+    they decide the split latents; its two scores for all words at once."""
+    from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
+    path = bench.folder("absorption", settings) / "letters.safetensors"
+    if not path.exists():
+        with bench.seams(settings["random_seed"], log=path.parent / "log.txt"):
+            write_tensors(path, (read_words if settings["own_position"] else read_prompts)(bench, settings))
+    letters = {k: v.to(bench.device) for k, v in read_tensors(path)[0].items() if k != "rng"} | {"rng": read_tensors(path)[0]["rng"]}
+    config = AbsorptionEvalConfig(model_name=bench.name, random_seed=settings["random_seed"], f1_jump_threshold=settings["f1_jump"],
+                                  max_k_value=settings["max_k"], prompt_template=settings["prompt_template"], llm_dtype=bench.dtype,
+                                  prompt_token_pos=settings["prompt_token_pos"], min_GT_probe_f1=settings["min_probe_f1"],
+                                  min_feats_for_eval=settings["min_letters"], precalc_k_sparse_probe_sae_acts=True)
+    for run in runs:
+        made = []
+        with blamed(run, failures, "absorption"), bench.seams(settings["random_seed"], log=path.parent / "log.txt"):
+            made = [absorption_result(bench, run, letters, config)]
+        yield from ((run, *m) for m in made)
+
+
+def read_prompts(bench, settings):
+    """Probes of the first letter and the rows they are trained and tested on, then the rows of the words that absorption is looked for in
+    (of each letter the test words that its probe finds), by SAEBench's code and in its order of random numbers."""
+    from sae_bench.evals.absorption import common, feature_absorption_calculator, vocab
+    model, hook, template, pos = bench.model, bench.hook_name, settings["prompt_template"], settings["prompt_token_pos"]
+    stopping = functools.partial(model.run_with_cache, stop_at_layer=bench.layer + 1)       # no later layer is read
+    with tempfile.TemporaryDirectory() as folder, replaced(model, "run_with_cache", stopping):
+        where = {"layer": bench.layer, "probes_dir": folder, "dtype": torch.float32}
+        probe = common.load_or_train_probe(model, template, pos, device=str(bench.device), **where)
+        splits = {split: common.load_probe_data_split(model, split=split, device="cpu", **where) for split in ("train", "test")}
+        rng = torch.get_rng_state()                                             # from which SAEBench trains its first SAE's k-sparse probes
+        found = letter_tensors(probe, {k: v[0] for k, v in splits.items()}, {k: torch.tensor([y for _, y in v[1]]) for k, v in splits.items()})
+        calculator = feature_absorption_calculator.FeatureAbsorptionCalculator(
+            model, vocab.get_alpha_tokens(model.tokenizer), max_icl_examples=10, base_template=template, word_token_pos=pos)
+        rows = [torch.zeros(0, model.cfg.d_model)]
+        for letter in range(LETTERS):
+            words = [splits["test"][1][i][0] for i in (found["hit"] & (found["test_y"] == letter)).nonzero().flatten().tolist()]
+            prompts = calculator._build_prompts(words)
+            calculator._validate_prompts_are_same_length(prompts)
+            rows += [stopping([p.base for p in part], names_filter=[hook])[1][hook][:, pos].cpu() for part in batched(prompts, 64)]
+    return {**found, "rows": torch.cat(rows), "rows_y": found["test_y"][found["hit"]].sort(stable=True).values, "rng": rng}
+
+
+@torch.no_grad()
+def read_words(bench, settings):
+    """As read_prompts, but the rows are those of words as they stand in the held-out contexts: of each letter the WORDS tokens that occur
+    most often, each in READINGS places, half for training the probe, a quarter for testing, a quarter for absorption."""
+    from sae_bench.evals.absorption import probing
+    val, tokenizer = bench.acts.val(), bench.model.tokenizer
+    tokens, mask = val["tokens"].long(), val["mask"]
+    counts = torch.bincount(tokens[mask], minlength=len(tokenizer))
+    words = defaultdict(list)
+    for token in counts.argsort(descending=True, stable=True).tolist():
+        text = tokenizer.decode([token]).strip(" ")
+        if counts[token] >= READINGS and text.isascii() and text.isalpha() and len(words[ord(text[0].lower()) - 97]) < WORDS:
+            words[ord(text[0].lower()) - 97].append(token)
+    order, at, y = generator(settings["random_seed"], "words"), [], []
+    for letter in sorted(words):
+        for token in words[letter]:
+            places = ((tokens == token) & mask).nonzero()
+            at.append(places[torch.randperm(len(places), generator=order)[:READINGS]])
+            y.append(letter)
+    at, y = torch.stack(at), torch.tensor(y)                                    # [words, READINGS, 2], [words]
+    x = torch.zeros(*at.shape[:2], bench.model.cfg.d_model)
+    for part in batched(range(len(tokens)), 64):
+        read = bench.model.run_with_cache(tokens[part[0]:part[-1] + 1].to(bench.device), prepend_bos=False, names_filter=[bench.hook_name],
+                                          stop_at_layer=bench.layer + 1)[1][bench.hook_name].cpu()
+        here = (at[..., 0] >= part[0]) & (at[..., 0] <= part[-1])
+        x[here] = read[at[here][:, 0] - part[0], at[here][:, 1]]
+    half, quarter = READINGS // 2, READINGS // 4
+    parts = {"train": x[:, :half], "test": x[:, half:half + quarter], "again": x[:, half + quarter:half + 2 * quarter]}
+    labels = {k: y[:, None].expand(v.shape[:2]).flatten() for k, v in parts.items()}
+    parts = {k: v.flatten(0, 1) for k, v in parts.items()}
+    with torch.enable_grad():
+        probe = probing.train_multi_probe(parts["train"].to(bench.device), torch.nn.functional.one_hot(labels["train"], LETTERS), batch_size=64, num_epochs=50,
+                                          lr=1e-2, weight_decay=1e-4, device=bench.device)
+    found = letter_tensors(probe, parts, labels)
+    return {**found, "rows": parts["again"][found["hit"]], "rows_y": found["test_y"][found["hit"]], "rng": torch.get_rng_state()}
+
+
+@torch.no_grad()
+def letter_tensors(probe, rows, labels):
+    """The probe, its rows and labels, and `hit`: which test rows the probe of their own letter finds."""
+    scores = probe.cpu()(rows["test"])
+    return {"weight": probe.weights.detach(), "train": rows["train"], "test": rows["test"], "train_y": labels["train"], "test_y": labels["test"],
+            "scores": scores, "hit": scores.gather(1, labels["test"][:, None]).squeeze(1) > 0}
+
+
+def batched(items, n):
+    return [items[i:i + n] for i in range(0, len(items), n)]
+
+
+def absorption_result(bench, run, letters, config):
+    """(SAEBench's result, our part) of one SAE."""
+    from sae_bench.evals.absorption import eval_output as schema
+    from sae_bench.sae_bench_utils import get_eval_uuid, get_sae_bench_version, get_sae_lens_version
+    sae = BenchSAE(bench, run)
+    valid = [a for a in range(LETTERS) if letter_f1(letters["scores"][:, a], letters["test_y"] == a) > config.min_GT_probe_f1]
+    if len(valid) < 2:
+        raise Refuse(f"absorption is out of scope: probes find {len(valid)} first letters in {bench.name} (G14)")
+    ids, main_f1 = split_latents(sae, letters, config)
+    details, found = [], defaultdict(list)
+    for a in valid:
+        fraction, full = absorption_scores(sae, letters["rows"][letters["rows_y"] == a], letters["weight"][a], ids[a])
+        n, hits = len(full), int(full.sum())
+        details.append(schema.AbsorptionResultDetail(first_letter=chr(97 + a), mean_absorption_fraction=fraction.double().mean().item(), full_absorption_rate=hits / n,
+                                                     num_full_absorption=hits, num_probe_true_positives=n, num_split_features=len(ids[a])))
+        found["interval"].append(wilson(hits, n))
+        found["fraction"].append(details[-1].mean_absorption_fraction)
+        found["full"].append(details[-1].full_absorption_rate)
+        found["split"].append(details[-1].num_split_features)
+    summary = {f"{kind}_{name}": f(found[key]) for kind, f in (("mean", statistics.mean), ("std_dev", statistics.stdev))
+               for name, key in (("absorption_fraction_score", "fraction"), ("full_absorption_score", "full"), ("num_split_features", "split"))}
+    output = schema.AbsorptionEvalOutput(
+        eval_config=config, eval_id=get_eval_uuid(), datetime_epoch_millis=int(time.time() * 1000),
+        eval_result_metrics=schema.AbsorptionMetricCategories(mean=schema.AbsorptionMeanMetrics(**summary)), eval_result_details=details,
+        sae_bench_commit_hash=get_sae_bench_version(), sae_lens_id="custom_sae", sae_lens_release_id=bench.label(run),
+        sae_lens_version=get_sae_lens_version(), sae_cfg_dict=sae.cfg.to_dict())
+    metrics = {**summary, "letters": len(valid), "median_main_latent_f1": statistics.median(main_f1[a] for a in valid)}
+    per_letter = [{"letter": chr(97 + a), "main_latent": ids[a][0], "main_latent_f1": main_f1[a], "full_absorption_95": interval}
+                  for a, interval in zip(valid, found["interval"])]
+    return json.loads(output.to_json()), {"metrics": metrics, "letters": per_letter, "guards": absorption_guards(bench, sae, metrics, config)}
+
+
+def split_latents(sae, letters, config):
+    """SAEBench's main latents of each letter: those of the k-sparse probe with the largest k up to which every k adds more than f1_jump to
+    the F1 on the test words; -> (latents of each letter, F1 of its first one). Probes of larger k decide nothing and are not trained."""
+    from sae_bench.evals.absorption.k_sparse_probing import train_sparse_multi_probe
+    from sklearn.linear_model import LogisticRegression
+    rows, y = letters["train"], letters["train_y"]
+    precalc = len(rows) * sae.cfg.d_sae * 4 <= KEPT
+    acts = encode_rows(sae, rows) if precalc else rows
+    torch.set_rng_state(letters["rng"])
+    with torch.enable_grad():
+        probe = train_sparse_multi_probe(acts, torch.nn.functional.one_hot(y, LETTERS), l1_decay=config.k_sparse_probe_l1_decay, batch_size=config.k_sparse_probe_batch_size,
+                                         num_epochs=config.k_sparse_probe_num_epochs, device=sae.device, map_acts=None if precalc else sae.encode,
+                                         probe_dim=sae.cfg.d_sae)
+    best = probe.weights.detach().topk(config.max_k_value).indices                        # [26, max_k]
+    used, place = best.unique(return_inverse=True)
+    train, test = (encode_rows(sae, letters[k], used).cpu().float() for k in ("train", "test"))
+    y, test_y, place, chosen, first_f1 = y.cpu(), letters["test_y"].cpu(), place.cpu(), [], []
+    for a in range(LETTERS):
+        reached, chosen_k = -100.0, 0
+        for k in range(1, config.max_k_value + 1) if (y == a).any() else ():
+            at = place[a, :k]
+            fit = LogisticRegression(max_iter=500, class_weight="balanced").fit(train[:, at].numpy(), (y == a).long().numpy())
+            f1 = letter_f1(test[:, at] @ torch.tensor(fit.coef_[0]).float() + torch.tensor(fit.intercept_[0]).float(), test_y == a)
+            first_f1 += [f1] if k == 1 else []
+            if f1 <= reached + config.f1_jump_threshold:
+                break
+            reached, chosen_k = f1, k
+        chosen.append(best[a, :chosen_k].tolist())
+        first_f1 += [math.nan] if not (y == a).any() else []
+    return chosen, first_f1
+
+
+def encode_rows(sae, rows, latents=slice(None)):
+    """Latent activations [n, latents] of rows [n, d_in], a few thousand rows at a time."""
+    return torch.cat([sae.encode(part)[:, latents] for part in rows.split(4096)])
+
+
+def letter_f1(score, is_letter):
+    """F1 of score > 0 as a classifier; 0 where nothing is found."""
+    guess = score > 0
+    return 2 * (guess & is_letter).sum().item() / max(1, guess.sum().item() + is_letter.sum().item())
+
+
+@torch.no_grad()
+def absorption_scores(sae, rows, direction, main):
+    """(absorption fraction, whether fully absorbed) of each of the rows [n, d_in] of a letter's words, with SAEBench's thresholds.
+
+    direction [d_in]: the letter's probe; main: its main latents. What a latent gives to the probe's projection is its activation times
+    the cosine of its decoder row. Full: no main latent fires, and the latent that gives most stands in. Fraction: the share that up to
+    three latents that stand in have in what they and the main latents give."""
+    from sae_bench.evals.absorption import feature_absorption as at
+    direction = direction / direction.norm()
+    cosine = torch.nn.functional.cosine_similarity(direction, sae.W_dec, dim=-1)
+    acts, whole = sae.encode(rows), rows @ direction
+    gives = acts * cosine
+    mains = gives[:, main].sum(-1)
+    able = (cosine >= at.ABSORPTION_FRACTION_PROBE_COS_THRESHOLD) & ~torch.isin(torch.arange(len(cosine), device=cosine.device), torch.tensor(main, device=cosine.device))
+    others = (gives * able).clamp_min(0).topk(min(at.ABSORPTION_FRACTION_MAX_ABSORBING_LATENTS, gives.shape[1])).values.sum(-1)
+    stand_in = torch.minimum(others, whole - mains)
+    fraction = torch.where(mains <= 0, 1.0, (stand_in / (stand_in + mains)).clamp(0, 1))
+    fraction[(mains >= whole) | (others / whole < at.ABSORPTION_PROBE_PROJECTION_PROPORTION_THRESHOLD)] = 0.0
+    top, most = gives.max(-1)
+    full = ((acts[:, main] < 1e-8).all(-1) & (cosine[most] >= at.FULL_ABSORPTION_PROBE_COS_THRESHOLD) & (whole >= 0)
+            & (top / whole >= at.ABSORPTION_PROBE_PROJECTION_PROPORTION_THRESHOLD))
+    return fraction, full
+
+
+def wilson(hits, n, z=1.96):
+    """The 95 % interval of a rate (Wilson 1927)."""
+    middle, spread = (hits + z * z / 2) / (n + z * z), z * math.sqrt(hits * (n - hits) / n + z * z / 4) / (n + z * z)
+    return [max(0.0, middle - spread), min(1.0, middle + spread)]
+
+
+def absorption_guards(bench, sae, m, config):
+    """What makes absorption void, and what puts it out of the scope that SAEBench's authors state."""
+    found, low = [], m["mean_full_absorption_score"] <= 0.005 and m["mean_num_split_features"] == 1
+    if low and m["median_main_latent_f1"] < 0.6:
+        found.append({"id": "G13", "level": "fatal", "message": f"vacuous: nothing is absorbed, but the main latents do not know their letter either "
+                                                                f"(median F1 {m['median_main_latent_f1']:.2f})"})
+    parameters = bench.acts.meta["model"].get("n_parameters") or sum(p.numel() for p in bench.model.parameters())
+    scope = [f"{m['letters']} letters, not {config.min_feats_for_eval}"] if m["letters"] < config.min_feats_for_eval else []
+    scope += [f"{sae.cfg.d_sae} latents, not 16384"] if sae.cfg.d_sae < 16384 else []
+    scope += [f"a model of {parameters / 1e6:.3g} M parameters, not 1000 M"] if parameters < 1e9 else []
+    scope += ["the model does not spell"] if config.prompt_template == "{word}" else []
+    if scope:
+        found.append({"id": "G14", "level": "warn", "message": f"out of scope: {', '.join(scope)}"})
+    return found
+
+
+BENCH = {"saebench_core": BenchEval("sae_bench.evals.core.eval_output:CoreEvalOutput", core_settings, bench_core),
+         "absorption": BenchEval("sae_bench.evals.absorption.eval_output:AbsorptionEvalOutput", absorption_settings, bench_absorption)}
 
 
 # ---- controls ---------------------------------------------------------------------------------------------------------------------------
