@@ -6,7 +6,9 @@
 Reads runs/NAME/{config.json, metrics.jsonl, eval/core.json, eval/rates.safetensors} and the controls beside them,
 runs/controls-ACTS/KIND/eval/core.json. Writes
     plots/results.md              one row per variant and setting: mean +- sd over seeds, paired differences, guards; also printed
+    plots/verdicts.png            the differences to the baseline and to the parent with their intervals
     plots/pareto.png              explained variance and recovered loss against L0
+    plots/ablation.png            quality against each swept setting
     plots/training_curves.png     reconstruction loss, L0, explained variance and dead latents over training
     plots/feature_usage.png       how often latents fire
 A row of panels per cache of activations. Runs that a guard calls invalid stand in the table, marked, and nowhere else.
@@ -558,7 +560,7 @@ def table(runs, controls, found, primary):
         cells = [found.get((name, whose, primary)) for whose in ("baseline", "parent")]
         row += [interval(cell[0], main.digits) if cell else "" for cell in cells]
         if cells[1] and not cells[1][0].why:
-            row[-1] += f": {cells[1][1]}"
+            row[-1] = "the same" if one.config["parents"] == ["baseline"] else f"{row[-1]}: {cells[1][1]}"
         rows.append(row + [cells[0][1] if cells[0] else "", guards_said(members, control, found, name)])
     return header, rows
 
@@ -566,13 +568,15 @@ def table(runs, controls, found, primary):
 def others_table(runs, found, primary):
     """(header, rows) of the differences in every other metric, each with its verdict; None without any."""
     columns = [m for m in METRICS if m.better and m.key != primary and any(key == m.key for _, _, key in found)]
-    names = [name for name, members in grouped(runs).items() if members[0].variant != "baseline" and any(r.valid for r in members)]
-    if not columns or not names:
+    groups = {name: members for name, members in grouped(runs).items() if members[0].variant != "baseline" and any(r.valid for r in members)}
+    if not columns or not groups:
         return None
     rows = []
-    for name in names:
+    for name, members in groups.items():
         cells = [(found[name, whose, m.key], m) for m in columns for whose in ("baseline", "parent")]
         rows.append([name] + [interval(d, m.digits) + f": {said}" * (not d.why) for (d, said), m in cells])
+        if members[0].config["parents"] == ["baseline"]:
+            rows[-1][2::2] = ["the same"] * len(columns)
     return ["variant"] + [f"{m.title} - {whose}" for m in columns for whose in ("baseline", "parent")], rows
 
 
@@ -614,7 +618,8 @@ def notes(runs, controls, found, tried, primary):
     if differ:
         n, spread = round(statistics.median(len(d.deltas) for d in differ)), statistics.median(statistics.stdev(d.deltas) for d in differ)
         lines.append(f"With {n} seeds and {tried} tried, a difference of {detectable(n, tried):.1f} standard deviations over seeds is called in 4 of 5 experiments: "
-                     f"here, at the median one of {spread:.{main.digits + 1}f}, {detectable(n, tried) * spread:.{main.digits}f}.")
+                     f"here, at the median one of {spread:.{main.digits + 1}f}, {detectable(n, tried) * spread:.{main.digits}f}; "
+                     f"with {n + 2} seeds it would be {detectable(n + 2, tried) * spread:.{main.digits}f}.")
     elif tried:
         lines.append(f"Fewer than {MIN_SEEDS} seeds have no interval worth the name: run 02_train.py with --seed 0 1 2, or 0 1 2 3 4 for a claim.")
     for (name, whose, key), (d, verdict) in found.items():
@@ -733,7 +738,8 @@ def draw_pareto(caches, look, path):
             for name, members in grouped([r for r in runs if r.valid and r.get(metric) is not None and r.get("l0")]).items():
                 xs, ys = [r.get("l0") for r in members], [r.get(metric) for r in members]
                 point = statistics.mean(xs), statistics.mean(ys), sd(xs), sd(ys), members[0].variant
-                lines.setdefault(re.sub(r"-l0=[^-]+", "", name), []).append(point)
+                rest = sorted((k, v) for k, v in overridden(members[0]).items() if k != "l0")
+                lines.setdefault((members[0].variant, str(rest)), []).append(point)
             for series in lines.values():
                 colour, marker, style = look[series[0][4]]
                 x, y, x_sd, y_sd, _ = zip(*sorted(series))
@@ -780,6 +786,83 @@ def plain_ticks(axis, xs):
     axis.set_xlim(low, high)
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axis.minorticks_off()
+
+
+SAID = {"better": ("#0072B2", "o"), "worse": ("#D55E00", "o"), "no difference seen": ("#222222", "o"), "cannot tell": ("#999999", "o")}
+
+
+def draw_verdicts(caches, compared, primary, path):
+    """Forest plot: each group's difference to the baseline and to its parent with its 95 % interval, a dot per seed, the verdict in words.
+    Invalid groups are named with the guard and have no mark, so they are in no scale."""
+    groups = {acts: [name for name, members in grouped(runs).items() if members[0].variant != "baseline"] for acts, (runs, _) in caches.items()}
+    groups = {acts: names for acts, names in groups.items() if names}
+    if not groups:
+        return "nothing but the baseline"
+    heights = [max(2.0, 0.21 * len(names) + 0.7) for names in groups.values()]
+    figure, axes = plt.subplots(len(groups), 3, figsize=(15.5, sum(heights) + 0.5), squeeze=False, layout="constrained", height_ratios=heights)
+    for row, (acts, names) in zip(axes, groups.items()):
+        found, tried = compared[acts]
+        second = next((k for k in ("ce_recovered", "mcc", "explained_variance") if k != primary and (names[0], "baseline", k) in found), None)
+        columns = [(primary, "baseline"), (primary, "parent"), (second, "baseline")]
+        for axis, (key, whose) in zip(row, columns):
+            metric = next((m for m in METRICS if m.key == key), None)
+            if not metric:
+                axis.set_axis_off()
+                continue
+            points = [0.0]
+            for y, name in enumerate(names):
+                d, said = found[name, whose, key]
+                kind = next((k for k in SAID if said.startswith(k)), None)
+                if d.deltas and kind:
+                    colour, marker = SAID[kind]
+                    axis.plot([d.low, d.high] if math.isfinite(d.low) else [d.mean] * 2, [y, y], color=colour, lw=1.6, solid_capstyle="butt", zorder=2)
+                    axis.plot(d.mean, y, marker, color=colour, ms=5, mfc="white" if kind == "cannot tell" else colour, zorder=3)
+                    axis.plot(d.deltas, [y + 0.28] * len(d.deltas), "|", color=colour, ms=4, mew=0.8)
+                    points += d.deltas
+                axis.text(1.01, y, "" if said == "-" else said, transform=axis.get_yaxis_transform(), va="center", fontsize=7, color=SAID.get(kind, ("#777777",))[0])
+            reach = 1.25 * max(map(abs, points)) or metric.worth or 1
+            axis.axvline(0, color="#444444", lw=1)
+            if not metric.relative:
+                axis.axvspan(-metric.worth, metric.worth, color="#EEEEEE", zorder=0)
+            axis.set(xlim=(-reach, reach), ylim=(len(names) - 0.4, -0.6), xlabel=f"difference in {metric.title} ({'more' if metric.better > 0 else 'less'} is better)",
+                     title=f"{acts}: {metric.title} - {whose}" + f"; {tried} tried" * (axis is row[0]))
+            axis.set_yticks(range(len(names)), names if axis is row[0] else [""] * len(names), fontsize=7.5)
+            axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+            axis.grid(axis="y", visible=False)
+    figure.supxlabel("line: 95 % interval (it may leave the panel); ticks below it: seeds; grey band: too small to matter", fontsize=8, color="#555555")
+    save(figure, path)
+
+
+def draw_ablation(caches, look, path):
+    """A row of panels per swept setting (--sweep) other than l0: quality, L0 and dead latents against its values, the baseline as a line."""
+    series = [(acts, runs, variant, key, values) for acts, (runs, _) in caches.items() for (variant, key), values in swept(runs).items() if key != "l0"]
+    if not series:
+        return "no setting was swept but l0 (02_train.py --sweep NAME=V1,V2)"
+    figure, axes = panels(len(series), 4, width=3.4, height=2.7)
+    handles = {}
+    for row, (acts, runs, variant, key, values) in zip(axes, series):
+        colour, marker, style = look[variant]
+        second = "ce_recovered" if any("ce_recovered" in r.metrics for r in runs) else "mcc"
+        for axis, metric in zip(row, ("explained_variance", second, "l0", "dead")):
+            there = {v: [r.get(metric) for r in rs if r.valid and r.get(metric) is not None] for v, rs in values.items()}
+            shown = [(i, ys) for i, ys in enumerate(there.values()) if ys]
+            for i, ys in shown:
+                axis.plot([i] * len(ys), ys, ".", color=colour, ms=3, alpha=0.5)
+            if shown:
+                line = axis.errorbar([i for i, _ in shown], [statistics.mean(ys) for _, ys in shown], [sd(ys) for _, ys in shown],
+                                     color=colour, marker=marker, ls=style, ms=5, lw=1.2, capsize=2)
+                handles.setdefault(variant, line)
+            else:
+                say(axis, "no valid run with this metric")
+            base = [r.get(metric) for r in runs if r.variant == "baseline" and not overridden(r) and r.valid and r.get(metric) is not None]
+            if base:
+                handles.setdefault("baseline", axis.axhline(statistics.mean(base), color=look["baseline"][0], lw=1))
+                axis.axhspan(min(base), max(base), color="#DDDDDD", zorder=0)
+            label = next(m.title for m in METRICS if m.key == metric)
+            axis.set(xlabel=key, ylabel=label, title=f"{variant}" if axis is row[0] else "", xlim=(-0.5, len(values) - 0.5))
+            axis.set_xticks(range(len(values)), [f"{v:g}" if isinstance(v, float) else str(v) for v in values], fontsize=7.5)
+    legend(figure, handles)
+    save(figure, path)
 
 
 CURVES = [("loss_recon", "reconstruction loss (training's own)", "log"), ("l0", "L0 (active latents per row)", "log"),
@@ -882,6 +965,7 @@ def rates_of(run):
 
 PLOTS = {                                     # file name -> f(caches, looks, path) that draws it, or returns in a word why there is nothing to draw
     "pareto": draw_pareto,
+    "ablation": draw_ablation,
     "training_curves": draw_training,
     "feature_usage": draw_usage,
 }
@@ -903,7 +987,8 @@ def main():
     print(text + "\n")
     write_file(out / "results.md", markdown.encode())
     plt.rcParams.update(STYLE)
-    for name, draw in PLOTS.items():
+    plots = {"verdicts": lambda caches, look, path: draw_verdicts(caches, compared, args.metric, path), **PLOTS}
+    for name, draw in plots.items():
         missing = draw(caches, look, out / f"{name}.png")
         if missing:
             (out / f"{name}.png").unlink(missing_ok=True)                     # of an earlier call, on other runs

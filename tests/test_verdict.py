@@ -379,3 +379,45 @@ def test_the_limits_are_those_of_the_evaluation():
     evaluation = importlib.import_module("03_eval")
     for name in ("UNTRAINED_TOKENS", "NOT_SPARSE", "NOT_SPARSE_SMALL", "SMALL"):
         assert getattr(plot, name) == getattr(evaluation, name)
+
+
+# ---- figures ------------------------------------------------------------------------------------------------------------------------------------
+
+
+def drawn(root, draw, monkeypatch):
+    """What `draw(caches, looks, path)` makes of the runs under root: (its answer, the figure)."""
+    kept = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: (plot.plt.close(figure), kept.append(figure)))
+    runs, there = plot.find_runs(sorted(p.parent for p in root.glob("*/config.json")))
+    caches = {"toy": (runs, there)}
+    return draw(caches, {"toy": plot.compare(runs, "explained_variance")}, plot.looks(runs)), kept[0] if kept else None
+
+
+def test_an_invalid_run_is_named_in_the_forest_plot_and_in_no_scale(tmp_path, monkeypatch):
+    seeds(tmp_path, "baseline", [0.0] * 5)
+    seeds(tmp_path, "good", [0.020, 0.022, 0.019, 0.021, 0.018])
+    seeds(tmp_path, "void", [9.0] * 5, guards=["G03"])
+    _, figure = drawn(tmp_path, lambda caches, compared, looks: plot.draw_verdicts(caches, compared, "explained_variance", "x"), monkeypatch)
+    axis = figure.axes[0]
+    assert axis.get_xlim()[1] < 0.1 and [t.get_text() for t in axis.get_yticklabels()] == ["good", "void"]
+    assert {"better", "invalid (G03)"} <= {t.get_text() for t in axis.texts}
+
+
+def test_a_swept_setting_is_recognised_and_drawn_in_order_with_its_seeds(tmp_path, monkeypatch):
+    nothing, _ = drawn_after(tmp_path, monkeypatch, [])
+    assert "no setting was swept" in nothing
+    _, figure = drawn_after(tmp_path, monkeypatch, [0.3, 0.01, 1e-5, 0.0])
+    axis = figure.axes[0]
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["0", "1e-05", "0.01", "0.3"] and axis.get_xlabel() == "ortho_alpha"
+    mean = axis.containers[0].lines[0].get_ydata()
+    assert len(mean) == 4 and list(mean) == sorted(mean)                      # planted: the more, the better
+    assert len(figure.axes) == 4
+
+
+def drawn_after(root, monkeypatch, values):
+    seeds(root, "baseline", [0.0] * 3)
+    for value in values:
+        seeds(root, "ortho", [value / 10] * 3, set_ortho_alpha=value)
+    for l0 in (4.0, 8.0):
+        seeds(root, "topk", [curve(l0)] * 3, l0=l0, set_l0=l0)                # the Pareto plot's business
+    return drawn(root, lambda caches, compared, looks: plot.draw_ablation(caches, looks, "x"), monkeypatch)
