@@ -27,6 +27,7 @@ import re
 import shutil
 import sysconfig
 import time
+import zlib
 from collections import Counter
 from itertools import accumulate, islice
 from pathlib import Path
@@ -40,7 +41,8 @@ import xxhash
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-from sae import FORMAT, Refuse, blocks_of, generator, hook_point, language_model, read_json, run_script, write_file, write_json, write_tensors
+from sae import (FORMAT, Parser, Refuse, blocks_of, check_name, files_checksum, generator, hook_point, language_model, model_checksum, number,
+                 pick_device, read_json, run_script, shorten, whole, write_file, write_json, write_tensors)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HOOKS = ("resid_post", "mlp_out", "attn_out")
@@ -327,10 +329,10 @@ class Text:
         if self.path.exists():
             self.files = [self.path] if self.path.is_file() else sorted(p for p in self.path.rglob("*") if p.suffix in READERS)
             if not self.files or self.files[0].suffix not in READERS:
-                raise Refuse(f"--data {data}: want .txt, .jsonl or .parquet files, or a folder that holds some")
+                raise Refuse(f"--data {data}: want .txt, .jsonl or .parquet files, or a folder that holds some", 2)
             self.description |= dict(split=None, checksum=files_checksum(self.files))
         elif data.startswith((".", "/", "~")) or data.count("/") > 1 or self.path.suffix in READERS:
-            raise Refuse(f"--data {data}: no such file or folder")
+            raise Refuse(f"--data {data}: no such file or folder", 2)
         else:
             self.files = None
             with hub_errors("data set", data):
@@ -397,7 +399,7 @@ def column_of(record, column, where):
     """The text of a record; a record without text (null) is empty."""
     if not isinstance(record, dict) or column not in record:
         there = ", ".join(record) if isinstance(record, dict) else "no columns"
-        raise Refuse(f"{where}: no column {column!r}, there are {there}: say which with --column")
+        raise Refuse(f"{where}: no column {column!r}, there are {there}: say which with --column", 2)
     if not isinstance(record[column], (str, type(None))):
         raise Refuse(f"{where}: column {column!r} holds {type(record[column]).__name__}, not text")
     return record[column] or ""
@@ -447,7 +449,7 @@ class LanguageModel:
             raise Refuse(f"--model {path}: the folder has no config.json, so it is not a model", 2)
         if not local and path.startswith((".", "/", "~")):
             raise Refuse(f"--model {path}: no such folder", 2)
-        data = args.data or data
+        data = data if args.data is None else args.data
         if not data:
             raise Refuse(f"--model {args.model}: say which text with --data (hub name, file or folder)", 2)
         self.path, self.hook, self.ctx, self.pack, self.batch, self.device = path, args.hook, args.ctx, args.pack, args.batch, args.device
@@ -464,8 +466,7 @@ class LanguageModel:
         if not 2 <= self.ctx <= min(positions, 32767):
             raise Refuse(f"--ctx {self.ctx}: want 2 to {min(positions, 32767)} for {args.model}", 2)
         self.text = Text(args, data)
-        files = sorted(p for p in Path(path).iterdir() if p.suffix in MODEL_FILES) if local else []
-        self.revision = files_checksum(files) if local else self.config._commit_hash
+        self.revision = model_checksum(path) if local else self.config._commit_hash
         self.val_tokens, self.n_val = args.val_tokens or 131_072, max(1, (args.val_tokens or 131_072) // self.ctx)
         if not self.text.held_out_files():
             self.n_val = max(1, min(self.n_val, args.tokens // 10 // self.ctx))
@@ -530,23 +531,38 @@ class LanguageModel:
     @torch.no_grad()
     def activations(self, tokens, layers):
         """Activations [n, ctx, d_in] at each of `layers`, in the dtype of the scratch files; stops after the deepest."""
-        found = {layer: [] for layer in layers}
-        handles = [self.points[layer].register_forward_hook(self.keep(found[layer], stop=layer == max(layers))) for layer in layers]
+        found, start = [], 0                                                     # a dict {layer: activations} of each batch
+        while start < len(tokens):
+            batch = self.batch_activations(tokens[start:start + self.batch], layers)
+            if batch:
+                found.append(batch)
+                start += self.batch
+            elif self.batch == 1:
+                raise Refuse("out of memory with one context in a forward pass: try a smaller --ctx, or --model-dtype bfloat16", 4)
+            else:
+                self.batch //= 2
+                torch.cuda.empty_cache()
+                print(f"note: out of memory: going on with --batch {self.batch}")
+        return [torch.cat([batch[layer] for batch in found]) for layer in layers]
+
+    def batch_activations(self, tokens, layers):
+        """{layer: activations} of one forward pass; None if the memory is too small for it."""
+        found = {}
+        handles = [self.points[layer].register_forward_hook(self.keep(found, layer, stop=layer == max(layers))) for layer in layers]
         try:
-            for batch in tokens.split(self.batch):
-                with contextlib.suppress(Stop):
-                    self.model(batch.long().to(self.device), use_cache=False)    # causal: padding at the end needs no mask
-        except torch.OutOfMemoryError as e:
-            raise Refuse(f"out of memory with --batch {self.batch} contexts: try --batch {max(1, self.batch // 2)}", 4) from e
+            with contextlib.suppress(Stop):
+                self.model(tokens.long().to(self.device), use_cache=False)       # causal: padding at the end needs no mask
+            return found
+        except torch.OutOfMemoryError:
+            return None                                                          # what it held is freed only once this frame is left
         finally:
             for handle in handles:
                 handle.remove()
-        return [torch.cat(found[layer]) for layer in layers]
 
-    def keep(self, found, stop):
+    def keep(self, found, layer, stop):
         def hook(module, inputs, output):
             output = output[0] if isinstance(output, tuple) else output
-            found.append(output.to(stored_dtype(self.dtype)).cpu())
+            found[layer] = output.to(stored_dtype(self.dtype)).cpu()
             if stop:
                 raise Stop
         return hook
@@ -555,10 +571,7 @@ class LanguageModel:
 def check_layers(layers, n_layers, name):
     for layer in layers:
         if not 0 <= layer < n_layers:
-            raise Refuse(f"--layer {layer}: {name} has layers 0 to {n_layers - 1}", 2)
-
-
-MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt")
+            raise Refuse(f"--layer {shorten(str(layer))}: {name} has layers 0 to {n_layers - 1}", 2)
 
 
 HUB_ERRORS = {       # class in the chain of causes -> (what to say, exit code); the first that fits
@@ -614,7 +627,7 @@ class Cache:
 
     def open(self):
         """Read what is there; returns whether anything is left to do."""
-        for leftover in self.folder.glob(".*.tmp"):
+        for leftover in self.folder.rglob(".*.tmp"):
             leftover.unlink()
         there = [(p if p.exists() else None) for p in (self.folder / "meta.json", self.scratch / "progress.json")]
         self.meta, self.progress = (path and read_json(path) for path in there)
@@ -671,8 +684,9 @@ class Cache:
             self.meta = {**self.settings, "tokens": self.tokens, "complete": False, "rows": 0, "shards": [], **held,
                          "dropped": dict(bos=0, padding=0, outlier=0), "versions": versions()}
             write_json(self.folder / "meta.json", self.meta)
+        n = self.n_buckets(contexts)
         self.progress = dict(tokens=self.tokens, start=contexts, contexts=contexts, where=where, dropped=self.meta["dropped"], sums=sums,
-                             lengths=[0] * self.n_buckets(contexts), next=0, shards=[])
+                             lengths=[0] * n, crcs=[0] * n, next=0, shards=[])
         self.save()
 
     def left(self):
@@ -700,9 +714,11 @@ class Cache:
         order, counts = draw.argsort(stable=True), torch.bincount(draw, minlength=buckets).tolist()
         for i, part in enumerate(raw[order].split(counts)):
             if len(part):
+                data = part.numpy().tobytes()
                 with disk_errors(self.bucket(i)), open(self.bucket(i), "ab") as f:
-                    f.write(part.numpy().tobytes())
-                progress["lengths"][i] += part.numel()
+                    f.write(data)
+                progress["lengths"][i] += len(data)
+                progress["crcs"][i] = zlib.crc32(data, progress["crcs"][i])
         progress["dropped"] = {k: progress["dropped"][k] + v for k, v in dropped.items()}
         progress["contexts"], progress["where"] = first + count, where
         self.save()
@@ -713,9 +729,10 @@ class Cache:
         rows = sum(progress["lengths"]) // self.width
         per = max(1, n * self.settings["rows_per_shard"] // max(1, rows))        # scratch files to a shard: several if the text ended early
         for i in tqdm(range(progress["next"], n, per), desc=f"shuffling {self.folder.name}", unit="shard"):
-            buckets = [self.bucket(k) for k in range(i, min(i + per, n)) if progress["lengths"][k]]
+            full = [k for k in range(i, min(i + per, n)) if progress["lengths"][k]]
+            buckets = [self.bucket(k) for k in full]
             if buckets:
-                self.write_shard(buckets, i)
+                self.write_shard(buckets, i, [progress["crcs"][k] for k in full])
             progress["next"] = i + per
             self.save()
             for bucket in buckets:
@@ -734,8 +751,12 @@ class Cache:
         print(f"{self.folder}: {sums['rows']:,} rows of {self.settings['d_in']} in {len(shards)} shards, mean norm {mean_norm:.3g}, "
               f"gamma {self.meta['gamma']:.2f}, dropped {self.meta['dropped']}")
 
-    def write_shard(self, buckets, i):
-        raw = torch.frombuffer(bytearray(b"".join(bucket.read_bytes() for bucket in buckets)), dtype=torch.uint8).view(-1, self.width)
+    def write_shard(self, buckets, i, crcs):
+        parts = [bucket.read_bytes() for bucket in buckets]
+        for bucket, part, crc in zip(buckets, parts, crcs):
+            if zlib.crc32(part) != crc:
+                raise Refuse(f"{bucket} is damaged (its checksum differs): delete {self.scratch} and run the same command again")
+        raw = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8).view(-1, self.width)
         raw = raw[torch.randperm(len(raw), generator=generator(self.settings["seed"], "shuffle", self.progress["start"], i))]
         columns = [c.clone(memory_format=torch.contiguous_format) for c in raw.split([self.width - 10, 4, 4, 2], 1)]
         acts = columns[0].view(self.stored)
@@ -793,17 +814,6 @@ def locked(folder):
         os.close(descriptor)
         with contextlib.suppress(OSError):
             folder.rmdir()                                                       # only if empty
-
-
-def files_checksum(files):
-    """xxh3-128 over the names and contents of files."""
-    whole = xxhash.xxh3_128()
-    for path in files:
-        whole.update(f"{path.name} {path.stat().st_size} ".encode())
-        with open(path, "rb") as f:
-            while block := f.read(1 << 24):
-                whole.update(block)
-    return whole.hexdigest()
 
 
 def versions():
@@ -881,56 +891,44 @@ def seconds_per_context(source, layers):
 
 def folders(args, layers):
     """Where each layer goes."""
-    short = args.name or args.model.rstrip("/").split("/")[-1] + ("" if args.hook == "resid_post" else f"_{args.hook}")
-    if not re.fullmatch(r"[\w.+-]+", short, re.ASCII) or short.startswith("."):
-        raise Refuse(f"--name {short!r}: want letters, digits and . _ + -", 2)
+    short = args.name if args.name is not None else args.model.rstrip("/").split("/")[-1] + ("" if args.hook == "resid_post" else f"_{args.hook}")
+    check_name("--name", short)
     numbered = len(layers) > 1 or (args.layer and not args.name)
     return [Path("acts") / (f"{short}_l{layer}" if numbered else short) for layer in layers]
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(__doc__)
     p.add_argument("--model", default="tiny", help="tiny (embedded), synthetic, a name on the Hugging Face hub, or a folder")
     p.add_argument("--layer", type=int, nargs="+", help="decoder layers, from 0; a folder each, one pass (default: the middle one)")
     p.add_argument("--hook", type=one_of("--hook", HOOKS), default="resid_post", help="resid_post, mlp_out or attn_out of the layer")
     p.add_argument("--data", help="text: hub data set, .txt .jsonl .parquet file, or folder (default with tiny: its own text)")
     p.add_argument("--column", default="text", help="column of the data that holds the text")
     p.add_argument("--split", default="train", help="split of a hub data set")
-    p.add_argument("--tokens", type=count("--tokens"), default=1_000_000, help="tokens to run through the model; synthetic: rows (default: 1_000_000)")
-    p.add_argument("--val-tokens", type=count("--val-tokens"), help="held-out tokens (default 131_072; at most a tenth of --tokens if they "
+    p.add_argument("--tokens", type=whole, default=1_000_000, help="tokens to run through the model; synthetic: rows (default: 1_000_000)")
+    p.add_argument("--val-tokens", type=whole, help="held-out tokens (default 131_072; at most a tenth of --tokens if they "
                    "are taken from the same text; synthetic: 16_384 rows)")
-    p.add_argument("--ctx", type=count("--ctx"), default=128, help="tokens in a context")
+    p.add_argument("--ctx", type=whole, default=128, help="tokens in a context")
     p.add_argument("--pack", action=argparse.BooleanOptionalAction, default=True, help="documents in a row, or one a context")
     p.add_argument("--dtype", type=one_of("--dtype", [*DTYPES, "int8"]), default="bfloat16", help="on disk; or float16, float32, int8")
     p.add_argument("--model-dtype", type=one_of("--model-dtype", DTYPES), help="computing (default: float32 on a CPU, else bfloat16)")
     p.add_argument("--name", help="folder under acts/ (default: see above)")
-    p.add_argument("--batch", type=count("--batch"), default=32, help="contexts in a forward pass")
-    p.add_argument("--rows-per-shard", type=count("--rows-per-shard"), default=65_536, help="about; drawn at random")
-    p.add_argument("--seed", type=int, default=0, help="of the shuffle and of synthetic data")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs")
+    p.add_argument("--batch", type=whole, default=32, help="contexts in a forward pass")
+    p.add_argument("--rows-per-shard", type=whole, default=65_536, help="about; drawn at random")
+    p.add_argument("--seed", type=number, default=0, help="of the shuffle and of synthetic data")
+    p.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     p.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model or data set")
     args = p.parse_args()
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as e:
-        raise Refuse(f"--device {args.device}: {first_line(e)}", 2) from e
-    args.model_dtype = args.model_dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    args.device = pick_device(args.device)
+    args.model_dtype = args.model_dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
     return args
 
 
 def one_of(flag, names):
     def parse(text):
         if text not in names:
-            raise Refuse(f"{flag} {text}: want one of {', '.join(names)}", 2)
+            raise Refuse(f"{flag} {shorten(text)}: want one of {', '.join(names)}", 2)
         return text
-    return parse
-
-
-def count(flag):
-    def parse(text):
-        if not re.fullmatch(r"\d+(_\d+)*", text, re.ASCII) or int(text) == 0:
-            raise Refuse(f"{flag} {text}: want a whole number above 0, such as 2_000_000", 2)
-        return int(text)
     return parse
 
 

@@ -19,9 +19,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: waiting threads that spin cost 2 to 5 x on a busy machine
 
-import argparse
 import contextlib
-import fcntl
 import itertools
 import json
 import platform
@@ -39,14 +37,17 @@ import safetensors
 import torch
 from tqdm import tqdm
 
-from sae import (FORMAT, ROOT, SAE, Acts, Out, Refuse, checksum, docstring_line, generator, load_variant, parse_settings,
-                 pick_device, read_json, read_tensors, run_script, variant_names, whole, write_file, write_json, write_tensors)
+from sae import (FORMAT, ROOT, SAE, Acts, Out, Parser, Refuse, cannot_write, check_name, checksum, docstring_line, generator, load_variant, number,
+                 parse_settings, pick_device, read_json, read_tensors, run_script, take_lock, variant_names, whole, write_file,
+                 write_json, write_tensors)
 
 DEFAULT_ACTS = "tiny"
 DEFAULT_VARIANTS = ["baseline", "topk", "batch_topk", "matryoshka",
                     "contrastive_r2", "adaptive_ortho_r1", "topk_ortho_r1", "zscore_r1", "hierarchical_r2"]      # an idea of each study
 SAMPLE_ROWS = 16_384          # rows that init_from_data sees
 REFUSED_IN_A_ROW = 10         # steps; then the run has failed
+MOST_EPOCHS = 10_000
+SPIKE = 20                    # times the usual length: a step on such a row is refused. 01_cache_acts.py keeps rows of up to 10 x the median <= 20 x the mean
 
 
 class Run:
@@ -60,7 +61,7 @@ class Run:
         self.settings = {k: v for k, v in settings.items() if v != defaults[k]}
         parts = [variant, *([acts.folder.name] if acts.folder.name != DEFAULT_ACTS else []),
                  *(f"{k}={v}" for k, v in sorted(self.settings.items())), f"s{seed}"]
-        self.folder = Path("runs") / "-".join(parts)
+        self.folder = Path("runs") / check_name("--set: the run's name", "-".join(parts))
         self.name = self.folder.name
         self.config = {
             "format": FORMAT, "name": self.name, "variant": variant, "lineage": docstring_line(variant),
@@ -76,16 +77,22 @@ class Run:
 
     def is_finished(self):
         """Whether this very run is in its folder already."""
-        with contextlib.suppress(Refuse):
-            config = read_json(self.folder / "config.json")
-            read_tensors(self.folder / "sae.safetensors", config.get("sae_checksum"))
-            self.config = config if config.get("identity") == self.identity else self.config
-            return config.get("status") == "done" and config.get("identity") == self.identity
-        return False
+        if not (self.folder / "config.json").exists():
+            return False
+        try:
+            config = read_json(self.folder / "config.json", "status", "identity")
+            if config["status"] != "done" or config["identity"] != self.identity:
+                return False
+            read_tensors(self.folder / "sae.safetensors", config["sae_checksum"])
+        except Refuse as e:
+            print(f"note: {e}: it is trained again")
+            return False
+        self.config = config
+        (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)     # killed between the last two lines of finish()
+        return True
 
     def start(self, acts, device):
         """Take the folder, build the SAE, and load the checkpoint if this very run was interrupted."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = take_lock(self.folder)
         self.config |= {"identity": self.identity, "status": "training", "device": str(device), "versions": versions(), **git_state()}
         write_file(self.folder / "code.py", self.cls.source().encode())
@@ -114,7 +121,7 @@ class Run:
             self.refused += not stepped
             self.refused_in_a_row = 0 if stepped else self.refused_in_a_row + 1
             if self.refused_in_a_row == REFUSED_IN_A_ROW:
-                raise Refuse(f"{REFUSED_IN_A_ROW} steps in a row gave a loss or gradient that is not finite (or that accept() refused)")
+                raise Refuse(f"{REFUSED_IN_A_ROW} steps in a row gave a loss or gradient that is not finite (or a spike in the data, or accept() refused)")
             self.watch(x, out, terms)
             if log_now:
                 self.log(len(x))
@@ -143,8 +150,16 @@ class Run:
                 "tokens_per_s": (self.next_step + 1) * batch_size / max(self.seconds, 1e-9),
                 **{k: float(v) for k, v in self.sae.stats.items()}}
         line = {k: v if v == v and abs(v) != float("inf") else None for k, v in line.items()}     # strict JSON: not finite is null
-        with open(self.folder / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(line) + "\n")
+        path = self.folder / "metrics.jsonl"
+        if not self.folder.exists():
+            raise Refuse(f"{self.folder} was deleted while it was trained")
+        try:
+            with open(path, "a") as f:
+                f.write(json.dumps(line) + "\n")
+                f.flush()
+                os.fsync(f.fileno())                         # a checkpoint is never ahead of the log
+        except OSError as e:
+            raise cannot_write(path, e) from e
         self.last, self.window, self.sae.stats = line, {}, {}
 
     def save_checkpoint(self):
@@ -160,6 +175,8 @@ class Run:
         if not path.exists():
             return False
         tensors, meta = read_tensors(path)
+        if "step" not in meta or not (self.folder / "metrics.jsonl").exists():
+            raise Refuse(f"{self.folder} has a checkpoint of another kind or without its metrics.jsonl: delete {self.folder} and train again")
         if meta["identity"] != self.identity:
             print(f"{self.name}: settings, data or code changed since it was interrupted; it starts over")
             return False
@@ -175,23 +192,37 @@ class Run:
         """Write the SAE and how the run ended."""
         self.sae.step = self.steps
         said = write_tensors(self.folder / "sae.safetensors", self.sae.state_dict(), {"name": self.name, "identity": self.identity})
-        self.config |= {"status": "done", "sae_checksum": said, "seconds": self.seconds, "refused": self.refused, "final": self.last}
+        self.config |= {"status": "done", "sae_checksum": said, "seconds": self.seconds, "refused": self.refused, "final": self.last,
+                        "log_checksum": checksum((self.folder / "metrics.jsonl").read_bytes()), "void": self.void(),
+                        "micro_batches_used": self.sae.micro_batches}
         self.write_config()
         (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
+    def void(self):
+        """Why the run's numbers say nothing, in words; [] if they may. Stages 3 and 4 keep a void run out of every comparison."""
+        final = {k: float("nan") if v is None else v for k, v in self.last.items()}
+        said = {"its weights are not finite": not all(v.isfinite().all() for v in self.sae.state_dict().values()),
+                "no latent fires": final["l0"] == 0,
+                "it explains no variance": not final["explained_variance"] > 0,
+                f"{self.refused} of {self.steps} steps were refused": 2 * self.refused > self.steps}
+        return [words for words, is_so in said.items() if is_so]
+
     @contextlib.contextmanager
     def blamed(self):
-        """What a variant does wrong ends its run alone, with the method and the line named."""
+        """What a variant does wrong ends its run alone, with the method and the line named. A full disk is not its fault."""
         try:
             yield
         except Exception as e:
+            if isinstance(e, Refuse) and e.code == 4:
+                raise
             ours = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).parent in (ROOT / "variants", ROOT)
                     and Path(f.filename).name != "02_train.py"]
             where = f" in {ours[-1].name}() ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours and not isinstance(e, Refuse) else ""
             what = str(e).split("\n")[0] if isinstance(e, Refuse) else f"{type(e).__name__}: {str(e).split(chr(10))[0]}"
             self.failure = f"{self.variant}{where}: {what}"
             self.config |= {"status": "failed", "reason": self.failure}
-            self.write_config()
+            if self.folder.exists():
+                self.write_config()
             print(f"error: {self.name}: {self.failure}", file=sys.stderr)
 
 
@@ -218,23 +249,18 @@ def unpack(sae, opt, tensors, plain):
 def train_step(sae, opt, x, check=False):
     """One optimizer step on normalised rows x [B, d_in] -> (Out, loss terms, whether the step was taken).
 
+    It is not taken if a row is a spike, if accept() refuses the loss, or if a gradient is not finite.
     check: verify shapes and types of what the variant's methods return, naming the method."""
     sae.train()
-    opt.zero_grad()
-    outs, terms = [], {}
-    for part in x.chunk(sae.micro_batches):
-        share = len(part) / len(x)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            out = sae(part)
-            new = sae.losses(out)
-        if check:
-            check_forward(sae, out)
-            check_losses(new)
-        (share * sum(new.values())).backward()
-        terms = {k: terms.get(k, 0) + share * v.detach() for k, v in new.items()}
-        outs.append(Out(*(t.detach() for t in out)))
-    out = outs[0] if len(outs) == 1 else Out(*map(torch.cat, zip(*outs)))
-    stepped = sae.accept(sum(terms.values()))
+    while not (done := backward(sae, opt, x, check)):        # out of memory
+        if sae.micro_batches >= len(x):
+            raise Refuse("out of memory even with a row at a time: train fewer runs in a call, or a smaller --set d_sae=")
+        sae.micro_batches = min(2 * sae.micro_batches, len(x))
+        if x.is_cuda:
+            torch.cuda.empty_cache()
+        print(f"note: out of memory: {type(sae).__module__.split('.')[-1]} goes on with micro_batches={sae.micro_batches}", file=sys.stderr)
+    out, terms = done
+    stepped = is_usual(x) and sae.accept(sum(terms.values()))
     if stepped:
         for group in opt.param_groups:
             group["lr"] = group.setdefault("base_lr", group["lr"]) * sae.lr_scale()
@@ -245,6 +271,32 @@ def train_step(sae, opt, x, check=False):
         with torch.no_grad():
             sae.after_step(opt, out)
     return out, terms, stepped
+
+
+def is_usual(x):
+    """Whether no normalised row [B, d_in] is a spike (or not finite)."""
+    return bool(x.norm(dim=-1).amax() < SPIKE * x.shape[1] ** 0.5)
+
+
+def backward(sae, opt, x, check):
+    """Gradients of the losses on rows x, in sae.micro_batches parts -> (Out, loss terms); None if the GPU's memory is too small."""
+    opt.zero_grad()
+    outs, terms = [], {}
+    try:
+        for part in x.chunk(sae.micro_batches):
+            share = len(part) / len(x)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+                out = sae(part)
+                new = sae.losses(out)
+            if check:
+                check_forward(sae, out)
+                check_losses(new)
+            (share * sum(new.values())).backward()
+            terms = {k: terms.get(k, 0) + share * v.detach() for k, v in new.items()}
+            outs.append(Out(*(t.detach() for t in out)))
+        return outs[0] if len(outs) == 1 else Out(*map(torch.cat, zip(*outs))), terms
+    except torch.OutOfMemoryError:
+        return None                                          # what it held is freed only once this frame is left
 
 
 def check_forward(sae, out):
@@ -270,8 +322,9 @@ def check_losses(terms):
 
 
 def sample(acts, scale):
-    """Normalised rows for init_from_data, the same for every run: the start of the first shard."""
-    return acts.shard(0)["acts"][:SAMPLE_ROWS].to(scale.device).float() * scale
+    """Normalised rows for init_from_data, the same for every run: the start of the first shard, without spikes."""
+    x = acts.shard(0)["acts"][:SAMPLE_ROWS].to(scale.device).float() * scale
+    return x[x.norm(dim=-1) < SPIKE * acts.d_in ** 0.5]
 
 
 def plan_steps(acts, batch_size, epochs):
@@ -375,18 +428,8 @@ def table(runs):
     for r in sorted(done, key=lambda r: -(r.config["final"]["explained_variance"] or -9)):
         f = {k: float("nan") if v is None else v for k, v in r.config["final"].items()}
         lines.append(f"{r.name:{width}}  {f['l0']:7.2f}  {f['explained_variance']:8.4f}  {f['mse']:8.4f}  {f['dead']:6.1%}  "
-                     f"{r.config['seconds']:7.1f}")
+                     f"{r.config['seconds']:7.1f}" + (f"  VOID: {', '.join(r.config['void'])}" if r.config["void"] else ""))
     return "\n".join(lines + [f"{r.name:{width}}  FAILED: {r.failure}" for r in runs if r.failure])
-
-
-def take_lock(folder):
-    """Hold a run's folder as long as this process lives; the kernel frees it when the process dies."""
-    file = open(folder / ".lock", "a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Refuse(f"{folder} is in use by another process: wait for it, or stop it", 6) from None
-    return file
 
 
 def versions():
@@ -439,19 +482,15 @@ def interrupted(acts):
     return found
 
 
-def number(text):
-    return 0 if text == "0" else whole(text)
-
-
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(__doc__)
     p.add_argument("--acts", default=DEFAULT_ACTS, help="folder under acts/ (default: %(default)s)")
     p.add_argument("--variant", nargs="+", default=DEFAULT_VARIANTS, help="names, `all`, or a study such as topk_ortho")
     p.add_argument("--seed", nargs="+", type=number, default=[0], help="one run per seed (default: 0)")
     p.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings, for every run")
     p.add_argument("--sweep", nargs="+", action="extend", default=[], metavar="NAME=V1,V2", help="one run per value (and combination)")
     p.add_argument("--epochs", type=whole, default=1, help="passes over the activations (default: 1)")
-    p.add_argument("--snapshots", type=number, default=5, metavar="N",
+    p.add_argument("--snapshots", type=snapshots, default=5, metavar="N",
                    help="keep the SAE at 1/2, 1/4 ... 1/2^N of the run, each as large as the SAE (default: %(default)s)")
     p.add_argument("--resume", action="store_true", help="go on with every interrupted run on these activations, start no new one")
     p.add_argument("--checkpoint", type=whole, default=60, metavar="SECONDS", help="how often (default: %(default)s)")
@@ -463,9 +502,7 @@ def main():
         print("\n".join(docstring_line(v) for v in variant_names()))
         return 0
     device = pick_device(args.device)
-    if not re.fullmatch(r"\w[\w.-]*", args.acts, re.ASCII):
-        raise Refuse(f"--acts {args.acts!r}: want the name of a folder under acts/", 2)
-    acts = Acts(Path("acts") / args.acts)
+    acts = Acts(Path("acts") / check_name("--acts", args.acts))
     torch.use_deterministic_algorithms(device.type == "cpu")
     torch.set_float32_matmul_precision("high")
 
@@ -478,10 +515,12 @@ def main():
     if len(sizes) > 1:
         raise Refuse("all runs of a call share their batches: want one batch_size and one number of epochs", 2)
     (batch_size, epochs), = sizes
+    if epochs > MOST_EPOCHS:
+        raise Refuse(f"--epochs {epochs}: want at most {MOST_EPOCHS}", 2)
     plan = plan_steps(acts, batch_size, epochs)
     steps = sum(n for _, _, n in plan)
     if not steps:
-        raise Refuse(f"{acts.folder} has {acts.rows} rows, no shard has a batch of {batch_size}: cache more tokens or --set batch_size=")
+        raise Refuse(f"{acts.folder} has {acts.rows} rows, no shard has a batch of {batch_size}: cache more tokens or --set batch_size=", 2)
 
     runs = [Run(v, settings, seed, acts, steps, epochs, args.snapshots) for v, settings, seed, _ in wanted]
     runs = list({r.name: r for r in runs}.values())
@@ -498,7 +537,7 @@ def main():
         train(alive, acts, plan, batch_size, device, args.checkpoint)
         print(f"{acts.reads - reads} shards read for {len(alive)} runs")
     print(table(runs))
-    return 5 if any(r.failure for r in runs) else 0
+    return 5 if any(r.failure or r.config.get("void") for r in runs) else 0
 
 
 if __name__ == "__main__":

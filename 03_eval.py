@@ -21,7 +21,6 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: waiting threads that spin cost 2 to 5 x on a busy machine
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -46,8 +45,9 @@ import xxhash
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
-from sae import (SAE, Acts, Refuse, blocks_of, checksum, generator, hook_point, language_model, load_run, pick_device, read_json,
-                 read_tensors, run_folders, run_script, unit, whole, write_json, write_tensors)
+from sae import (SAE, Acts, Parser, Refuse, blocks_of, checksum, generator, hook_point, is_out_of_memory, language_model, load_run,
+                 model_checksum, pick_device, read_json, read_log, read_tensors, run_folders, run_script, take_lock, unit, whole, write_json,
+                 write_tensors)
 
 VERSION = 1                      # of the evaluations here; results of another one are made again
 SAMPLE_ROWS = 16_384             # training rows that PCA, the mean and the controls are fitted on
@@ -82,6 +82,8 @@ class LanguageModel:
     def __init__(self, meta, device):
         path = meta["model"]["path"]
         local = Path(path).exists()
+        if local and meta["model"]["revision"] not in (None, model_checksum(path)):
+            raise Refuse(f"the language model in {path} has changed since its activations were cached: put it back, or cache again")
         try:
             self.model = language_model(path, torch.float32, **({} if local else {"revision": meta["model"]["revision"]})).to(device)
         except (OSError, ValueError) as e:
@@ -145,7 +147,7 @@ class HeldOut:
     """The held-out part of a cache in batches of rows; a language model reads them from `contexts` contexts (all, if None)."""
 
     def __init__(self, acts, device, contexts=None):
-        self.acts, self.device = acts, device
+        self.acts, self.device, self.parts = acts, device, 1     # parts: into how many a batch was cut because it did not fit in memory
         self.val = acts.val()
         self.model = LanguageModel(acts.meta, device) if acts.meta["source"] == "model" else None
         self.n = n_contexts(acts, contexts)
@@ -157,8 +159,7 @@ class HeldOut:
 
     def batches(self, description, logits=True):
         """Yields (rows [n, d_in] float32, true features [n, n_features] or None, index of the first context)."""
-        logits_at_once = 2**28 if self.device.type == "cuda" else 2**22       # on a CPU small blocks are reused, large ones cost page faults
-        per_batch = max(1, logits_at_once // (self.val["tokens"].shape[1] * self.model.vocab)) if self.model else 4096
+        per_batch = self.per_batch()
         with tqdm(total=self.n, desc=description, unit="context" if self.model else "row", disable=None, mininterval=1) as bar:
             for start in range(0, self.n, per_batch):
                 part = slice(start, min(start + per_batch, self.n))
@@ -168,6 +169,20 @@ class HeldOut:
                 elif tensors["mask"].any():
                     yield self.model.read(tensors["tokens"].long(), tensors["mask"], logits), None, start
                 bar.update(part.stop - part.start)
+
+    def per_batch(self):
+        """Contexts (rows, of synthetic data) that are worked on at a time."""
+        logits_at_once = 2**28 if self.device.type == "cuda" else 2**22       # on a CPU small blocks are reused, large ones cost page faults
+        return max(1, (logits_at_once // (self.val["tokens"].shape[1] * self.model.vocab) if self.model else 4096) // self.parts)
+
+    def halve(self):
+        """Smaller batches, after one did not fit in memory."""
+        if self.per_batch() == 1:
+            raise Refuse("out of memory with one context at a time: evaluate fewer runs in a call", 4)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.parts *= 2
+        print(f"note: out of memory: going on with {self.per_batch()} at a time", file=sys.stderr)
 
 
 def n_contexts(acts, wanted):
@@ -377,13 +392,14 @@ def guards(m, run, data, acts):
          f"zero output: explained variance {ev:.3f}, that of zero {m['explained_variance_zero']:.3f}, l2 ratio {get('l2_ratio'):.3f}")
     flag(not_finite or not all(v.isfinite().all() for v in sae.state_dict().values()), "G04", "fatal",
          f"not finite: {', '.join(not_finite) or 'weights'}")
+    flag(config.get("void"), "G36", "fatal", f"void since training: {', '.join(config.get('void', []))}")
     per_latent = config["steps"] * settings["batch_size"] / d_sae
     flag(per_latent < UNTRAINED_TOKENS, "G05", "fatal", f"untrained: {config['steps']} steps, {per_latent:.0f} tokens per latent")
     flag(UNTRAINED_TOKENS <= per_latent < SHORT_TOKENS, "G05", "warn", f"short run: {per_latent:.0f} tokens per latent")
     start = type(sae)(sae.d_in, sae.steps, sae.seed, **settings).W_dec.detach().to(sae.W_dec.device)
     moved = torch.cosine_similarity(start, sae.W_dec.detach(), dim=-1).mean().item()
     flag(moved > SAME_WEIGHTS, "G06", "fatal", f"no learning: mean cosine of the decoder with its start {moved:.3f}")
-    log = training_log(run.folder)
+    log = read_log(run.folder, config)
     stuck = len(log) >= 10 and len({line["loss"] for line in log[-10:]}) == 1
     flag(stuck, "G06", "fatal", f"no learning: the same loss {log[-1]['loss'] if stuck else 0} in the last 10 logs")
     flag(abs(l0 / d_sae - 0.5) < 0.05 and abs(get("cosine")) < 0.05, "G07", "fatal",
@@ -413,11 +429,6 @@ def guards(m, run, data, acts):
     flag(get("ce_recovered") < 0 or get("kl_recovered") < 0, "G34", "fatal",
          f"worse than zero ablation: CE recovered {get('ce_recovered'):.3f}, KL recovered {get('kl_recovered'):.3f}")
     return found
-
-
-def training_log(folder):
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 # ---- features: what latents fire on -----------------------------------------------------------------------------------------------------
@@ -1570,9 +1581,9 @@ def blamed(run, failures, name=None):
     """What goes wrong with one run ends its evaluation alone; with a name, that evaluation alone."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except Exception as e:
+        if is_out_of_memory(e):
+            raise
         blame(run, failures, name, e)
 
 
@@ -1608,7 +1619,7 @@ def evaluate(acts, runs, names, force, contexts, device, failures):
     held_out = HeldOut(acts, device, contexts)
     for name in names:
         started = time.perf_counter()
-        results = EVALS[name](held_out, alive(todo[name], failures), failures) if todo[name] else {}
+        results = in_memory(EVALS[name], held_out, alive(todo[name], failures), failures) if todo[name] else {}
         seconds = time.perf_counter() - started
         for run, result in results.items():
             if "rates" in result:
@@ -1616,6 +1627,17 @@ def evaluate(acts, runs, names, force, contexts, device, failures):
                 write_tensors(run.folder / "eval" / "rates.safetensors", {"rate": result.pop("rates")}, meta)
             write_json(run.folder / "eval" / f"{name}.json", {**envelope(name, run, acts, n), "seconds": seconds, "shared_by": len(results),
                                                               "versions": versions(), **result})
+
+
+def in_memory(evaluation, held_out, runs, failures):
+    """The evaluation's results; begun again in smaller batches for as long as memory does not suffice."""
+    while True:
+        try:
+            return evaluation(held_out, runs, failures)
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise
+        held_out.halve()                                                      # outside of `except`, which keeps the tensors alive
 
 
 def versions():
@@ -1650,7 +1672,7 @@ def label(run):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(__doc__)
     p.add_argument("runs", nargs="*", help="folders (default: all under runs/)")
     p.add_argument("--eval", nargs="+", choices=[*EVALS, *BENCH], default=[*EVALS, *BENCH], metavar="NAME",
                    help=f"which evaluations (default: all that fit the model): {', '.join(EVALS)}, and SAEBench's {', '.join(BENCH)}")
@@ -1670,9 +1692,11 @@ def main():
             failures[run.folder] = f"trained on rows of {run.sae.d_in}, {acts.folder} has rows of {acts.d_in} (G10)"
             print(f"error: {run.folder}: {failures[run.folder]}", file=sys.stderr)
         group = alive(group, failures)
+        locks = [take_lock(run.folder) for run in group]                      # before the language model is loaded
         group += controls(acts, group) if args.controls and group else []
         evaluate(acts, group, [n for n in args.eval if n in EVALS], args.force, args.contexts, device, failures)
         evaluate_saebench(acts, alive(group, failures), [n for n in args.eval if n in BENCH], args.force, device, failures)
+        del locks
         n = n_contexts(acts, args.contexts)
         print(f"\n{acts.folder}, {n} held-out {'contexts' if acts.meta['source'] == 'model' else 'rows'}\n{table(group, acts, n)}")
     return 5 if failures else 0

@@ -13,7 +13,6 @@ runs/controls-ACTS/KIND/eval/core.json. Writes
     plots/feature_usage.png       how often latents fire
 A row of panels per cache of activations. Runs that a guard calls invalid stand in the table, marked, and nowhere else.
 """
-import argparse
 import functools
 import io
 import json
@@ -28,7 +27,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from sae import read_json, read_tensors, run_folders, run_script, write_file
+from sae import Parser, Refuse, check_name, read_json, read_log, read_tensors, run_folders, run_script, take_lock, write_file
 
 SAME_L0 = 0.05               # runs are compared if their L0 differs by no more than this share
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A"]      # told apart by the colour-blind (Okabe and Ito)
@@ -178,9 +177,9 @@ class Run:
         control = not (folder / "config.json").exists()
         self.core, self.missing = None, "not evaluated"
         if (folder / "eval" / "core.json").exists():
-            self.core = read_json(folder / "eval" / "core.json")
-        self.config = {} if control else read_json(folder / "config.json")
-        self.acts = self.core["acts"] if control else self.config["acts"]
+            self.core = read_json(folder / "eval" / "core.json", "acts", "metrics", "guards", "sae_checksum")
+        self.config = {} if control else read_json(folder / "config.json", "acts", "variant", "status", "seed", "settings")
+        self.acts = check_name(f"{folder}: acts", self.core["acts"] if control else self.config["acts"])
         self.variant = f"control: {folder.name}" if control else self.config["variant"]
         self.seed, self.settings = self.config.get("seed"), self.config.get("settings", {})
         self.name = self.variant if control else self.config["name"].removesuffix(f"-s{self.seed}")
@@ -189,6 +188,8 @@ class Run:
             self.core, self.missing = None, {"failed": "training failed"}.get(self.status, "training not finished")
         elif self.core and not control and self.core["sae_checksum"] != self.config["sae_checksum"]:
             self.core, self.missing = None, "evaluation is of older weights"
+        if self.config.get("void") and not self.core:
+            self.missing = f"void: {', '.join(self.config['void'])}"
         self.metrics, self.units, self.gaps = dict(self.core["metrics"]) if self.core else {}, {}, {}
         self.guards = list(self.core["guards"]) if self.core else []
         if self.status == "done":
@@ -302,10 +303,11 @@ FINGERPRINT = ["explained_variance", "mse", "cosine", "l0", "l1", "l2_ratio", "s
 
 def judge(run):
     """The guards of one run (FATAL: it is left out of every comparison, ranking and scale)."""
-    c, s, m, log = run.config, run.settings, run.metrics, read_log(run.folder)
+    c, s, m, log = run.config, run.settings, run.metrics, read_log(run.folder, run.config)
     get = lambda key: math.nan if m.get(key) is None else m[key]
     ev, l0, d_in, d_sae = get("explained_variance"), get("l0"), c.get("d_in", math.inf), s["d_sae"]
     tokens, losses = c["steps"] * s["batch_size"], [line.get("loss") for line in log]
+    run.flag(c.get("void"), "G36", "fatal", f"void since training: {', '.join(c.get('void', []))}")
     run.flag(l0 == 0, "G01", "fatal", "degenerate: L0 is 0")
     run.flag(ev <= 0, "G02", "fatal", f"worse than the mean: explained variance {ev:.3f}")
     run.flag(abs(ev - get("explained_variance_zero")) < 0.02 or get("l2_ratio") < 0.1, "G03", "fatal", f"zero output: l2 ratio {get('l2_ratio'):.3f}")
@@ -875,7 +877,7 @@ def draw_training(caches, look, path):
     axes = axes.reshape(-1, len(CURVES))
     handles = {}
     for row, (acts, (runs, _)) in zip(axes, caches.items()):
-        logs = {name: [read_log(r.folder) for r in members] for name, members in grouped([r for r in runs if not r.fatal]).items()}
+        logs = {name: [read_log(r.folder, r.config) for r in members] for name, members in grouped([r for r in runs if not r.fatal]).items()}
         variant = {name: members[0].variant for name, members in grouped(runs).items()}
         for axis, (metric, label, scale) in zip(row, CURVES):
             lowest = []
@@ -900,11 +902,6 @@ def draw_training(caches, look, path):
                 axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     legend(figure, handles)
     save(figure, path)
-
-
-def read_log(folder):
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
 
 def mean_curve(logs, metric):
@@ -972,16 +969,19 @@ PLOTS = {                                     # file name -> f(caches, looks, pa
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(__doc__)
     p.add_argument("runs", nargs="*", help="folders (default: all under runs/)")
     p.add_argument("--out", default="plots", help="folder to write to (default: %(default)s)")
     p.add_argument("--metric", choices=[m.key for m in METRICS if m.better], default=PRIMARY,
                    help="what the verdict is about; choose it before you look (default: %(default)s)")
     args = p.parse_args()
+    if not args.out or Path(args.out).exists() and not Path(args.out).is_dir():
+        raise Refuse(f"--out {args.out!r}: want a folder", 2)
 
     runs, controls = find_runs(args.runs)
     caches = {acts: ([r for r in runs if r.acts == acts], [c for c in controls if c.acts == acts]) for acts in dict.fromkeys(r.acts for r in runs)}
     look, out = looks(runs), Path(args.out)
+    lock = take_lock(out)                                                     # held to the end
     compared = {acts: compare(members, args.metric) for acts, (members, _) in caches.items()}
     markdown, text = results(caches, compared, args.metric)
     print(text + "\n")

@@ -15,6 +15,7 @@ import ast
 import contextlib
 import difflib
 import errno
+import fcntl
 import importlib
 import inspect
 import json
@@ -22,6 +23,7 @@ import math
 import os
 import re
 import secrets
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -396,8 +398,8 @@ class SAE(nn.Module):
     @staticmethod
     def check(settings):
         """Refuse settings that no run can have; `settings` has them all."""
-        for name, low, high in (("d_sae", 1, None), ("l0", 0, settings["d_sae"]), ("lr", 0, None), ("batch_size", 1, None), ("clip", 0, None),
-                                ("micro_batches", 1, None), ("sparsity_start", 0, None), ("lr_warmup", 0, 1), ("lr_decay", 0, 1), ("dead_after", 0, 1)):
+        for name, low, high in (("d_sae", 1, 2**24), ("l0", 0, settings["d_sae"]), ("lr", 0, None), ("batch_size", 1, 2**24), ("clip", 0, None),
+                                ("micro_batches", 1, settings["batch_size"]), ("sparsity_start", 0, None), ("lr_warmup", 0, 1), ("lr_decay", 0, 1), ("dead_after", 0, 1)):
             value, above = settings[name], name in ("l0", "lr", "clip", "sparsity_start")
             if value < low or (above and value == low) or (high is not None and value > high):
                 raise Refuse(f"--set {name}={value}: want {'above' if above else 'at least'} {low}" + ("" if high is None else f" and at most {high}"), 2)
@@ -443,9 +445,10 @@ def load_variant(name):
 def load_run(folder):
     """(SAE, config) of a finished run, the SAE in eval mode. Refuses if the variant's code is not the one that was trained."""
     folder = Path(folder)
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", "status", "variant", "acts", "settings")
     if config["status"] != "done":
         raise Refuse(f"{folder} is not finished (status {config['status']}): run 02_train.py again", 5)
+    check_name(f"{folder}/config.json: acts", config["acts"])
     cls = load_variant(config["variant"])
     if cls.code_checksum() != config["code_checksum"]:
         raise Refuse(f"{folder}: the code of {config['variant']} changed since (what ran is in its code.py): train it again", 5)
@@ -464,6 +467,18 @@ def run_folders(folders):
         if not (folder / "config.json").exists():
             raise Refuse(f"{folder} has no config.json, so it is not a run", 2)
     return list(dict.fromkeys(found))
+
+
+def read_log(folder, config):
+    """The lines of a run's metrics.jsonl; of a finished run Refuse if the file is not as the run left it."""
+    path = folder / "metrics.jsonl"
+    blob = path.read_bytes() if path.exists() else b""
+    if config.get("log_checksum", checksum(blob)) != checksum(blob):
+        raise Refuse(f"{path} is damaged, cut short or edited (its checksum differs): delete {folder} and train the run again")
+    try:
+        return [json.loads(line) for line in blob.split(b"\n")[:-1]]      # what follows the last line end is being written
+    except ValueError as e:
+        raise Refuse(f"{path} is damaged: delete {folder} and train the run again") from e
 
 
 def variant_names():
@@ -502,20 +517,22 @@ def parse_value(key, text, kind):
         return float(text)
     if kind is int and number and math.isfinite(float(text)) and float(text).is_integer():
         return int(float(text))
-    if kind is str and re.fullmatch(r"\w[\w.-]*", text, re.ASCII):        # it becomes part of a folder's name
+    if kind is str and re.fullmatch(r"\w[\w.-]{0,59}", text, re.ASCII):        # it becomes part of a folder's name
         return text
-    raise Refuse(f"--set {key}={text}: want {kind.__name__}", 2)
+    raise Refuse(f"--set {key}={shorten(text)}: want {kind.__name__}", 2)
 
 
 # ---- language models: where a hook sits ------------------------------------------------------------------------------------------
 
 
 def language_model(path, dtype, **extra):
-    """The causal language model of a hub name or folder, in eval mode."""
+    """The causal language model of a hub name or folder, in eval mode. Weights in pickle files are read only where remote code is trusted."""
     import transformers
     config = transformers.AutoConfig.from_pretrained(path, **extra).get_text_config()
     if getattr(config, "attn_logit_softcapping", None):
         extra["attn_implementation"] = "eager"                   # Gemma-2: transformers' sdpa leaves the soft cap out
+    if not extra.get("trust_remote_code"):
+        extra["use_safetensors"] = True
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **extra).eval()
 
 
@@ -541,6 +558,25 @@ def hook_point(block, hook, name):
     return found[0]
 
 
+MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".py")
+
+
+def model_checksum(folder):
+    """Of all that makes the language model in a folder."""
+    return files_checksum(sorted(p for p in Path(folder).iterdir() if p.suffix in MODEL_FILES))
+
+
+def files_checksum(files):
+    """xxh3-128 over the names and contents of files."""
+    total = xxhash.xxh3_128()
+    for path in files:
+        total.update(f"{path.name} {path.stat().st_size} ".encode())
+        with open(path, "rb") as f:
+            while block := f.read(1 << 24):
+                total.update(block)
+    return total.hexdigest()
+
+
 # ---- files: written whole or not at all, and checked when read -------------------------------------------------------------------
 
 
@@ -553,30 +589,73 @@ class Refuse(Exception):
 
 
 def run_script(main):
-    """Run a script's main(); what it refuses ends in one line on stderr and an exit code that is not 0."""
+    """Run a script's main(); what it refuses, or what the machine lacks, ends in one line on stderr and an exit code that is not 0.
+    SIGTERM is Ctrl-C. Anything else is a bug and shows its traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        code = main() or 0
+        code, said = main() or 0, None
     except Refuse as e:
-        code = e.code
-        print(f"error: {e}", file=sys.stderr)
+        code, said = e.code, f"error: {e}"
     except KeyboardInterrupt:
-        code = 130
-        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
+        code, said = 130, "interrupted: the same command goes on where this one stopped"
+    except OSError as e:
+        code, said = 4, f"error: {e.filename or 'the machine'}: {e.strerror or e}"
+    except Exception as e:
+        if not is_out_of_memory(e):
+            raise
+        code, said = 4, f"error: out of memory: {e}"
+    if said:
+        print(" ".join(said.split()), file=sys.stderr)
     sys.exit(code)
+
+
+def is_out_of_memory(e):
+    """Whether an exception says so; torch raises a plain RuntimeError where the CPU's memory ends."""
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the script's docstring as it stands, no abbreviated flags, and errors in one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise Refuse(f"{message} (--help lists the flags)", 2)
+
+
+LARGEST = 10 ** 15           # of a number on the command line; what is above it is a slip
 
 
 def whole(text):
     """A positive whole number; 2_000_000 is fine."""
-    if not re.fullmatch(r"\d+(_\d+)*", text, re.ASCII) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"want a whole number above 0, not {text!r}")
+    if not re.fullmatch(r"\d{1,30}(_\d{1,30}){0,9}", text, re.ASCII) or not 1 <= int(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"want a whole number above 0 and up to 10**15, such as 2_000_000, not {shorten(text)!r}")
     return int(text)
+
+
+def number(text):
+    """A whole number; 0 too."""
+    return 0 if text == "0" else whole(text)
+
+
+def shorten(text):
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def pick_device(name):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name) or (name.startswith("cuda") and not torch.cuda.is_available()):
-        raise Refuse(f"--device {name}: want cpu, or cuda where there is a GPU", 2)
+    found = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name, re.ASCII)
+    if not found or name != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
+        raise Refuse(f"--device {shorten(name)}: want cpu, or cuda where there is a GPU", 2)
     return torch.device(name)
+
+
+def check_name(flag, name):
+    """A name that becomes a folder's: no path, not hidden, not too long. Refuse otherwise."""
+    if not re.fullmatch(r"[\w+][\w.+=-]{0,199}", name, re.ASCII):
+        raise Refuse(f"{flag} {shorten(name)!r}: want a name of letters, digits and . _ + - =", 2)
+    return name
 
 
 def checksum(data):
@@ -601,12 +680,37 @@ def write_file(path, data):
         finally:
             os.close(folder)
     except OSError as e:
-        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise Refuse(f"disk full while writing {path}: free some space, then run the same command again" if full
-                     else f"cannot write {path}: {e.strerror}", 4) from e
+        raise cannot_write(path, e) from e
     finally:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(OSError):                   # it is not there, or never could be
             temporary.unlink()
+
+
+def cannot_write(path, e):
+    """The Refuse for an OSError met while writing."""
+    if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return Refuse(f"disk full while writing {path}: free some space, then run the same command again", 4)
+    return Refuse(f"cannot write {path}: {e.strerror}", 4)
+
+
+def take_lock(folder):
+    """Hold a folder, which is made if need be, until the returned file is closed; the kernel frees it when the process dies, however it
+    dies. What a killed process left half-written is removed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+    except BlockingIOError:
+        file.seek(0)
+        raise Refuse(f"{folder} is in use by another process ({file.read(20) or 'just started'}): wait for it, or stop it", 6) from None
+    except OSError as e:
+        raise cannot_write(folder / ".lock", e) from e
+    for leftover in folder.rglob(".*.tmp"):
+        leftover.unlink()
+    return file
 
 
 def write_json(path, value):
@@ -616,8 +720,8 @@ def write_json(path, value):
     write_file(path, json.dumps({**value, "checksum": checksum(text.encode())}, indent=1, allow_nan=False).encode() + b"\n")
 
 
-def read_json(path):
-    """What write_json wrote; Refuse if it is missing, damaged or edited."""
+def read_json(path, *keys):
+    """What write_json wrote; Refuse if it is missing, damaged or edited, or if it is another file that lacks one of `keys`."""
     try:
         value = json.loads(Path(path).read_text())
         said = value.pop("checksum")
@@ -628,6 +732,8 @@ def read_json(path):
         raise Refuse(f"{path} is damaged ({type(e).__name__}): delete it and run the stage that makes it again") from e
     if said != checksum(text.encode()):
         raise Refuse(f"{path} is damaged or was edited (its checksum differs): run the stage that makes it again")
+    if not set(keys) <= set(value):
+        raise Refuse(f"{path} is another file or of another version (no {' or '.join(sorted(set(keys) - set(value)))}): run the stage that makes it again")
     return value
 
 
@@ -677,14 +783,17 @@ class Acts:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             there = sorted(p.parent.name for p in self.folder.parent.glob("*/meta.json"))
-            raise Refuse(f"no activations in {folder}" + (f": there are {', '.join(there)}" if there else ": run 01_cache_acts.py first"))
-        self.meta = read_json(self.folder / "meta.json")
+            raise Refuse(f"no activations in {folder}" + (f": there are {', '.join(there)}" if there else ": run 01_cache_acts.py first"), 2)
+        self.meta = read_json(self.folder / "meta.json", "complete", "d_in", "dtype", "shards", "val")
         if self.meta.get("format") != FORMAT:
             raise Refuse(f"{self.folder}/meta.json has format {self.meta.get('format')}, this is {FORMAT}: cache again")
         if not self.meta["complete"]:
             raise Refuse(f"{self.folder} is not finished: run the same 01_cache_acts.py again, it goes on where it stopped")
         self.d_in, self.rows, self.shards = self.meta["d_in"], self.meta["rows"], self.meta["shards"]
         self.scale = self.meta["scale"]
+        for file in [s["file"] for s in self.shards] + [self.meta["val"]["file"]]:
+            if not re.fullmatch(r"\w+\.safetensors", file, re.ASCII):
+                raise Refuse(f"{self.folder}/meta.json names {file!r}, which no cache has: cache again")
         self.reads = 0                            # shards read so far
         self.checksum = checksum(json.dumps([s["checksum"] for s in self.shards]).encode())
 
@@ -694,9 +803,11 @@ class Acts:
         self.reads += 1
         path = self.folder / entry["file"]
         tensors, _ = read_tensors(path, entry["checksum"])
+        if "acts" not in tensors:
+            raise Refuse(f"{path} holds {', '.join(tensors) or 'nothing'}, not activations: cache again")
         acts = tensors["acts"]
-        if acts.shape != (entry["rows"], self.d_in):
-            raise Refuse(f"{path} has shape {list(acts.shape)}, not {[entry['rows'], self.d_in]}: cache again")
+        if acts.shape != (entry["rows"], self.d_in) or acts.dtype != getattr(torch, self.meta["dtype"], None):
+            raise Refuse(f"{path} has shape {list(acts.shape)} of {acts.dtype}, not {[entry['rows'], self.d_in]} of {self.meta['dtype']}: cache again")
         if acts.dtype == torch.int8:
             tensors["acts"] = acts = acts * tensors["row_scale"][:, None] * tensors["dim_std"] + tensors["dim_mean"]
         low, high = torch.aminmax(acts.float())

@@ -188,9 +188,9 @@ def test_a_broken_variant_is_named_and_the_others_go_on(here):
 @pytest.mark.parametrize("args, code, says", [
     (["--variant", "tpok"], 2, "did you mean topk"), (["--variant", "../sae"], 2, "no variant"), (["--set", "orto=1"], 2, "no such setting"),
     (["--set", "l0=-3"], 2, "l0"), (["--set", "lr=nan"], 2, "want float"), (["--sweep", "l0="], 2, "name=value"), (["--sweep", "l0=1,x"], 2, "want float"),
-    (["--set", "l0=3", "--sweep", "l0=1,2"], 2, "--set gives it too"), (["--acts", "nothing"], 3, "there are tiny"), (["--acts", "../acts"], 2, "--acts"),
+    (["--set", "l0=3", "--sweep", "l0=1,2"], 2, "--set gives it too"), (["--acts", "nothing"], 2, "there are tiny"), (["--acts", "../acts"], 2, "--acts"),
     (["--seed", "-1"], 2, "--seed"), (["--seed", "1.5"], 2, "--seed"), (["--epochs", "0"], 2, "--epochs"), (["--device", "tpu"], 2, "--device"),
-    (["--var", "topk"], 2, "unrecognized"), (["--resume"], 3, "no interrupted run"), (["--set", "batch_size=1_000_000"], 3, "no shard has a batch"),
+    (["--var", "topk"], 2, "unrecognized"), (["--resume"], 3, "no interrupted run"), (["--set", "batch_size=1_000_000"], 2, "no shard has a batch"),
     (["--sweep", "batch_size=256,512"], 2, "share their batches"), (["--set", "activation=tanh"], 2, "activation")])
 def test_wrong_flags_end_in_one_line(here, monkeypatch, capsys, args, code, says):
     from sae import run_script
