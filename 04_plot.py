@@ -15,7 +15,6 @@ A row of panels per cache of activations. Runs that a guard calls invalid stand 
 """
 import functools
 import io
-import json
 import math
 import re
 import statistics
