@@ -46,7 +46,6 @@ DEFAULT_VARIANTS = ["baseline", "topk", "batch_topk", "matryoshka",
                     "contrastive_r2", "adaptive_ortho_r1", "topk_ortho_r1", "zscore_r1", "hierarchical_r2"]      # an idea of each study
 SAMPLE_ROWS = 16_384          # rows that init_from_data sees
 REFUSED_IN_A_ROW = 10         # steps; then the run has failed
-MOST_EPOCHS = 10_000
 SPIKE = 20                    # times the usual length: a step on such a row is refused. 01_cache_acts.py keeps rows of up to 10 x the median <= 20 x the mean
 
 
@@ -490,7 +489,7 @@ def main():
     p.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings, for every run")
     p.add_argument("--sweep", nargs="+", action="extend", default=[], metavar="NAME=V1,V2", help="one run per value (and combination)")
     p.add_argument("--epochs", type=whole, default=1, help="passes over the activations (default: 1)")
-    p.add_argument("--snapshots", type=snapshots, default=5, metavar="N",
+    p.add_argument("--snapshots", type=number, default=5, metavar="N",
                    help="keep the SAE at 1/2, 1/4 ... 1/2^N of the run, each as large as the SAE (default: %(default)s)")
     p.add_argument("--resume", action="store_true", help="go on with every interrupted run on these activations, start no new one")
     p.add_argument("--checkpoint", type=whole, default=60, metavar="SECONDS", help="how often (default: %(default)s)")
@@ -515,8 +514,9 @@ def main():
     if len(sizes) > 1:
         raise Refuse("all runs of a call share their batches: want one batch_size and one number of epochs", 2)
     (batch_size, epochs), = sizes
-    if epochs > MOST_EPOCHS:
-        raise Refuse(f"--epochs {epochs}: want at most {MOST_EPOCHS}", 2)
+    for flag, value, most in (("--epochs", epochs, 10_000), ("--snapshots", args.snapshots, 30)):
+        if value > most:
+            raise Refuse(f"{flag} {value}: want at most {most}", 2)
     plan = plan_steps(acts, batch_size, epochs)
     steps = sum(n for _, _, n in plan)
     if not steps:
