@@ -435,21 +435,27 @@ def guards(m, run, data, acts):
 
 
 def evaluate_features(held_out, runs, failures, n_latents=20, n_contexts=8, before=16, after=4):
-    """For random latents that fire: the contexts in which each fires most, the token marked << >>, and the tokens that its decoder
-    direction promotes through the unembedding (the final norm left out). Only of a language model, and of runs, not of controls."""
+    """For random latents that fire, the most and the least frequent ones and those whose letters are absorbed most: the contexts in which each
+    fires most, the token marked << >>, the tokens that its decoder direction promotes through the unembedding (the final norm left out), and
+    the latents with the nearest decoder rows. Only of a language model, and of runs, not of controls."""
     runs = [r for r in runs if "control" not in r.config]
     if not held_out.model or not runs:
         return {}
     import transformers
     tokenizer = transformers.AutoTokenizer.from_pretrained(held_out.model.path)
-    chosen, rates, best, where = {}, {}, {}, {}
+    chosen, reasons, rates, best, where = {}, {}, {}, {}, {}
     for run in runs:
         with blamed(run, failures):
             tensors, meta = read_tensors(run.folder / "eval" / "rates.safetensors")
             if meta["sae_checksum"] != run.config["sae_checksum"]:
                 raise Refuse(f"{run.folder}/eval/rates.safetensors is of other weights: run --eval core first")
             rates[run], firing = tensors["rate"], tensors["rate"].nonzero().flatten()
-            chosen[run] = firing[torch.randperm(len(firing), generator=generator("features", run.name))[:n_latents]].sort().values
+            order = rates[run][firing].argsort(descending=True, stable=True)
+            groups = {"random": firing[torch.randperm(len(firing), generator=generator("features", run.name))[:n_latents]].tolist(),
+                      "frequent": firing[order[:n_latents // 4]].tolist(), "rare": firing[order.flip(0)[:n_latents // 4]].tolist(),
+                      "absorbed": absorbed_latents(run)[:n_latents // 4]}
+            reasons[run] = {latent: [why for why, them in groups.items() if latent in them] for latent in sorted(set().union(*groups.values()))}
+            chosen[run] = torch.tensor(list(reasons[run]), dtype=torch.long)
             best[run] = torch.zeros(held_out.n, len(chosen[run]))
             where[run] = torch.zeros(held_out.n, len(chosen[run]), dtype=torch.long)
     for x, _, start in held_out.batches("features", logits=False):
@@ -466,7 +472,7 @@ def evaluate_features(held_out, runs, failures, n_latents=20, n_contexts=8, befo
     unembed = held_out.model.model.get_output_embeddings().weight.detach()
     results = {}
     for run in alive(runs, failures):
-        latents = []
+        latents, W_dec = [], unit(run.sae.W_dec.detach())
         for i, latent in enumerate(chosen[run].tolist()):
             contexts = []
             for c in best[run][:, i].topk(min(n_contexts, held_out.n)).indices.tolist():
@@ -475,10 +481,22 @@ def evaluate_features(held_out, runs, failures, n_latents=20, n_contexts=8, befo
                     contexts.append({"activation": best[run][c, i].item(), "token": text(row[at:at + 1]),
                                      "text": f"{text(row[max(0, at - before):at])}<<{text(row[at:at + 1])}>>{text(row[at + 1:at + 1 + after])}"})
             promoted = (unembed @ run.sae.W_dec[latent].detach()).topk(8).indices.tolist()
-            latents.append({"latent": latent, "rate": rates[run][latent].item(), "promotes": [text([t]) for t in promoted],
-                            "contexts": contexts})
+            near = (W_dec @ W_dec[latent]).index_fill(0, torch.tensor(latent, device=W_dec.device), -2.0).topk(min(4, len(W_dec) - 1))
+            latents.append({"latent": latent, "why": reasons[run][latent], "rate": rates[run][latent].item(), "promotes": [text([t]) for t in promoted],
+                            "neighbours": [{"latent": j, "cosine": c} for c, j in zip(near.values.tolist(), near.indices.tolist())], "contexts": contexts})
         results[run] = {"latents": latents}
     return results
+
+
+def absorbed_latents(run):
+    """The main latents of the first letters that are absorbed most (full score, then fraction), if --eval absorption has a result of this run."""
+    path = run.folder / "eval" / "absorption.json"
+    result = read_json(path) if path.exists() else {}
+    if result.get("sae_checksum") != run.config["sae_checksum"]:
+        return []
+    rate = {d["first_letter"]: (d["full_absorption_rate"], d["mean_absorption_fraction"]) for d in result["eval_result_details"]}
+    letters = sorted((e for e in result["letters"] if max(rate[e["letter"]]) > 0), key=lambda e: rate[e["letter"]], reverse=True)
+    return list(dict.fromkeys(e["main_latent"] for e in letters))
 
 
 # ---- geometry: how the decoder's directions lie, and which latents fire together -----------------------------------------------------------
@@ -1694,8 +1712,9 @@ def main():
         group = alive(group, failures)
         locks = [take_lock(run.folder) for run in group]                      # before the language model is loaded
         group += controls(acts, group) if args.controls and group else []
-        evaluate(acts, group, [n for n in args.eval if n in EVALS], args.force, args.contexts, device, failures)
+        evaluate(acts, group, [n for n in args.eval if n in EVALS and n != "features"], args.force, args.contexts, device, failures)
         evaluate_saebench(acts, alive(group, failures), [n for n in args.eval if n in BENCH], args.force, device, failures)
+        evaluate(acts, alive(group, failures), [n for n in args.eval if n == "features"], args.force, args.contexts, device, failures)   # shows the absorbed
         del locks
         n = n_contexts(acts, args.contexts)
         print(f"\n{acts.folder}, {n} held-out {'contexts' if acts.meta['source'] == 'model' else 'rows'}\n{table(group, acts, n)}")

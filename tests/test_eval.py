@@ -491,8 +491,15 @@ def test_features_show_the_contexts_in_which_a_latent_fires_most(tmp_path):
     x = held_out.model.read(tokens, mask)
     dense = torch.zeros(*mask.shape, run.sae.d_sae)
     dense[mask] = run.sae.encode(x)
-    assert not failures and 0 < len(latents) <= 20
+    assert not failures and 0 < len(latents) <= 20 + 5 + 5 + 5
+    assert sum("random" in latent["why"] for latent in latents) == min(20, int((rates > 0).sum()))
+    order = [latent["rate"] for latent in sorted(latents, key=lambda latent: latent["rate"])]
+    assert all(latent["rate"] >= order[-5] for latent in latents if "frequent" in latent["why"]) and order[-1] == rates.max()
+    assert order[0] == rates[rates > 0].min()
+    cosine = torch.nn.functional.cosine_similarity(run.sae.W_dec[:, None], run.sae.W_dec, dim=-1).fill_diagonal_(-2)
     for latent in latents:
+        near = latent["neighbours"][0]
+        assert near["latent"] == int(cosine[latent["latent"]].argmax()) and near["cosine"] == pytest.approx(float(cosine[latent["latent"]].max()), abs=1e-5)
         per_context = dense[..., latent["latent"]].amax(1)
         want = per_context[per_context > 0].sort(descending=True).values[:8]
         assert [c["activation"] for c in latent["contexts"]] == pytest.approx(want.tolist(), rel=1e-4)
