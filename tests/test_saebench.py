@@ -1,0 +1,269 @@
+"""Promises of SAEBench inside 03_eval.py: its numbers field by field, planted answers found, nothing stale, nothing silent.
+
+The language model is a small Llama with random weights whose word embeddings are planted: a direction for the first letter, which a probe
+finds, and for a third of each letter's words a direction of their own."""
+import contextlib
+import functools
+import importlib
+import json
+import os
+import random
+import string
+from pathlib import Path
+
+import numpy
+import pytest
+import tokenizers
+import torch
+import transformers
+
+from sae import SAE, Acts, Refuse, checksum, generator, read_json, unit, write_json, write_tensors
+
+ev = importlib.import_module("03_eval")
+CPU = torch.device("cpu")
+D, CTX, CONTEXTS, LAYER = 144, 24, 40, 1
+SPECIAL = ["<pad>", "<bos>", "<eos>"]
+OWN = [f"{c}{d}" for c in string.ascii_lowercase for d in "bcdf"]            # words with a direction of their own
+PLAIN = [f"{c}{d}" for c in string.ascii_lowercase for d in "ghjkmnpq"] + list(string.ascii_uppercase) + ["has", "the", "first", "letter"]
+WORDS = {w: i for i, w in enumerate(SPECIAL + [":", "?"] + OWN + PLAIN)}
+
+
+def make_tokenizer(folder):
+    """One token per word; spaces and newlines only separate."""
+    t = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, unk_token="?"))
+    t.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    t.post_processor = tokenizers.processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", WORDS["<bos>"])])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="?")
+    fast.save_pretrained(folder)
+
+
+def axes():
+    """(directions of the 26 letters [26, D], of the words of OWN [104, D]), all orthonormal."""
+    q = torch.linalg.qr(torch.randn(D, D, generator=generator("axes")))[0]
+    return q[:26], q[26:26 + len(OWN)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """acts/toy with its model, and a place for runs; the working folder for this module."""
+    folder = tmp_path_factory.mktemp("world")
+    letters, own = axes()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(vocab_size=len(WORDS), hidden_size=D, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96,
+                                          max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False)
+        model = transformers.LlamaForCausalLM(config).eval()
+        with torch.no_grad():
+            for word, i in WORDS.items():
+                row = 0.02 * torch.randn(D)
+                if word[0].isalpha():
+                    row += letters[ord(word[0].lower()) - 97] + (0.8 * own[OWN.index(word)] if word in OWN else 0)
+                model.model.embed_tokens.weight[i] = row
+            model.lm_head.weight.mul_(20)                                     # its predictions depend on the stream
+    model.save_pretrained(folder / "model")
+    make_tokenizer(folder / "model")
+    tokens, g = torch.ones(CONTEXTS, 1, dtype=torch.long), generator("tokens")
+    with torch.no_grad():
+        for _ in range(CTX - 1):                                              # it predicts what it says itself
+            p = model(tokens).logits[:, -1, 3:].softmax(-1)
+            tokens = torch.cat([tokens, torch.multinomial(p, 1, generator=g) + 3], 1)
+    tokens = tokens.int()
+    tokens[::3, 11] = 2
+    write_cache(folder / "acts" / "toy", model, tokens)
+    write_cache(folder / "acts" / "bare", model, tokens.clamp_min(5))          # without special tokens
+    before = Path.cwd()
+    os.chdir(folder)
+    yield Acts("acts/toy")
+    os.chdir(before)
+
+
+@torch.no_grad()
+def write_cache(acts, model, tokens):
+    acts.mkdir(parents=True)
+    mask = tokens > 2
+    rows = model(tokens.long(), output_hidden_states=True).hidden_states[LAYER + 1][mask]
+    said = write_tensors(acts / "train_00000.safetensors", {"acts": rows})
+    held = write_tensors(acts / "val.safetensors", {"tokens": tokens, "mask": mask})
+    write_json(acts / "meta.json", {
+        "format": 1, "complete": True, "d_in": D, "dtype": "float32", "rows": len(rows), "scale": D ** 0.5 / rows.norm(dim=-1).mean().item(), "ctx": CTX,
+        "shards": [{"file": "train_00000.safetensors", "rows": len(rows), "bytes": 0, "checksum": said}], "source": "model", "layer": LAYER,
+        "hook": "resid_post", "hook_name": f"blocks.{LAYER}.hook_resid_post", "val": {"file": "val.safetensors", "checksum": held, "contexts": CONTEXTS},
+        "model": {"name": "toy", "path": "model", "revision": None, "n_layers": 3, "n_parameters": 300_000}})
+
+
+@pytest.fixture(scope="module")
+def bench(world):
+    return ev.Bench(world, CPU)
+
+
+def make_run(name, sae):
+    """A run of hand-made weights, as 03_eval.py holds it."""
+    weights = b"".join(v.detach().numpy().tobytes() for v in sae.state_dict().values())
+    return ev.Run(Path("runs") / name, sae.eval(), {"variant": name, "steps": 100, "settings": sae.settings(), "sae_checksum": checksum(weights)})
+
+
+def random_sae(world, seed=0, d_sae=200, **settings):
+    """Random directions, a tenth of which fire."""
+    sae = SAE(D, 100, seed, d_sae=d_sae, activation="topk", l0=20.0, **settings)
+    with torch.no_grad():
+        sae.scale.fill_(world.scale)
+        sae.b_enc.normal_(0, 0.1, generator=generator("b_enc", seed))
+        sae.b_dec.normal_(0, 0.1, generator=generator("b_dec", seed))
+    return sae
+
+
+def relu_sae(world, W_enc, W_dec, b_enc, b_dec=0.0):
+    """A ReLU SAE of the given weights, which are those of raw activations."""
+    sae = SAE(D, 100, 0, d_sae=len(W_dec), activation="relu")
+    with torch.no_grad():
+        sae.scale.fill_(world.scale)
+        for parameter, value in ((sae.W_enc, W_enc), (sae.W_dec, W_dec), (sae.b_enc, b_enc * world.scale), (sae.b_dec, b_dec * world.scale)):
+            parameter.copy_(torch.as_tensor(value).expand_as(parameter))
+    return sae
+
+
+def identity_sae(world):
+    """x = relu(x) - relu(-x)."""
+    eye = torch.eye(D)
+    return relu_sae(world, torch.cat([eye, -eye], 1), torch.cat([eye, -eye]), torch.tensor(0.0))
+
+
+def evaluate(world, runs, *names, force=False):
+    failures = {}
+    ev.evaluate_saebench(world, runs, names, force, CPU, failures)
+    return failures
+
+
+def result(run, name):
+    return read_json(run.folder / "eval" / f"{name}.json")
+
+
+def seed_all(seed):
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def same(ours, theirs, path="", rtol=2e-5, atol=2e-6):
+    """Every field equal, numbers to fp32."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), path
+        for k in theirs:
+            same(ours[k], theirs[k], f"{path}.{k}", rtol, atol)
+    elif isinstance(theirs, list):
+        assert len(ours) == len(theirs), path
+        for i, (a, b) in enumerate(zip(ours, theirs)):
+            same(a, b, f"{path}[{i}]", rtol, atol)
+    elif isinstance(theirs, float):
+        assert ours == pytest.approx(theirs, rel=rtol, abs=atol), path
+    else:
+        assert ours == theirs, path
+
+
+# ---- the frame -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_run_that_saebench_sees_encodes_and_decodes_as_the_run(world, bench):
+    x = world.shard(0)["acts"][:64]
+    for name in ("baseline", "skip", "layernorm"):
+        sae = ev.load_run.__globals__["load_variant"](name)(D, 100, 0, d_sae=64)
+        sae.init_from_data(x * world.scale)
+        with torch.no_grad():
+            sae.scale.fill_(world.scale)
+            sae.b_dec.normal_(generator=generator("b"))
+        if name == "skip":
+            sae.skip_raw.data.fill_(0.5)
+        seen = ev.BenchSAE(bench, make_run(name, sae))
+        assert torch.allclose(seen.encode(x), sae.encode(x), atol=1e-6)
+        assert torch.allclose(seen(x), sae.reconstruct(x), atol=1e-5)
+        acts = seen.encode(x.view(4, 16, D))
+        acts[..., 0] += 1.0                                                   # an edited code keeps what the code does not carry
+        moved = seen.decode(acts) - sae.reconstruct(x).view(4, 16, D)
+        assert torch.allclose(unit(moved), sae.W_dec[0].expand_as(moved), atol=1e-3)
+        seen.to(dtype=torch.bfloat16)
+        assert seen.encode(x).dtype == seen.W_dec.dtype == torch.bfloat16 and sae.W_dec.dtype == torch.float32
+
+
+def test_a_call_into_saebench_leaves_no_trace(bench):
+    import transformer_lens
+    before = random.random, transformer_lens.HookedTransformer.__dict__["from_pretrained_no_processing"], torch.is_grad_enabled()
+    seed_all(5)
+    want = random.random(), numpy.random.rand(), torch.rand(1)
+    seed_all(5)
+    with bench.seams(42):
+        torch.set_grad_enabled(False)
+        assert transformer_lens.HookedTransformer.from_pretrained_no_processing(bench.name, device="cpu", dtype=torch.float32) is bench.model
+        with pytest.raises(Refuse, match="asked for the model gemma"):
+            transformer_lens.HookedTransformer.from_pretrained_no_processing("gemma-2-2b")
+        torch.rand(7), random.random(), numpy.random.rand()
+    assert before == (random.random, transformer_lens.HookedTransformer.__dict__["from_pretrained_no_processing"], torch.is_grad_enabled())
+    assert (random.random(), numpy.random.rand(), torch.rand(1)) == want
+
+
+def test_folders_of_shared_work_differ_with_every_setting(bench):
+    a, b = bench.folder("core", {"seed": 0}), bench.folder("core", {"seed": 1})
+    assert a != b and a == bench.folder("core", {"seed": 0})
+    assert read_json(a / "key.json")["model"] == bench.weights
+
+
+def test_a_model_that_transformer_lens_gets_wrong_is_refused(world, monkeypatch):
+    from transformer_lens import loading_from_pretrained as loading
+    real = loading.get_pretrained_state_dict
+
+    def other(*args, **kwargs):
+        state = real(*args, **kwargs)
+        return {**state, "blocks.0.mlp.W_out": state["blocks.0.mlp.W_out"] * 1.5}
+    monkeypatch.setattr(loading, "get_pretrained_state_dict", other)
+    with pytest.raises(Refuse, match="is not the Hugging Face model"):
+        ev.hooked_transformer(world, CPU)
+
+
+# ---- core -----------------------------------------------------------------------------------------------------------------------------
+
+
+def plain_core(world, bench, run, folder):
+    """SAEBench's own call on the same contexts."""
+    from sae_bench.evals.core import main as core
+    from sae_lens.training import activations_store
+    s = ev.core_settings(world)
+    used = world.val()["tokens"][:s["batches"] * s["batch_size_prompts"]].tolist()
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "train.jsonl").write_text("\n".join(json.dumps({"tokens": row}) for row in used))
+    on_the_hub = ev.replaced(activations_store, "validate_pretokenized_dataset_tokenizer", lambda **_: None)      # asks the hub about the folder
+    with bench.seams(42), on_the_hub:
+        core.multiple_evals([(bench.label(run), ev.BenchSAE(bench, run))], s["batches"], s["batches"], s["batch_size_prompts"], compute_featurewise_density_statistics=True,
+                            compute_featurewise_weight_based_metrics=True, exclude_special_tokens_from_reconstruction=True, dataset=str(folder / "data"),
+                            context_size=CTX, output_folder=str(folder / "out"), dtype="float32", device="cpu", force_rerun=True)
+    return json.loads(next((folder / "out").glob("*.json")).read_text())
+
+
+def test_core_is_saebenchs_own_field_by_field(world, bench, tmp_path):
+    runs = [make_run("core-a", random_sae(world, 0)), make_run("core-b", random_sae(world, 1))]
+    assert not evaluate(world, runs, "saebench_core")
+    for i, run in enumerate(runs):
+        ours, theirs = result(run, "saebench_core"), plain_core(world, bench, run, tmp_path / str(i))
+        for key in ("eval_result_metrics", "eval_result_details", "sae_cfg_dict", "eval_type_id"):
+            same(ours[key], theirs[key], key)
+
+
+def test_identity_recovers_the_loss_and_zero_output_is_void(world):
+    identity = make_run("identity", identity_sae(world))
+    zero = make_run("zero", relu_sae(world, torch.eye(D), torch.eye(D), torch.tensor(-1e6)))
+    assert not evaluate(Acts("acts/bare"), [identity, zero], "saebench_core")
+    m = result(identity, "saebench_core")["metrics"]
+    assert m["ce_loss_score"] == pytest.approx(1, abs=1e-4) and m["kl_div_score"] == pytest.approx(1, abs=1e-4)
+    assert m["explained_variance_about_mean"] == pytest.approx(1, abs=1e-6) and not result(identity, "saebench_core")["guards"]
+    void = result(zero, "saebench_core")
+    assert void["metrics"]["ce_loss_score"] == pytest.approx(0, abs=1e-6)
+    assert {"G01", "G03", "G04"} <= {g["id"] for g in void["guards"] if g["level"] == "fatal"}
+    assert void["metrics"]["cossim"] is None
+
+
+def test_what_exceeds_the_memory_is_computed_again(world, bench, monkeypatch):
+    runs = [make_run("again", random_sae(world, 3))]
+    evaluate(world, runs, "saebench_core")
+    first = result(runs[0], "saebench_core")["eval_result_metrics"]
+    monkeypatch.setattr(ev, "KEPT", 5 * 4 * CTX * D)                         # five contexts
+    monkeypatch.setattr(ev, "VERSION", 99)
+    evaluate(world, runs, "saebench_core")
+    same(result(runs[0], "saebench_core")["eval_result_metrics"], first)
