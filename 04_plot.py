@@ -5,6 +5,7 @@
 
 Reads runs/NAME/{config.json, metrics.jsonl, eval/core.json, eval/rates.safetensors} and the controls beside them,
 runs/controls-ACTS/KIND/eval/core.json. Writes
+    plots/report.html             all of it on one page, with a sortable table and what latents fire on; needs no network
     plots/results.md              one row per variant and setting: mean +- sd over seeds, paired differences, guards; also printed
     plots/verdicts.png            the differences to the baseline and to the parent with their intervals
     plots/pareto.png              explained variance and recovered loss against L0
@@ -13,8 +14,11 @@ runs/controls-ACTS/KIND/eval/core.json. Writes
     plots/feature_usage.png       how often latents fire
 A row of panels per cache of activations. Runs that a guard calls invalid stand in the table, marked, and nowhere else.
 """
+import base64
 import functools
+import html
 import io
+import json
 import math
 import re
 import statistics
@@ -551,18 +555,18 @@ def table(runs, controls, found, primary):
     """(header, rows) of one cache: a row per group, controls last."""
     columns = [m for m in METRICS if any(m.key in r.metrics for r in runs + controls)]
     main, blind = next(m for m in METRICS if m.key == primary), uninformative(runs, controls)
-    header = ["run", "parent", "seeds"] + [m.title + "*" * (m.key in blind) for m in columns] + \
-             [f"{main.title} - baseline", f"{main.title} - parent", "verdict", "guards"]
+    header = ["run", "verdict", "parent", "seeds"] + [m.title + "*" * (m.key in blind) for m in columns] + \
+             [f"{main.title} - baseline", f"{main.title} - parent", "guards"]
     rows = []
     for name, members in [*grouped(runs).items(), *((c.name, [c]) for c in controls)]:
         one, control = members[0], members[0] in controls
-        row = [name, "" if control else ", ".join(one.config["parents"]) or "-", "" if control else str(len(members))]
-        row += [measured(members, m) for m in columns]
         cells = [found.get((name, whose, primary)) for whose in ("baseline", "parent")]
+        row = [name, cells[0][1] if cells[0] else "", "" if control else ", ".join(one.config["parents"]) or "-", "" if control else str(len(members))]
+        row += [measured(members, m) for m in columns]
         row += [interval(cell[0], main.digits) if cell else "" for cell in cells]
         if cells[1] and not cells[1][0].why:
             row[-1] = "the same" if one.config["parents"] == ["baseline"] else f"{row[-1]}: {cells[1][1]}"
-        rows.append(row + [cells[0][1] if cells[0] else "", guards_said(members, control, found, name)])
+        rows.append(row + [guards_said(members, control, found, name)])
     return header, rows
 
 
@@ -681,7 +685,7 @@ def results(caches, compared, primary):
             md += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
             widths = [max(map(len, column)) for column in zip(header, *rows)]
             text += [f"\n{title}"] * bool(title)
-            text += ["  ".join(f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in [header, *rows]]
+            text += ["  ".join(f"{c:<{w}}" if i < 3 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in [header, *rows]]
             if not title:
                 md += [f"* {line}" for line in said] + [""]
                 text += said
@@ -959,6 +963,132 @@ def rates_of(run):
     return tensors["rate"] if meta["sae_checksum"] == run.config["sae_checksum"] else None
 
 
+# ---- report.html: one page with everything in it -----------------------------------------------------------------------------------------
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>Sparse autoencoders: what the runs say</title>
+<style>
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 0 auto; padding: 1rem; max-width: 1400px; }
+h1 { font-size: 1.35rem; margin: .2rem 0; } h2 { font-size: 1.15rem; margin: 1.6rem 0 .4rem; } h3 { font-size: 1rem; margin: .8rem 0 .2rem; }
+p, li { max-width: 75em; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; border: 1px solid #ddd; max-height: 75vh; } .wide:focus { outline: 2px solid #0072B2; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
+th { position: sticky; top: 0; background: #f4f4f4; z-index: 1; } th:first-child, td:first-child { position: sticky; left: 0; text-align: left; background: #fff; }
+td:nth-child(2) { text-align: left; } th:first-child { background: #f4f4f4; z-index: 2; } th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus { outline: 2px solid #0072B2; }
+th[aria-sort=ascending] button::after { content: " \\2191"; } th[aria-sort=descending] button::after { content: " \\2193"; }
+tr.better td { background: #e3f0f9; } tr.worse td { background: #fbe8dc; } tr.invalid td { color: #767676; }
+figure { margin: .5rem 0 1.5rem; } figure div { overflow-x: auto; } img { max-width: 100%; height: auto; } figcaption { font-weight: 600; }
+select, input { font: inherit; max-width: 100%; } mark { background: #ffd54a; font-weight: 600; }
+#browser { display: grid; grid-template-columns: 17rem 1fr; gap: 1rem; } #latents { max-height: 32rem; overflow-y: auto; border: 1px solid #ddd; }
+#latents button { all: unset; display: block; box-sizing: border-box; width: 100%; padding: .25rem .5rem; cursor: pointer; font-size: 13px; }
+#latents button:focus { outline: 2px solid #0072B2; outline-offset: -2px; } #latents button[aria-pressed=true] { background: #e3f0f9; }
+.context { font: 12.5px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; border-bottom: 1px solid #eee; padding: .2rem 0; }
+.token { font: 12.5px ui-monospace, monospace; white-space: pre; background: #f0f0f0; padding: 0 .3em; margin-right: .35em; display: inline-block; }
+@media (max-width: 700px) { body { padding: .6rem; } #browser { grid-template-columns: minmax(0, 1fr); } #latents { max-height: 12rem; }
+  td:first-child { max-width: 38vw; overflow: hidden; text-overflow: ellipsis; } img { max-width: none; width: 900px; } }
+</style></head><body>
+<h1>What the runs say</h1>
+__BODY__
+<script type="application/json" id="features">__FEATURES__</script>
+<script>
+const value = text => { const number = parseFloat(text); return Number.isNaN(number) ? null : number; };
+for (const table of document.querySelectorAll("table")) for (const head of table.tHead.rows[0].cells) {
+  head.firstChild.addEventListener("click", () => {
+    const falling = head.getAttribute("aria-sort") !== "descending", at = head.cellIndex;
+    for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", falling ? "descending" : "ascending");
+    const key = row => row.cells[at].textContent, rows = [...table.tBodies[0].rows];
+    rows.sort((a, b) => {
+      const [x, y] = [value(key(a)), value(key(b))], out = (a.className === "invalid") - (b.className === "invalid");
+      if (out) return out;                                           // invalid rows and controls are in no ranking: always last
+      if ((x === null) !== (y === null)) return (x === null) - (y === null);
+      return (x === null ? key(a).localeCompare(key(b)) : x - y) * (falling ? -1 : 1);
+    });
+    table.tBodies[0].append(...rows);
+  });
+}
+const runs = JSON.parse(document.getElementById("features").textContent), choice = document.getElementById("run");
+const make = (tag, text, name) => { const e = document.createElement(tag); e.textContent = text ?? ""; if (name) e.className = name; return e; };
+function show(latent, button) {
+  for (const other of document.querySelectorAll("#latents button")) other.setAttribute("aria-pressed", other === button);
+  const panel = document.getElementById("latent");
+  panel.replaceChildren(make("h3", `latent ${latent.latent}: fires on ${(100 * latent.rate).toPrecision(3)} % of rows`));
+  const line = (title, tokens) => { const p = make("p", title); for (const t of tokens) p.append(make("span", t, "token")); panel.append(p); };
+  line("promotes: ", latent.promotes);
+  if (latent.neighbours) line("nearest decoder rows: ", latent.neighbours.map(n => `${n.latent} (cosine ${n.cosine.toFixed(2)})`));
+  for (const context of latent.contexts) {
+    const row = make("div", `${context.activation.toFixed(2).padStart(6)}  `, "context");
+    const mark = `<<${context.token}>>`, at = context.text.indexOf(mark);
+    row.append(context.text.slice(0, at), make("mark", context.token), context.text.slice(at + mark.length));
+    panel.append(row);
+  }
+}
+function list() {
+  const box = document.getElementById("latents"), word = document.getElementById("find").value.toLowerCase();
+  box.replaceChildren();
+  for (const latent of runs[choice.value].filter(l => JSON.stringify(l).toLowerCase().includes(word))) {
+    const button = make("button", `${latent.latent}  ${(100 * latent.rate).toPrecision(2)} %  ${(latent.why ?? []).join(", ")}  ${latent.contexts[0]?.token ?? ""}`);
+    button.addEventListener("click", () => show(latent, button));
+    box.append(button);
+  }
+  document.getElementById("latent").replaceChildren();
+  box.firstChild?.click();
+}
+if (choice) { choice.addEventListener("change", list); document.getElementById("find").addEventListener("input", list); list(); }
+</script></body></html>
+"""
+
+
+def html_table(header, rows, verdict=None):
+    """A table whose columns sort; `verdict`: the column that colours the rows. Rows that are in no ranking stay last."""
+    kind = lambda row: next((k for k in ("better", "worse", "invalid") if row[verdict].startswith(k) or k == "invalid" and row[0].startswith("control")), "") \
+        if verdict is not None else ""
+    head = "".join(f"<th scope=col><button>{html.escape(title)}</button></th>" for title in header)
+    body = "".join(f"<tr class='{kind(row)}'>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f"<div class=wide tabindex=0><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
+
+
+def report(caches, compared, primary, pictures):
+    """The page. pictures: {name: path of a PNG, or in a word why there is none}. Nothing in it is fetched; all text is escaped."""
+    body = []
+    for acts, (runs, controls) in caches.items():
+        found, tried = compared[acts]
+        header, rows = table(runs, controls, found, primary)
+        body += [f"<h2>{html.escape(acts)}</h2>", html_table(header, rows, header.index("verdict")), "<ul>",
+                 *(f"<li>{html.escape(line)}</li>" for line in notes(runs, controls, found, tried, primary)), "</ul>"]
+        others = others_table(runs, found, primary)
+        if others:
+            body += ["<details><summary>Other metrics (exploratory)</summary>", html_table(*others), "</details>"]
+    body += ["<details><summary>How to read this</summary>", *(f"<p>{html.escape(part)}</p>" for part in ABOUT.split("\n\n")), "</details>", "<h2>Latents</h2>"]
+    features = {r.config["name"]: latents for runs, _ in caches.values() for r in runs if (latents := read_features(r))}
+    if features:
+        options = "".join(f"<option>{html.escape(name)}</option>" for name in features)
+        body += [f"<p><label>Run <select id=run>{options}</select></label> <label>Find <input id=find type=search placeholder='a word or token'></label></p>",
+                 "<div id=browser><div id=latents aria-label=Latents></div><div id=latent aria-live=polite></div></div>"]
+    else:
+        body.append("<p>No run has eval/features.json (03_eval.py --eval features, of a language model).</p>")
+    body.append("<h2>Plots</h2>")
+    for name, picture in pictures.items():
+        if isinstance(picture, Path):
+            data = base64.b64encode(picture.read_bytes()).decode()
+            body.append(f"<figure><figcaption>{name}</figcaption><div><img alt='{name}' src='data:image/png;base64,{data}'></div></figure>")
+        else:
+            body.append(f"<p>{name}: {html.escape(picture)}.</p>")
+    data = json.dumps(features).replace("<", "\\u003c")                       # so that no text in it ends the script
+    start, middle, end = re.split("__BODY__|__FEATURES__", PAGE)
+    return "".join([start, "\n".join(body), middle, data, end])
+
+
+def read_features(run):
+    """The latents of eval/features.json, if it is of the run's present weights."""
+    path = run.folder / "eval" / "features.json"
+    result = read_json(path) if path.exists() and run.config else {}
+    return result["latents"] if result.get("sae_checksum") == run.config.get("sae_checksum") and result else []
+
+
 PLOTS = {                                     # file name -> f(caches, looks, path) that draws it, or returns in a word why there is nothing to draw
     "pareto": draw_pareto,
     "ablation": draw_ablation,
@@ -986,12 +1116,14 @@ def main():
     print(text + "\n")
     write_file(out / "results.md", markdown.encode())
     plt.rcParams.update(STYLE)
-    plots = {"verdicts": lambda caches, look, path: draw_verdicts(caches, compared, args.metric, path), **PLOTS}
+    pictures, plots = {}, {"verdicts": lambda caches, look, path: draw_verdicts(caches, compared, args.metric, path), **PLOTS}
     for name, draw in plots.items():
-        missing = draw(caches, look, out / f"{name}.png")
-        if missing:
+        pictures[name] = draw(caches, look, out / f"{name}.png") or out / f"{name}.png"
+        if pictures[name] != out / f"{name}.png":
             (out / f"{name}.png").unlink(missing_ok=True)                     # of an earlier call, on other runs
-        print(f"{out / name}.png: {missing or 'drawn'}")
+        print(f"{out / name}.png: {'drawn' if isinstance(pictures[name], Path) else pictures[name]}")
+    write_file(out / "report.html", report(caches, compared, args.metric, pictures).encode())
+    print(f"{out}/report.html: all of it on one page")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Promises of 04_plot.py's verdicts: planted effects get the right word, chance gets none, and what was never measured is invalid."""
+import html.parser
 import importlib
 import json
 import math
@@ -133,7 +134,7 @@ def test_an_untrained_run_is_invalid_though_it_absorbs_least_and_a_metric_that_a
         run(tmp_path, "baseline", seed, absorption=0.5 + 0.01 * seed, mcc=0.7)
         run(tmp_path, "idle", seed, absorption=0.05, steps=30)
     write_json(tmp_path / "controls-toy" / "untrained" / "eval" / "core.json", {
-        "acts": "toy", "version": 1, "contexts": 100, "guards": [], "metrics": {"l0": 4.0, "explained_variance": 0.1, "absorption": 0.08}})
+        "acts": "toy", "sae_checksum": "u", "version": 1, "contexts": 100, "guards": [], "metrics": {"l0": 4.0, "explained_variance": 0.1, "absorption": 0.08}})
     runs, controls = plot.find_runs(sorted(p.parent for p in tmp_path.glob("*/config.json")))
     found, tried = plot.compare(runs, "absorption")
     header, rows = plot.table(runs, controls, found, "absorption")
@@ -421,3 +422,82 @@ def drawn_after(root, monkeypatch, values):
     for l0 in (4.0, 8.0):
         seeds(root, "topk", [curve(l0)] * 3, l0=l0, set_l0=l0)                # the Pareto plot's business
     return drawn(root, lambda caches, compared, looks: plot.draw_ablation(caches, looks, "x"), monkeypatch)
+
+
+# ---- report.html ----------------------------------------------------------------------------------------------------------------------------------
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would see: the tags with their attributes, and the text of each script."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.scripts, self.cells, self.open = [], [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.open = tag
+        if tag == "script":
+            self.scripts.append("")
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        self.open = None
+
+    def handle_data(self, data):
+        if self.open == "script":
+            self.scripts[-1] += data
+        if self.open == "td":
+            self.cells[-1] += data
+
+
+EVIL = "</script><img src=x onerror=alert(1)> & <<token>> '\"\u2028"
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "runs"
+    seeds(runs, "baseline", [0.0] * 3)
+    seeds(runs, "good", [0.020, 0.022, 0.019])
+    seeds(runs, "void", [0.5] * 3, guards=["G02"])
+    run(runs, "odd", 0, config={"parents": [EVIL]}, explained_variance=0.7)
+    for name, said in (("good-s0", "good-s0"), ("good-s1", "of other weights")):
+        write_json(runs / name / "eval" / "features.json", {"sae_checksum": said, "latents": [
+            {"latent": 3, "rate": 0.01, "why": ["random"], "promotes": [EVIL], "neighbours": [{"latent": 1, "cosine": 0.5}],
+             "contexts": [{"activation": 1.5, "token": EVIL, "text": f"before <<{EVIL}>> after"}]}]})
+    monkeypatch.setattr(sys, "argv", ["04_plot.py"])
+    plot.main()
+    return (tmp_path / "plots" / "report.html").read_text()
+
+
+def test_the_page_needs_no_network_and_no_text_in_it_is_code(page):
+    seen = Page(page)
+    for tag, attributes in seen.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base")
+        assert all(not name.startswith("on") for name in attributes)
+        assert all(attributes[name].startswith("data:image/png;base64,") for name in ("src", "href", "srcset", "action") if name in attributes)
+    assert "http:" not in page and "https:" not in page and "@import" not in page and "url(" not in page
+    assert len(seen.scripts) == 2 and sum(tag == "img" for tag, _ in seen.tags) >= 4
+    assert EVIL in seen.cells                      # as text
+    latents = json.loads(seen.scripts[0])
+    assert list(latents) == ["good-s0"] and latents["good-s0"][0]["contexts"][0]["token"] == EVIL      # a stale one is not shown
+
+
+def test_the_page_has_the_table_the_plots_and_what_keeps_invalid_runs_out_of_its_ranking(page):
+    seen = Page(page)
+    classes = [attributes["class"] for tag, attributes in seen.tags if tag == "tr" and "class" in attributes]
+    assert classes[:4] == ["", "better", "", "invalid"] and "invalid (G02)" in seen.cells
+    assert {attributes["alt"] for tag, attributes in seen.tags if tag == "img"} >= {"verdicts", "pareto"}
+    assert "ablation: no setting was swept" in page and 'a.className === "invalid"' in page
+
+
+def test_the_latents_of_the_most_absorbed_letters_are_browsed(tmp_path):
+    evaluation = importlib.import_module("03_eval")
+    found = letters([0.0, 0.3, 0.1])
+    found["absorption"]["letters"] = [{"letter": letter, "main_latent": latent} for letter, latent in (("a", 5), ("b", 7), ("c", 9))]
+    folder = run(tmp_path, "topk", bench=found)
+    of = lambda said: evaluation.absorbed_latents(evaluation.Run(folder, None, {"sae_checksum": said}))
+    assert of("topk-s0") == [7, 9] and of("other") == []
