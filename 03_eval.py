@@ -32,12 +32,15 @@ import math
 import platform
 import random
 import re
+import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import torch
@@ -46,8 +49,8 @@ from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
 from sae import (SAE, Acts, Parser, Refuse, blocks_of, checksum, generator, hook_point, is_out_of_memory, language_model, load_run,
-                 model_checksum, pick_device, read_json, read_log, read_tensors, run_folders, run_script, take_lock, unit, whole, write_json,
-                 write_tensors)
+                 model_checksum, pick_device, read_json, read_log, read_tensors, run_folders, run_script, take_lock, unit, whole, write_file,
+                 write_json, write_tensors)
 
 VERSION = 1                      # of the evaluations here; results of another one are made again
 SAMPLE_ROWS = 16_384             # training rows that PCA, the mean and the controls are fitted on
@@ -898,8 +901,8 @@ class Bench:
 
     @contextlib.contextmanager
     def seams(self, seed, data=None, log=None):
-        """For the duration of a call into SAEBench: our model stands for its name, local folders stand for data sets (`data`: name ->
-        folder with SPLIT.jsonl, or CONFIG/SPLIT.jsonl), every generator starts from `seed`, and what it prints goes to the file `log`.
+        """For the duration of a call into SAEBench: our model stands for its name, `data` says where a data set is (name -> folder with
+        SPLIT.jsonl or CONFIG/SPLIT.jsonl, or the revision on the hub), every generator starts from `seed`, and what it prints goes to the file `log`.
         Afterwards the modules, the generators and the grad mode are as before."""
         import numpy
         import transformer_lens
@@ -909,9 +912,12 @@ class Bench:
                 raise Refuse(f"SAEBench asked for the model {name} in {kwargs.get('dtype')}, there is {self.name} in {self.dtype}")
             return self.model
 
-        def load_dataset(name, config=None, split=None, **_):
+        def load_dataset(name, config=None, split=None, streaming=False, **_):
             if name not in (data or {}):
                 raise Refuse(f"SAEBench asked for the data set {name}, which is not there: only {', '.join(data or {}) or 'none'}")
+            if isinstance(data[name], str):
+                import datasets
+                return datasets.load_dataset(name, config, split=split, streaming=streaming, revision=data[name])
             return local_dataset(Path(data[name]) / (config or ""), split)
 
         before = random.getstate(), numpy.random.get_state(), torch.is_grad_enabled()
@@ -1039,7 +1045,13 @@ class BenchSAE(torch.nn.Module):
         if self.composed:
             return sae.encode(x).to(self.dtype)
         flat = x.reshape(-1, sae.d_in).float() * sae.scale                       # without the decoder, which SAE.encode runs as well
-        return (sae.activate(sae.pre_acts(flat)) / sae.scale).reshape(*x.shape[:-1], sae.d_sae).to(self.dtype)
+        real = (flat != 0).any(-1)
+        if real.float().mean() > 0.9:
+            acts = sae.activate(sae.pre_acts(flat))
+        else:                                                                   # masked positions are all zero: they are encoded once
+            acts = sae.activate(sae.pre_acts(flat[:1] * 0)).repeat(len(flat), 1)
+            acts[real] = sae.activate(sae.pre_acts(flat[real]))
+        return (acts / sae.scale).reshape(*x.shape[:-1], sae.d_sae).to(self.dtype)
 
     @torch.no_grad()
     def decode(self, acts):
@@ -1123,7 +1135,7 @@ def check_saebench(result, run, bench, spec):
         raise Refuse(f"the result is of {result['sae_lens_release_id']} {of}, not of {bench.label(run)} {want}", 5)
     if result["datetime_epoch_millis"] < bench.started * 1000:
         raise Refuse("the result is an older one", 5)
-    if result["eval_result_details"] == []:
+    if not result["eval_result_details"] and not result.get("eval_result_unstructured"):
         raise Refuse("the result has no details: nothing was evaluated", 5)
     json.dumps(result, allow_nan=False)
 
@@ -1524,6 +1536,465 @@ def absorption_guards(bench, sae, m, config):
 
 BENCH = {"saebench_core": BenchEval("sae_bench.evals.core.eval_output:CoreEvalOutput", core_settings, bench_core),
          "absorption": BenchEval("sae_bench.evals.absorption.eval_output:AbsorptionEvalOutput", absorption_settings, bench_absorption)}
+
+
+# ---- labelled text for SAEBench: of the corpus itself where its records carry labels, else its own data sets ------------------------------
+
+LABELLED = Path("labelled")      # labelled/NAME/SPLIT.jsonl, in the columns and by the name that the data set has on the hub
+EMBEDDED = dict(train=400, test=200, ctx=64)    # texts a class pair and tokens a text, of labelled data made from a corpus; SAEBench: 4000, 1000, 128
+MOST_CLASSES, PASSAGE = 6, 200   # classes of a task; characters of a passage, about 64 tokens
+SCIENCE = ("numpy", "sympy", "networkx")
+SCR_PAIRS = (("transformers", "sympy"), ("transformers", "stdlib"), ("torch", "sympy"), ("sympy", "torch"))    # told apart while doctests mislead
+STATEMENT = re.compile(r"\s*(from|def|class|if|for|while|with|return|raise|assert)\s+(.{12,})")
+OWN_TASKS = {f"corpus/{task}_bias_in_bios": task for task in ("package", "kind", "statement", "letter")}    # SAEBench picks its loader by the name's end
+HUB_TASKS = {"sparse_probing": ("LabHC/bias_in_bios_class_set1", "LabHC/bias_in_bios_class_set2", "LabHC/bias_in_bios_class_set3",
+                                "canrager/amazon_reviews_mcauley_1and5", "canrager/amazon_reviews_mcauley_1and5_sentiment",
+                                "codeparrot/github-code", "fancyzhx/ag_news", "Helsinki-NLP/europarl"),
+             "scr": ("LabHC/bias_in_bios_class_set1", "canrager/amazon_reviews_mcauley_1and5"),
+             "tpp": ("LabHC/bias_in_bios_class_set1", "canrager/amazon_reviews_mcauley_1and5")}
+RUNS_CODE = {"codeparrot/github-code"}          # on the hub a script: only from labelled/
+
+
+def label_corpus(records):
+    """Labelled rows of a corpus whose records carry package, module and kind -> {task: [{text, label, group, test}]}.
+
+    package    which package a passage of documentation is from; group: has it a doctest
+    kind       a passage of source: code, comment or docstring; group: scientific package or not
+    statement  which keyword a line of source began with, the keyword cut off; group: as before
+    letter     the first letter of a common word; group: with or without a space before it
+    topic      documentation long enough to fill a context: text to forget, and to retain
+    All passages of a module, and both spellings of a word, are in the same part, training or test."""
+    rows, words = defaultdict(dict), Counter()
+
+    def add(task, text, label, group, source):
+        rows[task].setdefault(text, dict(text=text, label=label, group=group, test=int(checksum(source.encode()), 16) % 4 == 0))
+
+    for r in records:
+        field = "science" if r["package"] in SCIENCE else "library"
+        if r["kind"] == "doc":
+            words.update(re.findall(r"\b[a-z]{3,12}\b", r["text"]))
+            add("topic", r["text"], r["package"], "", r["module"])
+            for text in passages(r["text"].splitlines()):
+                add("package", text, r["package"], "doctest" if ">>>" in text else "plain", r["module"])
+        elif r["kind"] == "code":
+            for kind, lines in kinds_of_line(r["text"]).items():
+                for text in passages(lines):
+                    add("kind", text, kind, field, r["module"])
+                for match in map(STATEMENT.match, lines if kind == "code" else ()):
+                    if match:
+                        add("statement", match[2], match[1], field, r["module"])
+    for word in sorted(w for w, n in words.items() if n > 2):
+        for space in ("", " "):
+            add("letter", space + word, word[0], "space" if space else "bare", word)
+    return {task: sorted(found.values(), key=lambda row: checksum(row["text"].encode())) for task, found in rows.items()}
+
+
+def passages(lines):
+    """Lines in a row, joined until they are long enough; what is left over at the end is not used."""
+    held = []
+    for line in lines:
+        held.append(line)
+        if sum(map(len, held)) >= PASSAGE:
+            yield "\n".join(held)[:3 * PASSAGE]
+            held = []
+
+
+def kinds_of_line(source):
+    """The lines of Python source by what they are; strings of three quotes count as docstrings."""
+    found, inside = {"code": [], "comment": [], "docstring": []}, False
+    for line in source.splitlines():
+        quotes = line.count('"""') + line.count("'''")
+        if inside or quotes:
+            found["docstring"].append(line)
+            inside ^= quotes % 2 == 1
+        elif line.strip():
+            found["comment" if line.lstrip().startswith("#") else "code"].append(line)
+    return found
+
+
+def corpus_tasks(acts):
+    """(folder, index) of the labelled data of the cache's own corpus, made if they are not there; None if it carries no labels.
+
+    index: {task: {"classes": [...], "groups": [...]}, "pairs": SCR's, "forget": package}. Classes with too few texts are left out."""
+    file = Path(acts.meta["data"]["name"]) / "train.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else ()
+    if not lines or not {"package", "module", "kind"} <= json.loads(lines[0]).keys():
+        return None
+    key = checksum(json.dumps([VERSION, EMBEDDED, checksum(file.read_bytes())]).encode())
+    folder = acts.folder / "eval_cache" / f"labelled-{key[:12]}"
+    if not (folder / "index.json").exists():
+        tasks, index = label_corpus(map(json.loads, lines)), {"version": key}
+        for task in OWN_TASKS.values():
+            index[task] = write_task(folder / task, tasks[task])
+        sizes = {c: quadrants([r for r in tasks["package"] if r["label"] == c]) for c in index["package"]["classes"]}
+        index["pairs"] = [pair for pair in SCR_PAIRS if all(p in sizes for p in pair)
+                          and all(enough(sizes[c].get(g, (0, 0)), 2.1) for c, g in zip(pair, ("doctest", "plain")))]
+        long = [r for r in tasks["topic"] if len(r["text"]) > 6 * 128]                              # surely fills a context of 128 tokens
+        index["forget"] = max(sorted({r["label"] for r in long}), key=lambda c: (c == "transformers", sum(r["label"] == c for r in long)))
+        for name, keep in (("forget", True), ("retain", False)):
+            for split in ("train", "test"):
+                chosen = [{"text": r["text"]} for r in long if (r["label"] == index["forget"]) == keep and r["test"] == (split == "test")]
+                write_file(folder / name / f"{split}.jsonl", "".join(json.dumps(r) + "\n" for r in chosen[:200]).encode())
+        write_json(folder / "index.json", index)
+    return folder, read_json(folder / "index.json")
+
+
+def quadrants(rows):
+    """{group: (texts to train, texts to test)}."""
+    found = defaultdict(lambda: [0, 0])
+    for r in rows:
+        found[r["group"]][r["test"]] += 1
+    return dict(found)
+
+
+def enough(sizes, factor=1.0):
+    return sizes[0] >= factor * EMBEDDED["train"] // 4 and sizes[1] >= factor * EMBEDDED["test"] // 4
+
+
+def write_task(folder, rows):
+    """The classes with enough texts in both groups, the fullest first, to folder/{train,test}.jsonl."""
+    groups = sorted({r["group"] for r in rows})
+    sizes = {c: quadrants([r for r in rows if r["label"] == c]) for c in sorted({r["label"] for r in rows})}
+    fit = [c for c, q in sizes.items() if len(q) == 2 and all(map(enough, q.values()))]
+    classes = sorted(sorted(fit, key=lambda c: -min(sum(q) for q in sizes[c].values()))[:MOST_CLASSES])
+    for split in ("train", "test"):
+        left, kept = Counter(), []
+        for r in rows:
+            quadrant = r["label"], r["group"]
+            if r["label"] in classes and r["test"] == (split == "test") and left[quadrant] < 0.75 * EMBEDDED[split]:
+                left[quadrant] += 1
+                kept.append(json.dumps({k: r[k] for k in ("text", "label", "group")}) + "\n")
+        write_file(folder / f"{split}.jsonl", "".join(kept).encode())
+    return {"classes": classes, "groups": groups}
+
+
+def on_disk_or_hub(names):
+    """{data set: its version} of those that are in labelled/ or can be had from the hub."""
+    import huggingface_hub
+    import requests
+    found, reachable = {}, True
+    for name in dict.fromkeys(base_name(n) for n in names):
+        files = sorted((LABELLED / name).rglob("*.jsonl"))
+        if files:
+            found[name] = checksum(b"".join(f.read_bytes() for f in files))
+        elif reachable and name not in RUNS_CODE:
+            try:
+                found[name] = huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
+            except huggingface_hub.errors.HfHubHTTPError as e:
+                print(f"{name}: {str(e).splitlines()[0]}")
+            except (requests.ConnectionError, requests.Timeout, huggingface_hub.errors.OfflineModeIsEnabled):
+                reachable = False
+    return found
+
+
+def base_name(task):
+    """The data set that a task of SAEBench reads."""
+    return task.split("_class_set")[0].removesuffix("_sentiment")
+
+
+def labelled_settings(name, own, config, own_config):
+    """f(acts) -> the data, tasks and SAEBench's settings that differ from its defaults, of one evaluation of labelled text."""
+    def settings(acts):
+        found = corpus_tasks(acts)
+        if found:
+            index = found[1]
+            tasks = [task for task, key in OWN_TASKS.items() if key in own and index[key]["classes"]]
+            if not tasks or (name == "scr" and not index["pairs"]):
+                raise Unfit("the corpus has too few texts of any class")
+            return {"data": {task: index["version"] for task in tasks}, "tasks": tasks, "index": index, "config": own_config}
+        data = on_disk_or_hub(HUB_TASKS[name])
+        tasks = [task for task in HUB_TASKS[name] if base_name(task) in data]
+        if not tasks:
+            raise Unfit(f"no labelled data: the corpus carries no labels, {LABELLED}/ holds none of {', '.join(HUB_TASKS[name])}, the hub is out of reach")
+        return {"data": data, "tasks": tasks, "index": None, "config": config}
+    return settings
+
+
+@contextlib.contextmanager
+def labelled_tasks(bench, settings):
+    """SAEBench knows the tasks inside; yields where their data sets are: {name: folder, or the version on the hub}."""
+    from sae_bench.evals.scr_and_tpp import main as scr
+    from sae_bench.sae_bench_utils import dataset_info as info
+    index = settings["index"]
+    if not index:
+        yield {name: LABELLED / name if (LABELLED / name).exists() else version for name, version in settings["data"].items()}
+        return
+    folder, _ = corpus_tasks(bench.acts)
+    about = {task: index[OWN_TASKS[task]] for task in settings["tasks"]}
+    columns = {task: {"text_column_name": "text", "column1_name": "label", "column2_name": "group", "column2_autointerp_name": "group",
+                      "column1_mapping": {c: c for c in a["classes"]}, "column2_mapping": {g: g for g in a["groups"]}} for task, a in about.items()}
+    classes, groups = {task: a["classes"] for task, a in about.items()}, {task: tuple(a["groups"]) for task, a in about.items()}
+    with (replaced(info, "dataset_metadata", {**info.dataset_metadata, **columns}),
+          replaced(info, "chosen_classes_per_dataset", {**info.chosen_classes_per_dataset, **classes}),
+          replaced(scr, "COLUMN2_VALS_LOOKUP", {**scr.COLUMN2_VALS_LOOKUP, **groups})):
+        yield {task: folder / OWN_TASKS[task] for task in settings["tasks"]}
+
+
+# ---- SAEBench's sparse probing, SCR and TPP: the model's activations and the probes on them are made once for all SAEs ----------------------
+
+SEED, LLM_BATCH = 42, 32         # SAEBench's own seed; contexts in a pass of the language model
+N_FIELDS = (1, 2, 5, 10, 20, 50, 100, 500)       # numbers of latents for which its results have a field
+CHANCE = 0.02                    # probes nearer to 0.5 than this see a constant
+NO_GAP = 0.05                    # SCR: what the biased probe loses must be more than this to be recovered
+
+
+def bench_labelled(name, module, config_class, fixed, counts, watch):
+    """f(bench, runs, settings, failures) for an evaluation whose run_eval keeps what depends on no SAE in its artifacts folder.
+
+    SAEBench fills that folder with the first SAE of a call, and by drawing random numbers that later SAEs don't draw. So it is filled with
+    an SAE of eight latents before; then every run starts from the same generators and the same folder, whatever ran before it."""
+    def evaluate(bench, runs, settings, failures):
+        main, configs = importlib.import_module(module), importlib.import_module(module.removesuffix("main") + "eval_config")
+        folder = bench.folder(name, settings)
+
+        def call(label, sae, artifacts):
+            from sae_bench.evals.scr_and_tpp import main as scr
+            numbers = [n for n in settings["config"].get(counts) or getattr(configs, config_class)().__dict__[counts]
+                       if n in N_FIELDS and n <= sae.W_dec.shape[0]]
+            more = {"column1_vals_lookup": {task: settings["index"]["pairs"] for task in settings["tasks"]}} if name == "scr" and settings["index"] else {}
+            config = getattr(configs, config_class)(**{**settings["config"], **fixed, **more, counts: numbers}, random_seed=SEED, model_name=bench.name,
+                                                    llm_dtype=bench.dtype, llm_batch_size=LLM_BATCH, dataset_names=settings["tasks"])
+            seen, plot = {}, scr.get_scr_plotting_dict
+
+            def watched(accuracies, clean):
+                seen[len(seen)] = clean
+                return plot(accuracies, clean)
+
+            with (tempfile.TemporaryDirectory() as results, labelled_tasks(bench, settings) as data, bench.seams(SEED, data, folder / "log.txt"),
+                  replaced(scr, "ablated_precomputed_activations", Ablated(scr.ablated_precomputed_activations)),
+                  replaced(scr, "get_scr_plotting_dict", watched)):
+                found = main.run_eval(config, [(label, sae)], str(bench.device), results, force_rerun=True, artifacts_path=str(artifacts))
+            return json.loads(json.dumps(found[f"{label}_custom_sae"])), list(seen.values())
+
+        if not (folder / "shared").exists():
+            print(f"{bench.acts.folder}: {name}: activations and probes that all runs share")
+            shutil.rmtree(folder / "making", ignore_errors=True)
+            call("none", BenchSAE(bench, few_latents(bench)), folder / "making")
+            (folder / "making").rename(folder / "shared")
+        for run in runs:
+            made = []
+            with blamed(run, failures, name):
+                result, clean = call(bench.label(run), BenchSAE(bench, run), folder / "shared")
+                metrics = {k: v for part in result["eval_result_metrics"].values() for k, v in part.items() if v is not None}
+                if not metrics or -1 in metrics.values():
+                    raise Refuse(f"SAEBench gives no figure for {', '.join(k for k, v in metrics.items() if v == -1) or 'anything'}")
+                made = [(result, {"metrics": metrics, "guards": watch(metrics, clean)})]
+            yield from ((run, *m) for m in made)
+    return evaluate
+
+
+def few_latents(bench):
+    """A stand-in for a run, with which the shared work is made."""
+    sae = SAE(bench.acts.d_in, 0, 0, activation="relu", d_sae=8, l0=4.0).to(bench.device).eval()
+    return Run(Path("none"), sae, {"variant": "baseline", "sae_checksum": ""})
+
+
+class Ablated:
+    """SAEBench's ablated_precomputed_activations without the repeated work: texts are encoded once, not once a class and number of latents.
+
+    The decoder is linear, so the mean activation without some latents is the mean less these latents' mean acts through their rows.
+    As there, acts of masked positions count (they are the SAE's answer to zeros), and the mean is over the positions that are not masked."""
+
+    def __init__(self, slow):
+        self.slow, self.kept = slow, torch.utils.weak.WeakTensorKeyDictionary()
+
+    @torch.no_grad()
+    def __call__(self, x, sae, to_ablate, batch_size):
+        if sae.composed or type(sae.holds[0]).decode is not SAE.decode:
+            return self.slow(x, sae, to_ablate, batch_size)
+        if x not in self.kept:
+            n = (x.sum(-1) != 0).sum(1, keepdim=True)
+            self.kept[x] = x.sum(1) / n, torch.cat([sae.encode(part).sum(1) for part in x.split(batch_size)]) / n
+        mean, acts = self.kept[x]
+        return mean - acts[:, to_ablate] @ sae.W_dec[to_ablate]
+
+
+def probing_guards(metrics, _):
+    seen = [v for k, v in metrics.items() if re.fullmatch(r"sae_top_\d+_test_accuracy", k)]
+    return [{"id": "G12", "level": "fatal", "message": "dead SAE: the probes on its latents see a constant"}] if all(abs(v - 0.5) < CHANCE for v in seen) else []
+
+
+def scr_guards(metrics, clean):
+    """clean: the probes' accuracies before ablation, of each pair."""
+    gaps = [c[task] - c[f"male_professor / female_nurse probe on {task} data"] for c in clean for task in ("professor / nurse",)]
+    found = unreliable("SCR", metrics)
+    if gaps and sum(gaps) / len(gaps) < NO_GAP:
+        found.append({"id": "G38", "level": "fatal", "message": f"nothing to remove: the biased probes lose only {sum(gaps) / len(gaps):.3f}"})
+    return found
+
+
+def tpp_guards(metrics, _):
+    return unreliable("TPP", metrics)
+
+
+def unreliable(name, metrics):
+    """Published doubts about the metric itself (arXiv 2605.18229): most of all where many latents are ablated."""
+    many = sorted({int(n) for k in metrics for n in re.findall(r"threshold_(\d+)", k) if int(n) >= 50})
+    return [{"id": "G33", "level": "warn", "message": f"{name} is no primary metric" + (f", least of all with {many} latents" if many else "")}]
+
+
+PROBED, PAIRED, OWN = {"sae_batch_size": 125}, {"sae_batch_size": 125}, {"context_length": EMBEDDED["ctx"], "sae_batch_size": 32}
+BENCH |= {
+    "sparse_probing": BenchEval(
+        "sae_bench.evals.sparse_probing.eval_output:SparseProbingEvalOutput",
+        labelled_settings("sparse_probing", OWN_TASKS.values(), PROBED, {**OWN, "probe_train_set_size": EMBEDDED["train"], "probe_test_set_size": EMBEDDED["test"]}),
+        bench_labelled("sparse_probing", "sae_bench.evals.sparse_probing.main", "SparseProbingEvalConfig", {}, "k_values", probing_guards)),
+    "scr": BenchEval(
+        "sae_bench.evals.scr_and_tpp.eval_output:ScrEvalOutput",
+        labelled_settings("scr", ["package"], PAIRED, {**OWN, "train_set_size": EMBEDDED["train"], "test_set_size": EMBEDDED["test"], "n_values": [2, 5, 10, 20]}),
+        bench_labelled("scr", "sae_bench.evals.scr_and_tpp.main", "ScrAndTppEvalConfig", {"perform_scr": True}, "n_values", scr_guards)),
+    "tpp": BenchEval(
+        "sae_bench.evals.scr_and_tpp.eval_output:TppEvalOutput",
+        labelled_settings("tpp", ["package"], PAIRED, {**OWN, "train_set_size": EMBEDDED["train"], "test_set_size": EMBEDDED["test"], "n_values": [2, 5, 10, 20]}),
+        bench_labelled("tpp", "sae_bench.evals.scr_and_tpp.main", "ScrAndTppEvalConfig", {"perform_scr": False}, "n_values", tpp_guards))}
+
+
+# ---- SAEBench's unlearning: latents of a topic are clamped, and what that costs on the topic and elsewhere is measured ----------------------
+
+MULTIPLES = (0.4, 0.8, 2.0)      # latents are clamped to minus these times the mean norm of a row, a whole number of at least 1
+FORGETTING = dict(retain_thresholds=[0.01], n_features_list=[5, 10, 20])
+SELECT, SCORE = 48, 32           # contexts of either topic on which latents are chosen, and others on which the losses are measured
+DEEP = 0.7                       # from this share of the layers on unlearning is expected to do nothing
+
+
+def unlearning_settings(acts):
+    found = corpus_tasks(acts)
+    if not found:
+        raise Unfit("no text to forget: the corpus carries no labels")
+    multipliers = list(dict.fromkeys(max(1, round(m * acts.meta["mean_norm"])) for m in MULTIPLES))
+    return {"data": {"corpus/forget": found[1]["version"]}, "forget": found[1]["forget"], "select": SELECT, "score": SCORE,
+            "config": {**FORGETTING, "multipliers": multipliers, "dataset_size": SELECT, "seq_len": min(128, acts.meta["ctx"])}}
+
+
+def bench_unlearning(bench, runs, settings, failures):
+    """SAEBench's choice of latents and its clamping, scored by losses, because a small model answers no questions.
+
+    What the model knows of a text is how far its loss is below that of a unigram model. The score is the largest share of it that is gone
+    on the topic (documentation of one package) among settings that leave 99 % of it on the other packages (SAEBench: the largest share
+    of wrong answers among settings that leave 99 % right elsewhere). Latents are chosen and scored on different modules."""
+    from sae_bench.evals.unlearning import eval_config, eval_output
+    from sae_bench.sae_bench_utils import general_utils, get_eval_uuid, get_sae_bench_version, get_sae_lens_version
+    texts = ForgetRetain(bench, settings)
+    config = eval_config.UnlearningEvalConfig(random_seed=SEED, model_name=bench.name, llm_dtype=bench.dtype, llm_batch_size=LLM_BATCH, target_metric="loss",
+                                              dataset_names=[f"forget {settings['forget']}", "retain the rest"], **settings["config"])
+    for run in runs:
+        made = []
+        with blamed(run, failures, "unlearning"), bench.seams(SEED), torch.no_grad():
+            sae = BenchSAE(bench, run)
+            general_utils.load_and_format_sae(bench.label(run), sae, str(bench.device))
+            tried = texts.clamp(sae, settings["config"])
+            metrics = {"unlearning_score": best(tried, 0.99), "unlearning_score_retain_095": best(tried, 0.95),
+                       **{f"{part}_{k}": v for part in ("forget", "retain") for k, v in texts.losses[part].items()}}
+            categories = eval_output.UnlearningMetricCategories(unlearning=eval_output.UnlearningMetrics(unlearning_score=metrics["unlearning_score"]))
+            result = eval_output.UnlearningEvalOutput(
+                eval_config=config, eval_id=get_eval_uuid(), datetime_epoch_millis=int(time.time() * 1000), eval_result_metrics=categories,
+                eval_result_details=[], eval_result_unstructured=tried, sae_bench_commit_hash=get_sae_bench_version(), sae_lens_id="custom_sae",
+                sae_lens_release_id=bench.label(run), sae_lens_version=get_sae_lens_version(), sae_cfg_dict=sae.cfg.to_dict())
+            made = [(json.loads(result.to_json()), {"metrics": metrics, "guards": unlearning_guards(bench, tried)})]
+        yield from ((run, *m) for m in made)
+
+
+def best(tried, keep):
+    """The largest share forgotten among the settings that keep so much of the rest; 0 if none does."""
+    return max([0.0, *(1 - t["forget_known"] for t in tried if t["retain_known"] >= keep)])
+
+
+def unlearning_guards(bench, tried):
+    found = [{"id": "G14", "level": "warn", "message": "unlearning out of scope: measured by losses on generated text, not by questions to an instructed model; "
+                                                       "compare it with nothing published"}]
+    depth = (bench.layer + 1) / bench.acts.meta["model"]["n_layers"]
+    if depth >= DEEP:
+        found.append({"id": "G32", "level": "warn", "message": f"expected to be about 0 at this layer, {depth:.0%} deep"})
+    if not any(t["n_features"] for t in tried):
+        found.append({"id": "G12", "level": "fatal", "message": "no latent fires on the topic and rarely elsewhere: nothing was clamped"})
+    return found
+
+
+class ForgetRetain:
+    """Contexts of the topic and of the rest, {topic}_{part} [n, ctx], to choose latents on and to score; their activations, and losses."""
+
+    def __init__(self, bench, settings):
+        self.bench = bench
+        path = bench.folder("unlearning", settings) / "clean.safetensors"
+        if not path.exists():
+            write_tensors(path, self.read(settings))
+        self.kept = read_tensors(path)[0]
+        unigram = self.kept["unigram"].log()
+        self.losses = {}
+        for topic in ("forget", "retain"):
+            tokens, known = self.kept[f"{topic}_score_tokens"], {}
+            known["unigram_loss"] = -unigram[tokens[:, 1:]].mean().item()
+            known["clean_loss"] = self.mean_loss(topic, lambda x, tokens: x)
+            if not known["clean_loss"] < known["unigram_loss"]:
+                raise Refuse(f"the model knows nothing of the {topic} text: loss {known['clean_loss']:.2f}, of a unigram model {known['unigram_loss']:.2f}")
+            self.losses[topic] = known
+
+    @torch.no_grad()
+    def read(self, settings):
+        bench, model, found = self.bench, self.bench.model, {}
+        ctx, folder = settings["config"]["seq_len"], corpus_tasks(self.bench.acts)[0]
+        for topic in ("forget", "retain"):
+            for part, split, n in (("select", "train", settings["select"]), ("score", "test", settings["score"])):
+                rows = (model.tokenizer(r["text"])["input_ids"] for r in map(json.loads, (folder / topic / f"{split}.jsonl").read_text().splitlines()))
+                rows = list(islice((ids[:ctx] for ids in rows if len(ids) >= ctx), n))
+                if len(rows) < n:
+                    raise Refuse(f"{folder}/{topic}/{split}.jsonl has {len(rows)} texts of {ctx} tokens, {n} are wanted")
+                found[f"{topic}_{part}_tokens"] = torch.tensor(rows)
+                found[f"{topic}_{part}_acts"] = torch.cat([
+                    model.run_with_cache(t.to(bench.device), prepend_bos=False, names_filter=[bench.hook_name], stop_at_layer=bench.layer + 1)[1][bench.hook_name].cpu()
+                    for t in found[f"{topic}_{part}_tokens"].split(LLM_BATCH)])
+        counts = torch.bincount(bench.acts.shard(0)["tokens"].long(), minlength=model.cfg.d_vocab) + 1.0
+        return {**found, "unigram": counts / counts.sum()}
+
+    def batches(self, topic, part):
+        for x, tokens in zip(*(self.kept[f"{topic}_{part}_{k}"].split(LLM_BATCH) for k in ("acts", "tokens"))):
+            yield x.to(self.bench.device), tokens.to(self.bench.device)
+
+    @torch.no_grad()
+    def mean_loss(self, topic, change):
+        """Loss a token of the contexts to score with change(x, tokens) in place of the activations x."""
+        total = [self.loss(change(x, tokens), tokens) * len(x) for x, tokens in self.batches(topic, "score")]
+        return sum(total) / len(self.kept[f"{topic}_score_tokens"])
+
+    def loss(self, x, tokens):
+        return self.bench.model.loss_fn(self.bench.model(x, start_at_layer=self.bench.layer + 1, return_type="logits"), tokens).item()
+
+    def rates(self, sae, topic):
+        """How often each latent fires, on tokens that are not special (SAEBench's get_feature_activation_sparsity)."""
+        special = torch.tensor([i for i in set(self.bench.model.tokenizer.all_special_ids)], device=self.bench.device)
+        fires, n = 0, 0
+        for x, tokens in self.batches(topic, "select"):
+            real = ~torch.isin(tokens, special)
+            fires, n = fires + (sae.encode(x[real]) > 0).sum(0), n + real.sum()
+        return (fires / n).cpu().numpy()
+
+    def clamp(self, sae, config):
+        """[{multiplier, n_features, retain_threshold, and of either topic the loss and the share known}] of all settings."""
+        from sae_bench.evals.unlearning.utils.feature_activation import get_top_features
+        from sae_bench.evals.unlearning.utils.intervention import anthropic_clamp_resid_SAE_features
+        forget, retain = self.rates(sae, "forget"), self.rates(sae, "retain")
+        tried = []
+        for threshold in config["retain_thresholds"]:
+            top = get_top_features(forget, retain, threshold)
+            tried += [{"retain_threshold": threshold, "latents": [int(i) for i in top[:n]], "n_features": len(top[:n]), "multiplier": m}
+                      for n in config["n_features_list"] for m in config["multipliers"]]
+        for topic in ("forget", "retain"):
+            sums, n = [0.0] * len(tried), 0
+            for x, tokens in self.batches(topic, "score"):
+                acts = sae.encode(x)
+                once = SimpleNamespace(encode=lambda _: acts.clone(), decode=sae.decode)      # the same text for all settings
+                for i, t in enumerate(tried):
+                    y = anthropic_clamp_resid_SAE_features(x, None, once, t["latents"], float(t["multiplier"])) if t["latents"] else x
+                    sums[i] += self.loss(y, tokens) * len(x)
+                n += len(x)
+            known = self.losses[topic]
+            for t, total in zip(tried, sums):
+                t[f"{topic}_loss"] = total / n
+                t[f"{topic}_known"] = (known["unigram_loss"] - total / n) / (known["unigram_loss"] - known["clean_loss"])
+        return tried
+
+
+BENCH["unlearning"] = BenchEval("sae_bench.evals.unlearning.eval_output:UnlearningEvalOutput", unlearning_settings, bench_unlearning)
 
 
 # ---- controls ---------------------------------------------------------------------------------------------------------------------------
