@@ -4,6 +4,8 @@
     python 01_cache_acts.py --model google/gemma-2-2b --layer 19 --ctx 1024 --data monology/pile-uncopyrighted --tokens 500_000_000
     python 01_cache_acts.py --model EleutherAI/pythia-70m --layer 2 3 4 --data texts/
     python 01_cache_acts.py --model synthetic                               # activations whose true features are known
+    python 01_cache_acts.py --model google/gemma-2-2b --data Skylion007/openwebtext --tokens 500_000_000 --ring 50GB    # more than the disk holds
+    torchrun --nproc-per-node 8 01_cache_acts.py --model google/gemma-2-2b --data Skylion007/openwebtext                # a share on each GPU
 
 Reads a causal language model (hub name or folder) and text (hub data set; .txt, .jsonl or .parquet file; or a folder of such files,
 where a file val.* is the held-out part). Writes acts/NAME: train_*.safetensors (rows shuffled across the whole cache), val.safetensors
@@ -325,7 +327,7 @@ class Text:
 
     def __init__(self, args, data):
         self.name, self.column, self.path, self.trust = data, args.column, Path(data), args.trust_remote_code
-        self.description = dict(name=data, column=args.column, split=args.split)
+        self.description = dict(name=data, column=args.column, split=args.split, **({"config": args.config} if args.config else {}))
         if self.path.exists():
             self.files = [self.path] if self.path.is_file() else sorted(p for p in self.path.rglob("*") if p.suffix in READERS)
             if not self.files or self.files[0].suffix not in READERS:
@@ -333,6 +335,15 @@ class Text:
             self.description |= dict(split=None, checksum=files_checksum(self.files))
         elif data.startswith((".", "/", "~")) or data.count("/") > 1 or self.path.suffix in READERS:
             raise Refuse(f"--data {data}: no such file or folder", 2)
+        elif huggingface_hub.constants.HF_HUB_OFFLINE:                            # what `hf download --repo-type dataset` left in its cache
+            with hub_errors("data set", data):
+                snapshot = Path(huggingface_hub.snapshot_download(data, repo_type="dataset", local_files_only=True))
+            there = sorted(p for p in snapshot.rglob("*") if p.suffix in READERS and p.stem.split("-")[0] == args.split)
+            self.files = [p for p in there if not args.config or args.config in p.relative_to(snapshot).parts]
+            if not self.files:
+                raise Refuse(f"--data {data}: the hub's cache has no .txt, .jsonl or .parquet file of split {args.split}"
+                             + (f" and config {args.config}" if args.config else "") + f" in {snapshot}", 4)
+            self.description["revision"] = snapshot.name
         else:
             self.files = None
             with hub_errors("data set", data):
@@ -357,7 +368,7 @@ class Text:
     def stream(self):
         import datasets
         with hub_errors("data set", self.name):
-            records = datasets.load_dataset(self.name, split=self.description["split"], revision=self.description["revision"],
+            records = datasets.load_dataset(self.name, self.description.get("config"), split=self.description["split"], revision=self.description["revision"],
                                             streaming=True, trust_remote_code=self.trust)
             for record in records:
                 yield column_of(record, self.column, self.name)
@@ -417,7 +428,7 @@ def contexts(documents, tokenizer, ctx, pack, where=(0, [], 0), group=64):
     documents = islice(documents, start, None)
     while texts := list(islice(documents, group)):
         ids = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-        tokens = rest + [t for i in ids for t in i + end] if pack else []
+        tokens = rest + [t for i in ids if i for t in i + end] if pack else []
         made = [tokens[i:i + room] for i in range(0, len(tokens) - room + 1, room)] if pack else [i[:room] for i in ids if i]
         for n, context in enumerate(made[skip:], skip + 1):
             yield bos + context, (start, rest, n)
@@ -575,7 +586,7 @@ def check_layers(layers, n_layers, name):
 
 
 HUB_ERRORS = {       # class in the chain of causes -> (what to say, exit code); the first that fits
-    "GatedRepoError": ("is gated: accept its terms on its hub page, then set HF_TOKEN", 4),
+    "GatedRepoError": ("is gated: accept its terms on its page, https://huggingface.co/{page}, then `hf auth login` or set HF_TOKEN", 4),
     "OfflineModeIsEnabled": ("is not in the local cache and HF_HUB_OFFLINE is set: unset it, or give a local folder", 4),
     "RepositoryNotFoundError": ("is neither on the hub (or it is private: set HF_TOKEN) nor a folder here", 2),
     "DatasetNotFoundError": ("is neither on the hub (or it is private: set HF_TOKEN) nor a file or folder here", 2),
@@ -601,7 +612,8 @@ def hub_errors(kind, name):
             chain += [c.__name__ for c in type(cause).__mro__]
             cause = cause.__cause__ or cause.__context__
         said, code = next((HUB_ERRORS[c] for c in HUB_ERRORS if c in chain), (f"does not load: {type(e).__name__}: {first_line(e)}", 3))
-        raise Refuse(f"{kind} {name} {said}", code) from e
+        page = f"datasets/{name}" if kind == "data set" else name
+        raise Refuse(f"{kind} {name} {said.replace('{page}', page)}", code) from e
 
 
 def first_line(error):
@@ -613,6 +625,10 @@ def first_line(error):
 # Every row is appended to one of as many scratch files as there will be shards, drawn at random; then each scratch file is permuted and
 # written as a shard. That is an exact shuffle of the whole cache, with one part in memory at a time. progress.json is written after each
 # part; what a killed run left beyond it is cut off.
+#
+# With --window the text is cached a window after the other, each shuffled like that, and shards have exactly --rows-per-shard rows, so that
+# --tokens says beforehand how many there will be. With --ring shards that 02_train.py has read and deleted make room for the next window:
+# two windows are on the disk, one being read and one being written. A cache that keeps its shards (--window alone) holds the same bytes.
 
 
 class Cache:
@@ -620,10 +636,28 @@ class Cache:
 
     def __init__(self, folder, settings, layer, args):
         self.folder, self.layer, self.tokens, self.scratch = folder, layer, args.tokens, folder / "scratch"
-        self.settings = {"format": FORMAT, **settings, "dtype": args.dtype, "rows_per_shard": args.rows_per_shard, "seed": args.seed}
+        self.settings = {"format": FORMAT, **settings, "dtype": args.dtype, "rows_per_shard": args.rows_per_shard, "seed": args.seed,
+                         "window": None, "ring": None}
+        self.rank, self.processes = args.rank, args.processes
         self.per_part = max(1, args.rows_per_shard // settings["ctx"])            # contexts of a part
         self.stored = stored_dtype(args.dtype)
         self.width = settings["d_in"] * self.stored.itemsize + 10                 # bytes of a row: acts, tokens, context, position
+        self.window = args.window
+        if args.window or args.ring:
+            self.plan_windows(args)
+
+    def plan_windows(self, args):
+        """Settings of a cache in windows: tokens of a window, bytes of the ring, and the shards that there will be."""
+        shard, promised = args.rows_per_shard, self.tokens // args.rows_per_shard
+        fits = int(args.ring // (shard * self.width) - 2) // 2 if args.ring else promised + 1     # 2 windows, the first shard and one being written
+        if args.ring and (fits < 1 or args.window and args.window > fits * shard):
+            raise Refuse(f"--ring: want at least two windows and two shards, {(2 * max(args.window or 0, shard) + 2 * shard) * self.width / 1e9:.3g} GB, "
+                         "or a smaller --window or --rows-per-shard", 2)
+        if promised < 1:
+            raise Refuse(f"--tokens {self.tokens}: in windows it counts rows, and fills no shard of {shard}: want a smaller --rows-per-shard", 2)
+        tokens = args.window or min(fits, promised + 1) * shard                   # a shard more than is wanted: some tokens are no rows
+        self.window = max(1, tokens // self.settings["ctx"]) * self.settings["ctx"]
+        self.settings |= dict(window=self.window, ring=args.ring, promised=promised)
 
     def open(self):
         """Read what is there; returns whether anything is left to do."""
@@ -631,17 +665,29 @@ class Cache:
             leftover.unlink()
         there = [(p if p.exists() else None) for p in (self.folder / "meta.json", self.scratch / "progress.json")]
         self.meta, self.progress = (path and read_json(path) for path in there)
-        if not self.meta or not self.meta["complete"] and not (self.progress and self.progress["contexts"]):
+        if not self.meta or not (self.meta["complete"] or self.meta["shards"] or self.progress and self.progress["contexts"]):
             self.meta = self.progress = None                                     # nothing yet that would be worth going on with
             return True
         self.check()
+        if self.progress and self.progress["contexts"] <= self.meta.get("contexts", -1):
+            self.progress = None                                                 # killed when its shards were listed already
         if self.meta["complete"] and self.meta["tokens"] >= self.tokens:
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            for leftover in [self.scratch, *self.folder.glob("process_*")]:
+                shutil.rmtree(leftover, ignore_errors=True)
             print(f"{self.folder} is complete: {self.meta['rows']:,} rows, {self.meta['tokens']:,} tokens were asked for")
             return False
         if self.progress:
             self.cut_back()
         return True
+
+    def divide(self):
+        """Several processes (torchrun): each makes a part, a cache of its own in a folder of its own, from the contexts that are its share."""
+        self.folder = self.folder / f"process_{self.rank}"
+        self.scratch = self.folder / "scratch"
+        return self.folder
+
+    def is_complete(self):
+        return (self.folder / "meta.json").exists() and read_json(self.folder / "meta.json")["complete"]
 
     def check(self):
         """Refuse to go on with other settings than the folder was made with, or if one of its files is not there."""
@@ -651,10 +697,15 @@ class Cache:
                 key, have, want = next(((f"{key} {k}", have.get(k), want[k]) for k in want if have.get(k) != want[k]), (key, None, None))
             if have != want:
                 raise Refuse(f"{self.folder} was made with {key} {have}, not {want}: give another --name, or delete that folder", 2)
+        if self.window and self.meta["tokens"] != self.tokens or self.meta.get("processes", 1) > 1 and self.meta["tokens"] < self.tokens:
+            raise Refuse(f"{self.folder} was made with --tokens {self.meta['tokens']}, and one that was made in windows or by several processes "
+                         "can't be extended: give another --name", 2)
         if self.progress and self.progress["tokens"] != self.tokens:
             raise Refuse(f"{self.folder} was interrupted on its way to --tokens {self.progress['tokens']}: finish that first", 2)
         for entry in self.meta["shards"]:
             path = self.folder / entry["file"]
+            if not path.exists() and self.settings.get("ring"):
+                continue                                                         # read by 02_train.py and deleted
             if not path.exists() or path.stat().st_size != entry["bytes"]:
                 raise Refuse(f"{path} is missing or cut short: delete {self.folder} and cache again")
 
@@ -670,6 +721,8 @@ class Cache:
     def begin(self, source, known):
         """Start a part of the cache: the whole, or what a larger --tokens adds. known: what loading the model told."""
         shutil.rmtree(self.scratch, ignore_errors=True)
+        if self.meta and self.settings.get("ring"):
+            self.wait_for_room()
         contexts, where, sums = 0, None, dict(rows=0, norm=0.0, square=0.0, vector=[0.0] * self.settings["d_in"])
         if self.meta:
             contexts, where, sums = self.meta["contexts"], self.meta["where"], self.meta["sums"]
@@ -689,13 +742,27 @@ class Cache:
                              lengths=[0] * n, crcs=[0] * n, next=0, shards=[])
         self.save()
 
+    def end(self):
+        """The context at which the cache ends, or the window that is being made."""
+        return (self.progress["start"] * self.settings["ctx"] + self.window if self.window else self.tokens) // self.settings["ctx"]
+
     def left(self):
-        """Contexts still to be run."""
-        return self.tokens // self.settings["ctx"] - (self.progress or self.meta or {"contexts": 0})["contexts"]
+        """Contexts still to be run, by this process; in windows about."""
+        done = (self.progress or self.meta or {"contexts": 0})["contexts"]
+        return max(0, self.tokens // self.settings["ctx"] - done) // self.processes
 
     def n_buckets(self, start):
-        rows = (self.tokens // self.settings["ctx"] - start) * self.settings["ctx"]
+        rows = self.window or (self.tokens // self.settings["ctx"] - start) * self.settings["ctx"] // self.processes
         return max(1, -(-rows // self.settings["rows_per_shard"]))
+
+    def wait_for_room(self):
+        """Until shards have been read and deleted, so that another window fits into the ring."""
+        said, largest = False, self.window + 2 * self.settings["rows_per_shard"]          # rows: a window, a shard being written, the first one
+        while sum(e["rows"] for e in self.meta["shards"][1:] if (self.folder / e["file"]).exists()) + largest > self.settings["ring"] / self.width:
+            if not said:
+                tqdm.write(f"{self.folder}: the ring is full, waiting for 02_train.py to read it")
+            said = True
+            time.sleep(0.2)
 
     def bucket(self, i):
         return self.scratch / f"{i:05d}.raw"
@@ -708,6 +775,9 @@ class Cache:
         progress = self.progress
         if first < progress["contexts"]:
             return                                                               # this layer was a part ahead of another when killed
+        if rows is None:                                                         # another process' share
+            progress["contexts"], progress["where"] = first + count, where
+            return
         n, buckets, rows = len(rows["acts"]), len(progress["lengths"]), {**rows, "acts": rows["acts"].to(self.stored)}
         raw = torch.cat([v.contiguous().view(n, -1).view(torch.uint8) for v in rows.values()], 1) if n else torch.zeros(0, self.width)
         draw = torch.randint(buckets, (n,), generator=generator(self.settings["seed"], "bucket", first))
@@ -728,36 +798,52 @@ class Cache:
         progress, n = self.progress, len(self.progress["lengths"])
         rows = sum(progress["lengths"]) // self.width
         per = max(1, n * self.settings["rows_per_shard"] // max(1, rows))        # scratch files to a shard: several if the text ended early
-        for i in tqdm(range(progress["next"], n, per), desc=f"shuffling {self.folder.name}", unit="shard"):
+        parts = [i for i in range(0, n, per) if any(progress["lengths"][i:i + per])]
+        for i in tqdm([i for i in parts if i >= progress["next"]], desc=f"shuffling {self.folder.name}", unit="shard", disable=self.rank > 0):
             full = [k for k in range(i, min(i + per, n)) if progress["lengths"][k]]
             buckets = [self.bucket(k) for k in full]
-            if buckets:
-                self.write_shard(buckets, i, [progress["crcs"][k] for k in full])
+            carried = self.scratch / f"carried_{parts.index(i):05d}.raw"         # in a window: what the part before left
+            self.write_shards(buckets, i, [progress["crcs"][k] for k in full], carried, self.scratch / f"carried_{parts.index(i) + 1:05d}.raw")
             progress["next"] = i + per
             self.save()
-            for bucket in buckets:
-                bucket.unlink()
+            for file in buckets + [carried]:
+                file.unlink(missing_ok=True)
         sums, shards = self.progress["sums"], self.meta.pop("shards") + self.progress["shards"]
         if not sums["rows"]:
-            raise Refuse(f"{self.folder}: no rows, the text has only special tokens: delete that folder and give other text")
-        mean = torch.tensor(sums["vector"], dtype=torch.float64) / sums["rows"]
-        mean_norm, square = sums["norm"] / sums["rows"], mean.square().sum().item()
-        variance = max(sums["square"] / sums["rows"] - square, 1e-30)            # 0 up to rounding if all rows are equal
-        self.meta |= dict(complete=True, tokens=self.tokens, contexts=self.progress["contexts"], rows=sums["rows"], mean_norm=mean_norm,
-                          scale=self.settings["d_in"] ** 0.5 / mean_norm, gamma=(square / variance) ** 0.5,
-                          dropped=self.progress["dropped"], shards=shards, where=self.progress["where"], sums=sums)
+            raise Refuse(f"{self.folder}: no rows, the text has only special tokens: delete that folder and give other text" if not self.window else
+                         f"{self.folder}: a window has fewer rows than a shard: delete that folder, give a larger --window or smaller --rows-per-shard")
+        measured = {} if self.window and "scale" in self.meta else statistics(sums)      # the first window's: training has begun with them
+        ended = self.progress["contexts"] < self.end()                           # the text did
+        self.meta |= dict(complete=not self.window or ended or len(shards) == self.settings["promised"], tokens=self.tokens,
+                          contexts=self.progress["contexts"], rows=sums["rows"], dropped=self.progress["dropped"], shards=shards,
+                          where=self.progress["where"], sums=sums, **measured)
         write_json(self.folder / "meta.json", self.meta)
         shutil.rmtree(self.scratch)
-        print(f"{self.folder}: {sums['rows']:,} rows of {self.settings['d_in']} in {len(shards)} shards, mean norm {mean_norm:.3g}, "
+        self.progress = None
+        if not self.meta["complete"]:
+            return
+        print(f"{self.folder}: {sums['rows']:,} rows of {self.settings['d_in']} in {len(shards)} shards, mean norm {self.meta['mean_norm']:.3g}, "
               f"gamma {self.meta['gamma']:.2f}, dropped {self.meta['dropped']}")
 
-    def write_shard(self, buckets, i, crcs):
+    def write_shards(self, buckets, i, crcs, carried, carry):
+        """The rows of some scratch files as a shard; in a window, after those `carried` over, as shards of exactly --rows-per-shard."""
         parts = [bucket.read_bytes() for bucket in buckets]
         for bucket, part, crc in zip(buckets, parts, crcs):
             if zlib.crc32(part) != crc:
                 raise Refuse(f"{bucket} is damaged (its checksum differs): delete {self.scratch} and run the same command again")
         raw = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8).view(-1, self.width)
         raw = raw[torch.randperm(len(raw), generator=generator(self.settings["seed"], "shuffle", self.progress["start"], i))]
+        if not self.window:
+            return self.write_shard(raw)
+        if before := carried.read_bytes() if carried.exists() else b"":
+            raw = torch.cat([torch.frombuffer(bytearray(before), dtype=torch.uint8).view(-1, self.width), raw])
+        size = self.settings["rows_per_shard"]
+        missing = self.settings["promised"] - len(self.meta["shards"]) - len(self.progress["shards"])
+        for rows in list(raw[:len(raw) // size * size].split(size))[:missing]:
+            self.write_shard(rows)
+        write_file(carry, raw[len(raw) // size * size:].numpy().tobytes())
+
+    def write_shard(self, raw):
         columns = [c.clone(memory_format=torch.contiguous_format) for c in raw.split([self.width - 10, 4, 4, 2], 1)]
         acts = columns[0].view(self.stored)
         tensors = {"acts": acts, "tokens": columns[1].view(torch.int32)[:, 0], "context": columns[2].view(torch.int32)[:, 0],
@@ -767,11 +853,45 @@ class Cache:
             acts = from_int8(tensors)
         file = f"train_{len(self.meta['shards']) + len(self.progress['shards']):05d}.safetensors"
         said = write_tensors(self.folder / file, tensors)
-        self.progress["shards"].append({"file": file, "rows": len(acts), "bytes": (self.folder / file).stat().st_size, "checksum": said})
+        self.progress["shards"].append({"file": file, "rows": len(acts), "bytes": (self.folder / file).stat().st_size, "checksum": said,
+                                        **({"window": self.progress["start"]} if self.window else {})})
         exact, sums = acts.double(), self.progress["sums"]
         self.progress["sums"] = dict(rows=sums["rows"] + len(acts), norm=sums["norm"] + exact.norm(dim=-1).sum().item(),
                                      square=sums["square"] + exact.square().sum().item(),
                                      vector=(torch.tensor(sums["vector"], dtype=torch.float64) + exact.sum(0)).tolist())
+
+
+def statistics(sums):
+    """What meta.json says of the rows, from their summed norms, squares and vectors."""
+    mean = torch.tensor(sums["vector"], dtype=torch.float64) / sums["rows"]
+    mean_norm, square = sums["norm"] / sums["rows"], mean.square().sum().item()
+    variance = max(sums["square"] / sums["rows"] - square, 1e-30)                # 0 up to rounding if all rows are equal
+    return dict(mean_norm=mean_norm, scale=len(mean) ** 0.5 / mean_norm, gamma=(square / variance) ** 0.5)
+
+
+def join(folder, processes):
+    """One cache of the parts that several processes made: their shards in turn. Waits for them; killed, it can be done again."""
+    parts = [folder / f"process_{rank}" for rank in range(processes)]
+    if not parts[0].exists():
+        return                                                                   # joined before
+    while not all((p / "meta.json").exists() and read_json(p / "meta.json")["complete"] for p in parts):
+        time.sleep(0.2)                                                          # torchrun stops all when one fails
+    metas, shards = [read_json(p / "meta.json") for p in parts], []
+    for part, entry in [(p, m["shards"][i]) for i in range(max(len(m["shards"]) for m in metas)) for p, m in zip(parts, metas) if i < len(m["shards"])]:
+        file = f"train_{len(shards):05d}.safetensors"
+        if (part / entry["file"]).exists():
+            os.replace(part / entry["file"], folder / file)
+        shards.append({**entry, "file": file})
+    if (parts[0] / metas[0]["val"]["file"]).exists():
+        os.replace(parts[0] / metas[0]["val"]["file"], folder / metas[0]["val"]["file"])
+    sums = {key: sum(m["sums"][key] for m in metas) for key in ("rows", "norm", "square")}
+    sums["vector"] = [sum(values) for values in zip(*(m["sums"]["vector"] for m in metas))]
+    dropped = {key: sum(m["dropped"][key] for m in metas) for key in metas[0]["dropped"]}
+    write_json(folder / "meta.json", {**metas[0], "processes": processes, "rows": sums["rows"], "contexts": max(m["contexts"] for m in metas),
+                                      "dropped": dropped, "shards": shards, "sums": sums, **statistics(sums)})
+    for part in parts:
+        shutil.rmtree(part)
+    print(f"{folder}: {sums['rows']:,} rows in {len(shards)} shards, by {processes} processes")
 
 
 def stored_dtype(name):
@@ -828,53 +948,82 @@ def main():
     args = parse_args()
     huggingface_hub.utils.logging.set_verbosity_error()                          # its retries; how they end is said by hub_errors
     source = Synthetic(args) if args.model == "synthetic" else LanguageModel(args)
-    caches = [Cache(folder, source.settings(layer), layer, args) for folder, layer in zip(folders(args, source.layers), source.layers)]
+    places = folders(args, source.layers)
     with contextlib.ExitStack() as held:
-        for cache in caches:
-            held.enter_context(locked(cache.folder))
+        for place in places if args.rank == 0 else []:
+            held.enter_context(locked(place))
+        args.ring = args.ring and args.ring // len(places)
+        caches = [Cache(place, source.settings(layer), layer, args) for place, layer in zip(places, source.layers)]
         caches = [c for c in caches if c.open()]
-        if not caches:
-            return
-        known = source.load()
+        for cache in caches:
+            if cache.meta if args.processes > 1 else any(cache.folder.glob("process_*")):
+                raise Refuse(f"{cache.folder} was begun by another number of processes: go on with as many, or delete that folder", 2)
+        if args.processes > 1:
+            for cache in caches:
+                held.enter_context(locked(cache.divide()))
+            caches = [c for c in caches if not c.is_complete() and c.open()]
+        if cache_all(source, caches, args.estimate) and args.processes > 1 and args.rank == 0:
+            for place in places:
+                join(place, args.processes)
+
+
+def cache_all(source, caches, estimate):
+    """Fill the caches; returns whether they are there now."""
+    if not caches:
+        return True
+    known = source.load()
+    if caches[0].rank == 0:
         announce(source, caches)
+    if estimate:
+        return False
+    stream = None
+    while caches:                                                                # once; with --window once a window
         for cache in caches:
             if not cache.progress:
                 cache.begin(source, known)
         for start in sorted({c.progress["start"] for c in caches}):              # all at 0, unless one of several layers is extended
-            fill(source, [c for c in caches if c.progress["start"] == start])
+            stream = fill(source, [c for c in caches if c.progress["start"] == start], stream)
         for cache in caches:
             cache.finish()
+        caches = [c for c in caches if not c.meta["complete"]]
+    return True
 
 
-def fill(source, caches):
-    """Run the contexts that are still missing through the model and append their rows; one pass for all caches."""
-    first, end = min(c.progress["contexts"] for c in caches), caches[0].tokens // source.ctx
-    where = next(c.progress["where"] for c in caches if c.progress["contexts"] == first)
-    stream = source.stream(where)
-    with tqdm(total=end * source.ctx, initial=first * source.ctx, desc="caching", unit="tokens", unit_scale=True) as bar:
+def fill(source, caches, going=None):
+    """Run the contexts that are still missing through the model and append their rows; one pass for all caches. `going`, and what is
+    returned: a place in the text and the stream of contexts that stands there, which the next window goes on with."""
+    cache = min(caches, key=lambda c: c.progress["contexts"])
+    first, end, where, rank, processes = cache.progress["contexts"], cache.end(), cache.progress["where"], cache.rank, cache.processes
+    stream = going[1] if going and going[0] == where else source.stream(where)
+    with tqdm(total=end * source.ctx, initial=first * source.ctx, desc="caching", unit="tokens", unit_scale=True, disable=rank > 0) as bar:
         while first < end and all(c.progress["next"] == 0 for c in caches):
-            part = list(islice(stream, min(caches[0].per_part, end - first)))
+            part = list(islice(stream, min(cache.per_part, end - first)))
             if not part:
                 break
-            where = part[-1][1]
-            for cache, (rows, dropped) in zip(caches, source.rows([c for c, _ in part], first, [c.layer for c in caches])):
+            where, mine = part[-1][1], first // cache.per_part % processes == rank     # processes take the parts in turn
+            found = source.rows([c for c, _ in part], first, [c.layer for c in caches]) if mine else [(None, None)] * len(caches)
+            for cache, (rows, dropped) in zip(caches, found):
                 cache.append(first, len(part), rows, dropped, where)
             first += len(part)
             bar.update(len(part) * source.ctx)
-    if first < end:
+    if first < end and rank == 0:
         print(f"note: the text ends after {first * source.ctx:,} tokens, {caches[0].tokens:,} were asked for")
+    return where, stream
 
 
 def announce(source, caches):
     """Say what will be written and how long it may take; refuse if the disk can't hold it."""
     need = 0
     for cache in caches:
-        rows = cache.left() * source.ctx
-        need += (rows + cache.settings["rows_per_shard"]) * cache.width          # a shard is written before its scratch file goes
-        print(f"{cache.folder}: up to {rows:,} rows of {source.d_in} {cache.settings['dtype']}, {rows * cache.width / 1e6:,.0f} MB")
+        shard, rows = cache.settings["rows_per_shard"], cache.left() * source.ctx * cache.processes
+        if cache.window:
+            rows = min(cache.settings["promised"] * shard, int((cache.settings["ring"] or 1e30) / cache.width))
+        need += rows * cache.width + (0 if cache.settings["ring"] else (cache.window or shard) * cache.width)      # scratch goes after its shard is there
+        print(f"{cache.folder}: up to {rows:,} rows of {source.d_in} {cache.settings['dtype']}, {rows * cache.width / 1e6:,.0f} MB"
+              + (f" at a time, {cache.settings['promised'] * shard:,} in all" if cache.settings["ring"] else ""))
     seconds = seconds_per_context(source, [c.layer for c in caches]) * max(c.left() for c in caches)
     free = shutil.disk_usage(caches[0].folder).free
-    print(f"about {seconds:,.0f} s; the disk has {free / 1e9:,.1f} GB free")
+    print(f"about {seconds:,.0f} s, measured on a few contexts; the disk has {free / 1e9:,.1f} GB free")
     if need > free:
         raise Refuse(f"the disk of {caches[0].folder} has {free / 1e9:,.2f} GB free, {need / 1e9:,.2f} are needed: "
                      f"make room, or ask for fewer --tokens", 4)
@@ -882,7 +1031,8 @@ def announce(source, caches):
 
 def seconds_per_context(source, layers):
     """Measured on a few contexts, the second time (the first one warms up)."""
-    held = [[0] * source.ctx] * 8 if source.ctx > 1 else range(4096)
+    on_cpu = source.ctx > 1 and source.device.type == "cpu"                           # where a whole batch would take minutes, and is no faster
+    held = [[0] * source.ctx] * (max(1, min(source.batch, 2048 // source.ctx)) if on_cpu else source.batch) if source.ctx > 1 else range(4096)
     for _ in range(2):
         start = time.perf_counter()
         source.rows(held, 0, layers)
@@ -905,6 +1055,7 @@ def parse_args():
     p.add_argument("--data", help="text: hub data set, .txt .jsonl .parquet file, or folder (default with tiny: its own text)")
     p.add_argument("--column", default="text", help="column of the data that holds the text")
     p.add_argument("--split", default="train", help="split of a hub data set")
+    p.add_argument("--config", help="configuration of a hub data set that has several, such as wikitext-103-raw-v1")
     p.add_argument("--tokens", type=whole, default=1_000_000, help="tokens to run through the model; synthetic: rows (default: 1_000_000)")
     p.add_argument("--val-tokens", type=whole, help="held-out tokens (default 131_072; at most a tenth of --tokens if they "
                    "are taken from the same text; synthetic: 16_384 rows)")
@@ -915,11 +1066,17 @@ def parse_args():
     p.add_argument("--name", help="folder under acts/ (default: see above)")
     p.add_argument("--batch", type=whole, default=32, help="contexts in a forward pass")
     p.add_argument("--rows-per-shard", type=whole, default=65_536, help="about; drawn at random")
+    p.add_argument("--window", type=whole, help="tokens that are shuffled together (default: all); --tokens then counts rows")
+    p.add_argument("--ring", type=size, help="disk that shards may take, such as 50GB: 02_train.py reads them meanwhile and deletes them")
     p.add_argument("--seed", type=number, default=0, help="of the shuffle and of synthetic data")
     p.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     p.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model or data set")
+    p.add_argument("--estimate", action="store_true", help="say what it will take, and stop")
     args = p.parse_args()
-    args.device = pick_device(args.device)
+    args.rank, args.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun sets them
+    if args.processes > 1 and (args.window or args.ring or args.model in ("tiny", "synthetic")):
+        raise Refuse("several processes (torchrun) share the contexts of a language model and data that you name, without --window or --ring", 2)
+    args.device = pick_device(args.device or own_gpu())
     args.model_dtype = args.model_dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
     return args
 
@@ -930,6 +1087,13 @@ def one_of(flag, names):
             raise Refuse(f"{flag} {shorten(text)}: want one of {', '.join(names)}", 2)
         return text
     return parse
+
+
+def size(text):
+    """'50GB' -> bytes."""
+    if not (found := re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB|TB)", text, re.ASCII)):
+        raise Refuse(f"--ring {text}: want a size such as 50GB", 2)
+    return int(float(found[1]) * {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[found[2]])
 
 
 if __name__ == "__main__":

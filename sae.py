@@ -26,6 +26,7 @@ import secrets
 import signal
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -777,7 +778,8 @@ class Acts:
     """Cached activations, the folder acts/NAME that 01_cache_acts.py writes.
 
     meta.json lists the shards; a shard holds `acts` [rows, d_in], `tokens`, `context` and `position` [rows]. Rows were shuffled
-    across the whole cache when written, so that reading in order is random."""
+    across the whole cache when written, so that reading in order is random; with `window` across so many tokens. The shards of a
+    `ring` come while it is read, and go when they have been: `sizes` lists the rows of all that there will be."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -787,21 +789,43 @@ class Acts:
         self.meta = read_json(self.folder / "meta.json", "complete", "d_in", "dtype", "shards", "val")
         if self.meta.get("format") != FORMAT:
             raise Refuse(f"{self.folder}/meta.json has format {self.meta.get('format')}, this is {FORMAT}: cache again")
-        if not self.meta["complete"]:
-            raise Refuse(f"{self.folder} is not finished: run the same 01_cache_acts.py again, it goes on where it stopped")
-        self.d_in, self.rows, self.shards = self.meta["d_in"], self.meta["rows"], self.meta["shards"]
-        self.scale = self.meta["scale"]
+        self.window, self.ring = self.meta.get("window"), self.meta.get("ring")
+        if not self.meta["complete"] and not (self.ring and self.meta["shards"]):
+            raise Refuse(f"{self.folder} is not finished: run the same 01_cache_acts.py again, it goes on where it stopped"
+                         + (", and come back when it has the first window" if self.ring else ""))
+        self.d_in, self.shards, self.scale = self.meta["d_in"], self.meta["shards"], self.meta["scale"]
+        self.sizes = [self.meta["rows_per_shard"]] * self.meta["promised"] if self.window and not self.meta["complete"] else [s["rows"] for s in self.shards]
+        self.rows = sum(self.sizes)
         for file in [s["file"] for s in self.shards] + [self.meta["val"]["file"]]:
             if not re.fullmatch(r"\w+\.safetensors", file, re.ASCII):
                 raise Refuse(f"{self.folder}/meta.json names {file!r}, which no cache has: cache again")
         self.reads = 0                            # shards read so far
-        self.checksum = checksum(json.dumps([s["checksum"] for s in self.shards]).encode())
+        self.stopped = False                      # set to end a wait for the next shard of a ring
+        self.checksum = checksum(json.dumps([s["checksum"] for s in self.shards] if not self.window else     # of what is known when the first window is
+                                            [self.shards[0]["checksum"], self.sizes]).encode())
+
+    def wait_for(self, i):
+        """Until 01_cache_acts.py has written shard i of a ring."""
+        while i >= len(self.shards):
+            self.meta = read_json(self.folder / "meta.json")
+            self.shards = self.meta["shards"]
+            if i >= len(self.shards) and (self.stopped or self.meta["complete"]):
+                raise Refuse(f"{self.folder}: the text ended after {sum(s['rows'] for s in self.shards):,} of {self.rows:,} rows: "
+                             "delete that folder and give 01_cache_acts.py so many --tokens")
+            time.sleep(0.2 if i >= len(self.shards) else 0)
+
+    def ends_window(self, i):
+        """Whether shard i is the last one of its window; False in a cache that was shuffled as a whole."""
+        return bool(self.window) and (i + 1 >= len(self.shards) or self.shards[i + 1]["window"] != self.shards[i]["window"])
 
     def shard(self, i):
         """The tensors of shard i, checked; activations in the dtype of the cache (int8 caches: float32)."""
+        self.wait_for(i)
         entry = self.shards[i]
         self.reads += 1
         path = self.folder / entry["file"]
+        if self.ring and not path.exists():
+            raise Refuse(f"{path} was read and deleted: the shards of a --ring can be read once, by runs that start together; cache again")
         tensors, _ = read_tensors(path, entry["checksum"])
         if "acts" not in tensors:
             raise Refuse(f"{path} holds {', '.join(tensors) or 'nothing'}, not activations: cache again")
