@@ -44,7 +44,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
 from sae import (FORMAT, Parser, Refuse, blocks_of, check_name, files_checksum, generator, hook_point, language_model, model_checksum, number,
-                 pick_device, read_json, run_script, shorten, whole, write_file, write_json, write_tensors)
+                 pick_device, read_json, run_script, share, shorten, whole, write_file, write_json, write_tensors)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HOOKS = ("resid_post", "mlp_out", "attn_out")
@@ -649,9 +649,9 @@ class Cache:
     def plan_windows(self, args):
         """Settings of a cache in windows: tokens of a window, bytes of the ring, and the shards that there will be."""
         shard, promised = args.rows_per_shard, self.tokens // args.rows_per_shard
-        fits = int(args.ring // (shard * self.width) - 2) // 2 if args.ring else promised + 1     # 2 windows, the first shard and one being written
+        fits = int(args.ring // (shard * self.width) - 3) // 2 if args.ring else promised + 1     # 2 windows, the first shard, and what is being written
         if args.ring and (fits < 1 or args.window and args.window > fits * shard):
-            raise Refuse(f"--ring: want at least two windows and two shards, {(2 * max(args.window or 0, shard) + 2 * shard) * self.width / 1e9:.3g} GB, "
+            raise Refuse(f"--ring: want at least two windows and three shards, {(2 * max(args.window or 0, shard) + 3 * shard) * self.width / 1e9:.3g} GB, "
                          "or a smaller --window or --rows-per-shard", 2)
         if promised < 1:
             raise Refuse(f"--tokens {self.tokens}: in windows it counts rows, and fills no shard of {shard}: want a smaller --rows-per-shard", 2)
@@ -757,7 +757,7 @@ class Cache:
 
     def wait_for_room(self):
         """Until shards have been read and deleted, so that another window fits into the ring."""
-        said, largest = False, self.window + 2 * self.settings["rows_per_shard"]          # rows: a window, a shard being written, the first one
+        said, largest = False, self.window + 3 * self.settings["rows_per_shard"]          # rows: a window, what is being written, the first shard
         while sum(e["rows"] for e in self.meta["shards"][1:] if (self.folder / e["file"]).exists()) + largest > self.settings["ring"] / self.width:
             if not said:
                 tqdm.write(f"{self.folder}: the ring is full, waiting for 02_train.py to read it")
@@ -839,8 +839,8 @@ class Cache:
             raw = torch.cat([torch.frombuffer(bytearray(before), dtype=torch.uint8).view(-1, self.width), raw])
         size = self.settings["rows_per_shard"]
         missing = self.settings["promised"] - len(self.meta["shards"]) - len(self.progress["shards"])
-        for rows in list(raw[:len(raw) // size * size].split(size))[:missing]:
-            self.write_shard(rows)
+        for n in range(min(len(raw) // size, missing)):
+            self.write_shard(raw[n * size:(n + 1) * size])
         write_file(carry, raw[len(raw) // size * size:].numpy().tobytes())
 
     def write_shard(self, raw):
@@ -1073,10 +1073,10 @@ def parse_args():
     p.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model or data set")
     p.add_argument("--estimate", action="store_true", help="say what it will take, and stop")
     args = p.parse_args()
-    args.rank, args.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun sets them
+    args.rank, args.processes = share()
     if args.processes > 1 and (args.window or args.ring or args.model in ("tiny", "synthetic")):
         raise Refuse("several processes (torchrun) share the contexts of a language model and data that you name, without --window or --ring", 2)
-    args.device = pick_device(args.device or own_gpu())
+    args.device = pick_device(args.device)
     args.model_dtype = args.model_dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
     return args
 

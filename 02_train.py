@@ -4,6 +4,7 @@
     python 02_train.py --acts gemma-2-2b_l12 --variant topk topk_ortho --seed 0 1 2 --set d_sae=16384 l0=80
     python 02_train.py --variant topk --sweep l0=8,16,32             one run per value
     python 02_train.py --list                                        all variants with their lineage
+    torchrun --nproc-per-node 8 02_train.py --variant all --seed 0 1 2      each process trains its share of the runs, on a GPU of its own
 
 Reads acts/NAME/ (01_cache_acts.py) and variants/*.py. Writes for each run runs/NAME/, NAME = variant, acts (unless the default),
 settings that differ from their default, seed:
@@ -38,13 +39,17 @@ import torch
 from tqdm import tqdm
 
 from sae import (FORMAT, ROOT, SAE, Acts, Out, Parser, Refuse, cannot_write, check_name, checksum, docstring_line, generator, load_variant, number,
-                 parse_settings, pick_device, read_json, read_tensors, run_script, take_lock, variant_names, whole, write_file,
+                 parse_settings, pick_device, read_json, read_tensors, run_script, share, take_lock, variant_names, whole, write_file,
                  write_json, write_tensors)
 
 DEFAULT_ACTS = "tiny"
 DEFAULT_VARIANTS = ["baseline", "topk", "batch_topk", "matryoshka",
                     "contrastive_r2", "adaptive_ortho_r1", "topk_ortho_r1", "zscore_r1", "hierarchical_r2"]      # an idea of each study
-SAMPLE_ROWS = 16_384          # rows that init_from_data sees
+SAMPLE_ROWS = 16_384          # rows that init_from_data sees ...
+SAMPLE_PRE = 2 ** 28          # ... fewer where they would have more pre-activations than this
+STEP_COPIES = 7               # [batch, d_sae] floats that a step of the base holds at its peak; measured
+SAMPLE_COPIES = 4             # ... and init_from_data, of its rows
+TIMED_STEPS = 3, 10           # the time that training will take is told after the second, from those after the first
 REFUSED_IN_A_ROW = 10         # steps; then the run has failed
 SPIKE = 20                    # times the usual length: a step on such a row is refused. 01_cache_acts.py keeps rows of up to 10 x the median <= 20 x the mean
 
@@ -68,7 +73,7 @@ class Run:
                        (["baseline"] if self.cls is not SAE else []),
             "acts": acts.folder.name, "acts_checksum": acts.checksum, "source": acts.meta["source"], "model": acts.meta["model"],
             "layer": acts.meta["layer"], "hook_name": acts.meta["hook_name"], "d_in": acts.d_in, "seed": seed, "steps": steps,
-            "epochs": epochs, "settings": {**defaults, **self.settings}, "code_checksum": self.cls.code_checksum()}
+            "epochs": epochs, "window": acts.window, "ring": acts.ring, "settings": {**defaults, **self.settings}, "code_checksum": self.cls.code_checksum()}
         identity = {k: self.config[k] for k in ("variant", "acts_checksum", "seed", "steps", "settings", "code_checksum")}
         self.identity = checksum(json.dumps(identity, sort_keys=True).encode())
         self.next_step, self.failure, self.seconds, self.refused, self.refused_in_a_row = 0, None, 0.0, 0, 0
@@ -104,7 +109,7 @@ class Run:
                     shutil.rmtree(self.folder / name, ignore_errors=True)    # of an older run of this name
                 for name in ("sae.safetensors", "checkpoint.safetensors", "metrics.jsonl"):
                     (self.folder / name).unlink(missing_ok=True)
-                x = sample(acts, self.sae.scale)
+                x = sample(acts, self.sae)
                 check_forward(self.sae, self.sae(x[:256]))
                 self.sae.init_from_data(x)
             self.write_config()
@@ -320,26 +325,34 @@ def check_losses(terms):
             raise Refuse(f"losses() returned {name!r} = {value}, want one finite number")
 
 
-def sample(acts, scale):
-    """Normalised rows for init_from_data, the same for every run: the start of the first shard, without spikes."""
-    x = acts.shard(0)["acts"][:SAMPLE_ROWS].to(scale.device).float() * scale
+def sample(acts, sae):
+    """Normalised rows for init_from_data, the same for every run of a width: the start of the first shard, without spikes."""
+    x = acts.shard(0)["acts"][:sample_rows(sae.d_sae)].to(sae.scale.device).float() * sae.scale
     return x[x.norm(dim=-1) < SPIKE * acts.d_in ** 0.5]
 
 
-def plan_steps(acts, batch_size, epochs):
-    """(epoch, shard, its steps) in training order. Batches don't straddle shards; what a shard has beyond its last batch is left out.
-    Shards come in a new order in every epoch."""
+def sample_rows(d_sae):
+    return min(SAMPLE_ROWS, SAMPLE_PRE // d_sae)
+
+
+def plan_steps(acts, batch_size, epochs, wanted=None):
+    """(epoch, shard, its steps) in training order, up to `wanted` steps. Batches don't straddle shards; what a shard has beyond its last
+    batch is left out. Shards come in a new order in every epoch, but those that were cached in windows at first as they were cached."""
     plan = []
     for epoch in range(epochs):
-        order = torch.randperm(len(acts.shards), generator=generator("order", epoch)).tolist()
-        plan += [(epoch, i, acts.shards[i]["rows"] // batch_size) for i in order]
-    return plan
+        order = torch.randperm(len(acts.sizes), generator=generator("order", epoch)).tolist()
+        plan += [(epoch, i, acts.sizes[i] // batch_size) for i in (range(len(acts.sizes)) if acts.window and epoch == 0 else order)]
+    there = sum(n for _, _, n in plan)
+    if wanted and wanted > there:
+        raise Refuse(f"--steps {wanted}: {acts.folder} has {there} steps of {batch_size} rows: cache more tokens, or give --epochs", 2)
+    before = itertools.accumulate((n for _, _, n in plan), initial=0)
+    return [(epoch, i, min(n, wanted - done)) for (epoch, i, n), done in zip(plan, before) if done < wanted] if wanted else plan
 
 
 def stream(acts, plan, device, start):
     """Yield (step, position, rows on the device, first row's index) for every step from `start`, reading one shard ahead.
     The cache stays in memory when there are several epochs and it fits in half of what is free."""
-    rows_before = [0, *itertools.accumulate(s["rows"] for s in acts.shards)]
+    rows_before = [0, *itertools.accumulate(acts.sizes)]
     size = sum(s["bytes"] for s in acts.shards)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     keep, kept = plan[-1][0] > 0 and size < free / 2, {}
@@ -360,11 +373,70 @@ def stream(acts, plan, device, start):
         step += n
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(load, todo[0][1]) if todo else None
-        for at, (step, i, n) in enumerate(todo):
-            rows = ahead.result()
-            ahead = reader.submit(load, todo[at + 1][1]) if at + 1 < len(todo) else None
-            for position in range(max(0, start - step), n):
-                yield step + position, position, rows, rows_before[i]
+        try:
+            for at, (step, i, n) in enumerate(todo):
+                acts.waiting = i >= len(acts.shards)
+                rows = ahead.result()
+                acts.waiting = False
+                ahead = reader.submit(load, todo[at + 1][1]) if at + 1 < len(todo) else None
+                for position in range(max(0, start - step), n):
+                    yield step + position, position, rows, rows_before[i]
+        finally:
+            acts.stopped = True
+
+
+# ---- a ring of shards, and several processes -------------------------------------------------------------------------------------
+
+
+def release(acts, shards):
+    """Tell that this process does not need the first `shards` shards of a ring any more, and delete those that none needs. The first one
+    stays: runs start from it, and controls are made of it."""
+    rank, processes = share()
+    write_json(acts.folder / f"reader_{rank}" / "read.json", {"shards": shards})
+    files = [acts.folder / f"reader_{r}" / "read.json" for r in range(processes)]
+    for entry in acts.shards[1:min(read_json(f)["shards"] if f.exists() else 0 for f in files)]:
+        (acts.folder / entry["file"]).unlink(missing_ok=True)
+
+
+def wait_for_others(runs):
+    """Until the other processes' runs have ended: torchrun stops all processes when one ends with an error, as a failed run does."""
+    identities = {run.folder / "config.json": run.identity for run in runs}
+    ended = lambda c, identity: c.get("identity") == identity and c["status"] in ("done", "failed")
+    while not all(path.exists() and ended(read_json(path), identity) for path, identity in identities.items()):
+        time.sleep(0.5)
+
+
+# ---- what a call needs -----------------------------------------------------------------------------------------------------------
+
+
+def announce(runs, acts, batch_size, device):
+    """Say what memory and disk the runs need, by the sizes of the base SAE, and refuse what can't fit. Bytes of a parameter: 16 with its
+    gradient and Adam's moments; a checkpoint has 12 of them, and is in memory twice while it is written."""
+    sizes = [(2 * acts.d_in * run.config["settings"]["d_sae"], run.config["settings"]["d_sae"]) for run in runs]
+    weights, widest = sum(16 * n for n, _ in sizes), max(n for n, _ in sizes)
+    shards = 2 * max(acts.sizes) * acts.d_in * 2                           # one in use, one read ahead, mostly in bfloat16
+    working = max(4 * d_sae * max(STEP_COPIES * batch_size // run.config["settings"]["micro_batches"], SAMPLE_COPIES * sample_rows(d_sae))
+                  for run, (_, d_sae) in zip(runs, sizes))
+    saving = 24 * widest
+    need = weights + shards + (max(working, saving) if device.type == "cpu" else working)
+    final, checkpoints = sum(4 * n * (1 + len(run.snapshots)) for run, (n, _) in zip(runs, sizes)), sum(12 * n for n, _ in sizes)
+    print(f"{len(runs)} runs need about {need / 1e9:,.2f} GB of {device.type} memory ({weights / 1e9:,.2f} of them weights, gradients and moments), "
+          f"{final / 1e9:,.2f} GB of disk, {checkpoints / 1e9:,.2f} more for checkpoints while they train: by the sizes of the base SAE, not measured")
+    for free, wanted, what, code in ((free_memory(device), need, f"{device.type} memory", 4),
+                                     (shutil.disk_usage(".").free, final + checkpoints, "disk", 4)):
+        if wanted > free:
+            raise Refuse(f"{free / 1e9:,.2f} GB of {what} are free, about {wanted / 1e9:,.2f} are needed: "
+                         "train fewer runs in a call, or --set micro_batches= for less memory", code)
+
+
+def free_memory(device):
+    """Bytes; on a CPU what Linux could give without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    known = Path("/proc/meminfo")
+    if known.exists():
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", known.read_text())[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def train(runs, acts, plan, batch_size, device, checkpoint_every):
@@ -372,12 +444,18 @@ def train(runs, acts, plan, batch_size, device, checkpoint_every):
     steps = runs[0].steps
     start = min(r.next_step for r in runs)
     log_every = max(1, min(50, steps // 100))
-    stopping, saved = [], time.monotonic()
+    stopping, saved, began = [], time.monotonic(), None
+    ends = dict(zip(itertools.accumulate(n for _, _, n in plan), ((i, n) for _, i, n in plan)))      # steps done at a shard's end -> the shard
+    acts.waiting = False                                                     # for a shard of a ring: all is saved then, so that it may stop at once
     for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, lambda *_: stopping.append(1) if not stopping else (_ for _ in ()).throw(KeyboardInterrupt))
-    bar = tqdm(total=steps, initial=start, unit="step", desc="training", disable=None, mininterval=1, smoothing=0.05)
+        signal.signal(sign, lambda *_: stopping.append(1) if not (stopping or acts.waiting) else (_ for _ in ()).throw(KeyboardInterrupt))
+    if acts.ring:
+        release(acts, next(i for end, (i, _) in ends.items() if end > start))
+    bar = tqdm(total=steps, initial=start, unit="step", desc="training", disable=True if share()[0] else None, mininterval=1, smoothing=0.05)
     for step, position, rows, first_row in stream(acts, plan, device, start):
         shared = None
+        window_ends = step + 1 in ends and acts.ends_window(ends[step + 1][0])
+        log_now = (step + 1) % log_every == 0 or step + 1 == steps or window_ends
         for run in runs:
             if run.failure or step < run.next_step:
                 continue
@@ -392,24 +470,35 @@ def train(runs, acts, plan, batch_size, device, checkpoint_every):
                 x = shared
             else:
                 x = rows[chosen].float() * sae.scale
-            run.train_on(x, log_now=(step + 1) % log_every == 0 or step + 1 == steps)
+            run.train_on(x, log_now)
         alive = [r for r in runs if not r.failure]
         bar.update()
         if not alive:
             break
-        if (step + 1) % log_every == 0 or step + 1 == steps:
+        if step + 1 - start in TIMED_STEPS:
+            if began:
+                tell_time(len(alive), (time.perf_counter() - began) / (TIMED_STEPS[1] - TIMED_STEPS[0]), steps - step - 1)
+            began = time.perf_counter()
+        if log_now:
             bar.set_postfix(progress_line(alive, batch_size))
-            if step + 1 < steps and (stopping or time.monotonic() - saved > checkpoint_every):
+            if step + 1 < steps and (stopping or time.monotonic() - saved > checkpoint_every or window_ends and acts.ring):
                 for run in alive:
                     if run.next_step == step + 1:
                         run.save_checkpoint()
                 saved = time.monotonic()
                 if stopping:
                     raise KeyboardInterrupt
+            if window_ends and acts.ring:
+                release(acts, ends[step + 1][0] + 1)
     bar.close()
     for run in runs:
         if not run.failure:
             run.finish()
+
+
+def tell_time(runs, seconds, steps):
+    """The time that is left, from that of a few steps of all runs; reading, evaluation and the first compilation are not in it."""
+    tqdm.write(f"about {seconds * steps:,.0f} s for {steps} more steps of {runs} runs, from the time of steps {TIMED_STEPS[0] + 1} to {TIMED_STEPS[1]}", sys.stdout)
 
 
 def progress_line(runs, batch_size):
@@ -470,12 +559,12 @@ def combinations(cls, sets, sweeps):
 
 
 def interrupted(acts):
-    """(variant, settings, seed, epochs) of the runs on these activations that were started and not finished."""
+    """(variant, settings, seed, epochs, steps) of the runs on these activations that were started and not finished."""
     found = []
     for path in sorted(Path("runs").glob("*/config.json")):
         c = read_json(path)
         if c["status"] == "training" and c["acts"] == acts.folder.name:
-            found.append((c["variant"], c["settings"], c["seed"], c["epochs"]))
+            found.append((c["variant"], c["settings"], c["seed"], c["epochs"], c["steps"]))
     if not found:
         raise Refuse(f"--resume: no interrupted run on {acts.folder}")
     return found
@@ -491,6 +580,8 @@ def main():
     p.add_argument("--epochs", type=whole, default=1, help="passes over the activations (default: 1)")
     p.add_argument("--snapshots", type=number, default=5, metavar="N",
                    help="keep the SAE at 1/2, 1/4 ... 1/2^N of the run, each as large as the SAE (default: %(default)s)")
+    p.add_argument("--steps", type=whole, help="steps to take (default: as many as the activations have)")
+    p.add_argument("--estimate", action="store_true", help="say what memory and disk it will take, and stop")
     p.add_argument("--resume", action="store_true", help="go on with every interrupted run on these activations, start no new one")
     p.add_argument("--checkpoint", type=whole, default=60, metavar="SECONDS", help="how often (default: %(default)s)")
     p.add_argument("--list", action="store_true", help="print all variants with their lineage and stop")
@@ -500,44 +591,62 @@ def main():
     if args.list:
         print("\n".join(docstring_line(v) for v in variant_names()))
         return 0
-    device = pick_device(args.device)
+    rank, processes = share()
+    device = pick_device(args.device or own_gpu())
     acts = Acts(Path("acts") / check_name("--acts", args.acts))
     torch.use_deterministic_algorithms(device.type == "cpu")
     torch.set_float32_matmul_precision("high")
 
+    if acts.ring and args.epochs > 1:
+        raise Refuse("--epochs: the shards of a --ring can be read once; cache without --ring for several passes", 2)
     if args.resume:
+        if processes > 1:
+            raise Refuse("--resume: processes can't share what others finish meanwhile; the command that started the runs goes on with them", 2)
         wanted = interrupted(acts)
     else:
-        wanted = [(v, settings, seed, args.epochs) for v in find_variants(args.variant)
+        wanted = [(v, settings, seed, args.epochs, args.steps) for v in find_variants(args.variant)
                   for settings in combinations(load_variant(v), args.set, args.sweep) for seed in dict.fromkeys(args.seed)]
-    sizes = {(settings.get("batch_size", load_variant(v).batch_size), epochs) for v, settings, _, epochs in wanted}
+    sizes = {(settings.get("batch_size", load_variant(v).batch_size), epochs, steps) for v, settings, _, epochs, steps in wanted}
     if len(sizes) > 1:
-        raise Refuse("all runs of a call share their batches: want one batch_size and one number of epochs", 2)
-    (batch_size, epochs), = sizes
+        raise Refuse("all runs of a call share their batches: want one batch_size, one number of epochs and of steps", 2)
+    (batch_size, epochs, steps), = sizes
     for flag, value, most in (("--epochs", epochs, 10_000), ("--snapshots", args.snapshots, 30)):
         if value > most:
             raise Refuse(f"{flag} {value}: want at most {most}", 2)
-    plan = plan_steps(acts, batch_size, epochs)
+    plan = plan_steps(acts, batch_size, epochs, steps)
     steps = sum(n for _, _, n in plan)
     if not steps:
         raise Refuse(f"{acts.folder} has {acts.rows} rows, no shard has a batch of {batch_size}: cache more tokens or --set batch_size=", 2)
 
-    runs = [Run(v, settings, seed, acts, steps, epochs, args.snapshots) for v, settings, seed, _ in wanted]
+    runs = [Run(v, settings, seed, acts, steps, epochs, args.snapshots) for v, settings, seed, *_ in wanted]
     runs = list({r.name: r for r in runs}.values())
+    runs, others = runs[rank::processes], [r for i, r in enumerate(runs) if i % processes != rank]
     todo = [r for r in runs if not r.is_finished()]
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already (same settings, data and code)")
+    if todo:
+        announce(todo, acts, batch_size, device)
+    if args.estimate:
+        return 0
+    if acts.ring:
+        reading = take_lock(acts.folder / f"reader_{rank}")                  # held until this process ends
     for run in todo:
         run.start(acts, device)
     alive = [r for r in todo if not r.failure]
     if alive:
         print(f"{len(alive)} runs, {steps} steps of {batch_size} rows each, from one pass over {acts.folder} "
-              f"({acts.rows:,} rows, {len(acts.shards)} shards)" + (f", {epochs} epochs" if epochs > 1 else ""))
+              f"({acts.rows:,} rows, {len(acts.sizes)} shards)" + (f", {epochs} epochs" if epochs > 1 else ""))
         reads = acts.reads
         train(alive, acts, plan, batch_size, device, args.checkpoint)
         print(f"{acts.reads - reads} shards read for {len(alive)} runs")
-    print(table(runs))
-    return 5 if any(r.failure or r.config.get("void") for r in runs) else 0
+    if acts.ring:
+        release(acts, len(acts.sizes))
+    if runs:
+        print(table(runs))
+    if any(r.failure or r.config.get("void") for r in runs):
+        wait_for_others(others)
+        return 5
+    return 0
 
 
 if __name__ == "__main__":

@@ -644,8 +644,14 @@ def shorten(text):
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
+def share():
+    """(rank, processes): which of the processes that torchrun started this is, and how many they are; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def pick_device(name):
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device called `name`; without a name the GPU, under torchrun this process' own one, or the CPU where there is none."""
+    name = name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     found = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name, re.ASCII)
     if not found or name != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
         raise Refuse(f"--device {shorten(name)}: want cpu, or cuda where there is a GPU", 2)
@@ -803,6 +809,8 @@ class Acts:
         self.stopped = False                      # set to end a wait for the next shard of a ring
         self.checksum = checksum(json.dumps([s["checksum"] for s in self.shards] if not self.window else     # of what is known when the first window is
                                             [self.shards[0]["checksum"], self.sizes]).encode())
+
+    waiting = False                               # 02_train.py: whether it waits for such a shard
 
     def wait_for(self, i):
         """Until 01_cache_acts.py has written shard i of a ring."""
