@@ -592,7 +592,7 @@ def main():
         print("\n".join(docstring_line(v) for v in variant_names()))
         return 0
     rank, processes = share()
-    device = pick_device(args.device or own_gpu())
+    device = pick_device(args.device)
     acts = Acts(Path("acts") / check_name("--acts", args.acts))
     torch.use_deterministic_algorithms(device.type == "cpu")
     torch.set_float32_matmul_precision("high")

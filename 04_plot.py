@@ -692,6 +692,130 @@ def results(caches, compared, primary):
     return "\n".join(md).rstrip() + "\n", "\n".join(text).lstrip()
 
 
+# ---- published figures, beside the runs' --------------------------------------------------------------------------------------------
+
+# Loss recovered as L0:score, of SAEBench's SAEs (500 M tokens of the Pile, context 1024, release of January 2025): what SAEBench v0.6.0 gives when
+# run on them again, within 0.0045 of the published values. From meowmaryexe/SAEBench-Reliability, branch alor/core-baseline-cache.
+SAEBENCH = {
+    ("gemma-2-2b", 12): {
+        "baseline": ("46:.925 85:.951 138:.963 292:.978 491:.985 701:.990", "58:.959 111:.976 185:.982 401:.989 680:.993 981:.995",
+                     "64:.974 127:.984 215:.989 475:.993 843:.995 1274:.996"),
+        "p_anneal": ("51:.954 80:.967 155:.979 420:.991 659:.995 1038:.998", "56:.976 86:.982 158:.987 420:.994 678:.996 1095:.998",
+                     "49:.982 74:.986 121:.989 304:.994 498:.995 1062:.998"),
+        "gated": ("45:.968 73:.976 144:.987 354:.995 635:.998 1066:.999", "53:.982 87:.988 173:.993 414:.996 692:.998 1235:.999",
+                  "54:.986 89:.990 177:.994 414:.997 670:.998 1161:.999"),
+        "jumprelu": ("21:.947 42:.966 84:.981 170:.989 347:.994 692:.998", "21:.965 43:.980 86:.988 173:.993 354:.996 710:.999",
+                     "22:.975 43:.985 86:.991 163:.994 306:.997 605:.998"),
+        "topk": ("20:.943 40:.965 80:.978 160:.988 320:.993 640:.997", "20:.966 40:.980 80:.988 160:.992 320:.995 640:.998",
+                 "20:.974 40:.985 80:.991 160:.994 320:.9966 640:.998"),
+        "batch_topk": ("20:.948 40:.965 81:.980 165:.989 339:.994 671:.997", "21:.969 42:.981 84:.988 168:.993 340:.996 703:.998",
+                       "21:.977 42:.986 85:.992 170:.995 339:.997 695:.998"),
+        "matryoshka": ("20:.941 40:.963 80:.977 161:.987 324:.992 650:.996", "20:.964 41:.979 82:.987 164:.992 331:.995 663:.998",
+                       "21:.974 41:.985 83:.991 167:.994 337:.996 673:.998")},
+    ("pythia-160m", 8): {
+        "baseline": ("43:.907 458:.985", "52:.938 97:.957 157:.967 313:.979", "56:.957 108:.970"),
+        "p_anneal": ("30:.929 45:.944 82:.962 214:.983 336:.992", "28:.948 42:.959", "26:.955 38:.964"),
+        "gated": ("29:.947 45:.961 87:.975 210:.989 336:.995", "31:.962 49:.972 96:.983", "31:.969 49:.978 96:.985"),
+        "jumprelu": ("19:.928 39:.956 78:.973 157:.986 316:.995", "20:.944 39:.966 72:.977 154:.987", "20:.954 38:.971 75:.981"),
+        "topk": ("20:.935 40:.958 80:.973 160:.985 320:.995 640:.999", "20:.956 40:.971 80:.981 160:.989 320:.996",
+                 "20:.966 40:.979 80:.987 160:.991 320:.996"),
+        "batch_topk": ("19:.936 38:.959 76:.974 155:.986 312:.995 629:.999", "19:.954 38:.970 77:.981 157:.990 315:.996",
+                       "19:.962 39:.976 78:.985 158:.991"),
+        "matryoshka": ("19:.927 38:.953 76:.970 153:.984 309:.993 630:.999", "19:.948 38:.966 76:.978 153:.988 310:.995",
+                       "19:.958 38:.975 76:.984 155:.990")}}
+SAEBENCH_WIDTHS = (4096, 16384, 65536)
+
+# The TopK baseline of note 004 (Gemma-2-2B layer 19, 65,536 latents, k 320, lr 1e-4, 4,882 steps of 2,048), evaluated with SAEBench commit 87197ce
+# (January 2025), in bfloat16: (what, the note's figure, ours: f(core metrics) or a key of SAEBench's results). A figure of this list can be compared
+# with one of the right column if the formula is the same; absorption and explained variance changed theirs since.
+NOTE004 = [
+    ("L0", 320.0, lambda m: m["l0"]),
+    ("explained variance about the mean", None, lambda m: m["explained_variance"]),
+    ("explained variance about zero (SAEBench from March 2025)", None,
+     lambda m: 1 - (1 - m["explained_variance"]) / (1 - m["explained_variance_zero"])),
+    ("explained variance, mean of ratios (SAEBench before, 'legacy')", 0.824, "explained_variance_legacy"),
+    ("squared error, mean over dimensions", 4.6875, lambda m: m["mse"]),
+    ("cosine", 0.945, lambda m: m["cosine"]),
+    ("||x_hat|| / ||x||", 0.949, lambda m: m["l2_ratio"]),
+    ("CE with the SAE, nats", 3.031, lambda m: m["ce_sae"]),
+    ("CE recovered", 0.990, lambda m: m["ce_recovered"]),
+    ("KL from the clean model, nats", 0.1035, lambda m: m["kl_sae"]),
+    ("KL recovered", 0.990, lambda m: m["kl_recovered"]),
+    ("absorption, full (24 letters)", 0.00876, "mean_full_absorption_score"),
+    ("absorption, fraction (SAEBench from January 2025)", None, "mean_absorption_fraction_score"),
+    ("split features", 1.167, "mean_num_split_features"),
+    ("sparse probing top-1", 0.853, "sae_top_1_test_accuracy"), ("sparse probing top-5", 0.901, "sae_top_5_test_accuracy"),
+    ("sparse probing, all latents", 0.960, "sae_test_accuracy"),
+    ("SCR, 20 latents", 0.322, "scr_metric_threshold_20"), ("SCR, 100 latents", 0.400, "scr_metric_threshold_100"),
+    ("unlearning (the note's 0.0 was not measured: empty details)", None, "unlearning_score")]
+
+
+def reference(name, runs):
+    """(markdown, text) of a table that puts published figures beside the runs' own."""
+    title, said, header, rows = {"saebench": saebench, "note004": note004}[name]([r for r in runs if r.core])
+    markdown = [f"## {title}", "", said, "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows)]
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    text = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths)).rstrip() for row in [header, *rows]]
+    return "\n".join(["", *markdown, ""]), "\n".join([f"\n{title}: {said}", *text])
+
+
+def saebench(runs):
+    """Loss recovered of each run beside that of SAEBench's SAE of the same model, layer, kind and width at the same L0, between its neighbours in log L0."""
+    rows = []
+    for r in runs:
+        model = next((known for known in SAEBENCH if known[0] in r.config["model"]["name"].lower() and known[1] == r.config["layer"]), None)
+        kind, width, l0 = r.settings["activation"] if r.variant == "baseline" else r.variant, r.settings["d_sae"], r.get("l0")
+        kind = "baseline" if kind == "relu" else kind
+        said = "published for Gemma-2-2B layer 12 and Pythia-160M layer 8" if not model else \
+            "no such kind" if kind not in SAEBENCH[model] else f"widths {', '.join(map(str, SAEBENCH_WIDTHS))}" if width not in SAEBENCH_WIDTHS else None
+        points = [] if said else [tuple(map(float, p.split(":"))) for p in SAEBENCH[model][kind][SAEBENCH_WIDTHS.index(width)].split()]
+        published = at_l0(points, l0) if points else None
+        if points and published is None:
+            said = f"L0 {points[0][0]:g} to {points[-1][0]:g} only"
+        mine = r.get("ce_recovered")
+        rows.append([r.config["name"], f"{l0:.1f}", f"{r.config['final']['tokens'] / 1e6:,.1f} M", "-" if mine is None else f"{mine:.4f}",
+                     said or f"{published:.4f}", "-" if said or mine is None else f"{mine - published:+.4f}"])
+    return ("Loss recovered beside SAEBench's SAEs",
+            "500 M tokens each, release of January 2025, evaluated with SAEBench v0.6.0 by SAEBench-Reliability, within 0.0045 of the published values.",
+            ["run", "L0", "tokens", "CE recovered", "published at this L0", "difference"], rows)
+
+
+def at_l0(points, l0):
+    """The score at `l0` between neighbouring (L0, score) points, linear in log L0; at 5 % outside them that of the last one; None beyond."""
+    if not points[0][0] / (1 + SAME_L0) <= l0 <= points[-1][0] * (1 + SAME_L0):
+        return None
+    for (a, low), (b, high) in zip(points, points[1:]):
+        if l0 <= b:
+            return low + (high - low) * max(0.0, math.log(l0 / a) / math.log(b / a))
+    return points[-1][1]
+
+
+def note004(runs):
+    """Each figure of note 004's baseline beside that of the runs."""
+    rows = []
+    for what, published, ours in NOTE004:
+        values = []
+        for r in runs:
+            try:
+                values.append(ours(r.core["metrics"]) if callable(ours) else stored_figure(r.folder, ours))
+            except KeyError:                                                  # synthetic data has no language model's losses
+                values.append(None)
+        rows.append([what, "-" if published is None else f"{published:g}", *("-" if v is None else f"{v:.4f}" for v in values)])
+    return ("Note 004's TopK baseline",
+            "Gemma-2-2B layer 19, 65,536 latents, k 320, 10.0 M tokens, SAEBench commit 87197ce in bfloat16; '-' was not measured, or not by this formula.",
+            ["", "note 004", *(r.config["name"] for r in runs)], rows)
+
+
+def stored_figure(folder, key):
+    """The first number called `key` in a run's SAEBench results, or None."""
+    def look(value):
+        if isinstance(value, dict):
+            if isinstance(value.get(key), (int, float)):
+                return value[key]
+            return next((found for found in map(look, value.values()) if found is not None), None)
+    return next((found for path in sorted((folder / "eval").glob("*.json")) if (found := look(read_json(path))) is not None), None)
+
+
 # ---- figures -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1103,6 +1227,7 @@ def main():
     p.add_argument("--out", default="plots", help="folder to write to (default: %(default)s)")
     p.add_argument("--metric", choices=[m.key for m in METRICS if m.better], default=PRIMARY,
                    help="what the verdict is about; choose it before you look (default: %(default)s)")
+    p.add_argument("--reference", nargs="+", choices=["saebench", "note004"], default=[], help="published figures to put beside the runs'")
     args = p.parse_args()
     if not args.out or Path(args.out).exists() and not Path(args.out).is_dir():
         raise Refuse(f"--out {args.out!r}: want a folder", 2)
@@ -1113,6 +1238,9 @@ def main():
     lock = take_lock(out)                                                     # held to the end
     compared = {acts: compare(members, args.metric) for acts, (members, _) in caches.items()}
     markdown, text = results(caches, compared, args.metric)
+    for name in args.reference:
+        more_markdown, more_text = reference(name, runs)
+        markdown, text = markdown + more_markdown, text + "\n" + more_text
     print(text + "\n")
     write_file(out / "results.md", markdown.encode())
     plt.rcParams.update(STYLE)
