@@ -750,7 +750,7 @@ NOTE004 = [
     ("unlearning (the note's 0.0 was not measured: empty details)", None, "unlearning_score")]
 
 
-def reference(name, runs):
+def published_table(name, runs):
     """(markdown, text) of a table that puts published figures beside the runs' own."""
     title, said, header, rows = {"saebench": saebench, "note004": note004}[name]([r for r in runs if r.core])
     markdown = [f"## {title}", "", said, "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows)]
@@ -1239,7 +1239,7 @@ def main():
     compared = {acts: compare(members, args.metric) for acts, (members, _) in caches.items()}
     markdown, text = results(caches, compared, args.metric)
     for name in args.reference:
-        more_markdown, more_text = reference(name, runs)
+        more_markdown, more_text = published_table(name, runs)
         markdown, text = markdown + more_markdown, text + "\n" + more_text
     print(text + "\n")
     write_file(out / "results.md", markdown.encode())
