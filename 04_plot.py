@@ -571,18 +571,17 @@ def table(runs, controls, found, primary):
 
 
 def others_table(runs, found, primary):
-    """(header, rows) of the differences in every other metric, each with its verdict; None without any."""
+    """(header, rows) of the differences in every other metric, a row for each group and metric; None without any."""
     columns = [m for m in METRICS if m.better and m.key != primary and any(key == m.key for _, _, key in found)]
-    groups = {name: members for name, members in grouped(runs).items() if members[0].variant != "baseline" and any(r.valid for r in members)}
-    if not columns or not groups:
-        return None
     rows = []
-    for name, members in groups.items():
-        cells = [(found[name, whose, m.key], m) for m in columns for whose in ("baseline", "parent")]
-        rows.append([name] + [interval(d, m.digits) + f": {said}" * (not d.why) for (d, said), m in cells])
-        if members[0].config["parents"] == ["baseline"]:
-            rows[-1][2::2] = ["the same"] * len(columns)
-    return ["variant"] + [f"{m.title} - {whose}" for m in columns for whose in ("baseline", "parent")], rows
+    for name, members in grouped(runs).items():
+        for m in columns if members[0].variant != "baseline" and any(r.valid for r in members) else ():
+            row = [name, m.title]
+            for whose in ("baseline", "parent"):
+                d, said = found[name, whose, m.key]
+                row += ["the same", ""] if whose == "parent" and members[0].config["parents"] == ["baseline"] else [interval(d, m.digits), "" if d.why else said]
+            rows.append(row)
+    return (["variant", "metric", "to baseline", "verdict", "to parent", "verdict to parent"], rows) if rows else None
 
 
 def guards_said(members, control, found, name):
@@ -678,17 +677,17 @@ def results(caches, compared, primary):
         tables = [table(runs, controls, found, primary), others_table(runs, found, primary)]
         said = notes(runs, controls, found, tried, primary)
         md += [f"## {acts}", ""]
-        text += [f"\n{acts}"]
+        at = len(text)                                                        # printed, the table comes last
         for title, (header, rows) in [(t, made) for t, made in zip(("", "Other metrics (exploratory)"), tables) if made]:
             md += [f"### {title}", ""] * bool(title)
             md += ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] * len(header)) + "|"]
             md += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
             widths = [max(map(len, column)) for column in zip(header, *rows)]
-            text += [f"\n{title}"] * bool(title)
-            text += ["  ".join(f"{c:<{w}}" if i < 3 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in [header, *rows]]
+            text[at:at] = [f"\n{acts}: {title.lower()}" if title else f"\n{acts}",
+                           *("  ".join(f"{c:<{w}}" if i < 3 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in [header, *rows]),
+                           *([] if title else said)]
             if not title:
                 md += [f"* {line}" for line in said] + [""]
-                text += said
     return "\n".join(md).rstrip() + "\n", "\n".join(text).lstrip()
 
 
@@ -1101,7 +1100,7 @@ p, li { max-width: 75em; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
 th { position: sticky; top: 0; background: #f4f4f4; z-index: 1; } th:first-child, td:first-child { position: sticky; left: 0; text-align: left; background: #fff; }
-td:nth-child(2) { text-align: left; } th:first-child { background: #f4f4f4; z-index: 2; } th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus { outline: 2px solid #0072B2; }
+th:nth-child(2), td:nth-child(2) { text-align: left; } th:first-child { background: #f4f4f4; z-index: 2; } th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus { outline: 2px solid #0072B2; }
 th[aria-sort=ascending] button::after { content: " \\2191"; } th[aria-sort=descending] button::after { content: " \\2193"; }
 tr.better td { background: #e3f0f9; } tr.worse td { background: #fbe8dc; } tr.invalid td { color: #767676; }
 figure { margin: .5rem 0 1.5rem; } figure div { overflow-x: auto; } img { max-width: 100%; height: auto; } figcaption { font-weight: 600; }

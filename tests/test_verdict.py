@@ -220,6 +220,27 @@ def test_sae_benchs_results_are_read_by_its_own_schema_and_the_llm_column_is_nev
         assert plot.BENCHMARKS[path][1][-1] in fields
 
 
+def test_an_evaluation_that_is_not_there_is_a_word_in_the_table_and_never_a_zero(tmp_path):
+    run(tmp_path, "baseline", bench=letters([0.1, 0.2]))
+    run(tmp_path, "bare")
+    run(tmp_path, "void", bench={"absorption": {"eval_result_metrics": {"mean": {"mean_full_absorption_score": 0.0}}, "eval_result_details": []}})
+    runs, _ = plot.find_runs(sorted(p.parent for p in tmp_path.glob("*/config.json")))
+    found, _ = plot.compare(runs, "explained_variance")
+    header, rows = plot.table(runs, [], found, "explained_variance")
+    assert {row[0]: row[header.index("absorption (full)")] for row in rows} == {"baseline": "0.1500", "bare": "no eval", "void": "not run (G11)"}
+    assert "probe top-1" not in header and found["bare", "baseline", "absorption_full"][1] == "-"
+
+
+def test_every_guard_that_a_line_in_the_table_names_is_said_in_full_below_it(tmp_path):
+    run(tmp_path, "baseline", bench=letters([0.1, 0.2]))
+    run(tmp_path, "void", guards=["G02"])
+    runs, _ = plot.find_runs(sorted(p.parent for p in tmp_path.glob("*/config.json")))
+    found, tried = plot.compare(runs, "explained_variance")
+    said = "\n".join(plot.notes(runs, [], found, tried, "explained_variance"))
+    assert "void-s0 is invalid: G02 because." in said and "G14 absorption is out of its scope: 2 letters, 64 latents" in said
+    assert "1 variants and settings were tried" in said
+
+
 # ---- the notes' own figures ----------------------------------------------------------------------------------------------------------------------
 
 GEMMA = dict(set_d_sae=2304, set_d_in=2304, set_batch_size=2048)
