@@ -1318,6 +1318,7 @@ def absorption_settings(acts):
     not spell, so that such prompts find no letter in it: its words are read where they stand in the held-out contexts."""
     own = acts.meta["model"]["name"] == "tiny"
     return {"random_seed": 42, "min_letters": 20, "min_probe_f1": 0.6, "f1_jump": 0.03, "max_k": 10,
+            "probe_batch": 64 if own else 4096,               # few rows in large batches leave k-sparse probes near their random start
             "prompt_template": "{word}" if own else "{word} has the first letter:", "prompt_token_pos": -1 if own else -6, "own_position": own}
 
 
@@ -1333,7 +1334,7 @@ def bench_absorption(bench, runs, settings, failures):
     config = AbsorptionEvalConfig(model_name=bench.name, random_seed=settings["random_seed"], f1_jump_threshold=settings["f1_jump"],
                                   max_k_value=settings["max_k"], prompt_template=settings["prompt_template"], llm_dtype=bench.dtype,
                                   prompt_token_pos=settings["prompt_token_pos"], min_GT_probe_f1=settings["min_probe_f1"],
-                                  min_feats_for_eval=settings["min_letters"], precalc_k_sparse_probe_sae_acts=True)
+                                  min_feats_for_eval=settings["min_letters"], k_sparse_probe_batch_size=settings["probe_batch"], precalc_k_sparse_probe_sae_acts=True)
     for run in runs:
         made = []
         with blamed(run, failures, "absorption"), bench.seams(settings["random_seed"], log=path.parent / "log.txt"):
@@ -1344,17 +1345,17 @@ def bench_absorption(bench, runs, settings, failures):
 def read_prompts(bench, settings):
     """Probes of the first letter and the rows they are trained and tested on, then the rows of the words that absorption is looked for in
     (of each letter the test words that its probe finds), by SAEBench's code and in its order of random numbers."""
-    from sae_bench.evals.absorption import common, feature_absorption_calculator, vocab
+    from sae_bench.evals.absorption import common, feature_absorption_calculator
     model, hook, template, pos = bench.model, bench.hook_name, settings["prompt_template"], settings["prompt_token_pos"]
     stopping = functools.partial(model.run_with_cache, stop_at_layer=bench.layer + 1)       # no later layer is read
-    with tempfile.TemporaryDirectory() as folder, replaced(model, "run_with_cache", stopping):
+    with tempfile.TemporaryDirectory() as folder, replaced(model, "run_with_cache", stopping), replaced(common, "get_alpha_tokens", alpha_tokens):
         where = {"layer": bench.layer, "probes_dir": folder, "dtype": torch.float32}
         probe = common.load_or_train_probe(model, template, pos, device=str(bench.device), **where)
         splits = {split: common.load_probe_data_split(model, split=split, device="cpu", **where) for split in ("train", "test")}
         rng = torch.get_rng_state()                                             # from which SAEBench trains its first SAE's k-sparse probes
         found = letter_tensors(probe, {k: v[0] for k, v in splits.items()}, {k: torch.tensor([y for _, y in v[1]]) for k, v in splits.items()})
         calculator = feature_absorption_calculator.FeatureAbsorptionCalculator(
-            model, vocab.get_alpha_tokens(model.tokenizer), max_icl_examples=10, base_template=template, word_token_pos=pos)
+            model, alpha_tokens(model.tokenizer), max_icl_examples=10, base_template=template, word_token_pos=pos)
         rows = [torch.zeros(0, model.cfg.d_model)]
         for letter in range(LETTERS):
             words = [splits["test"][1][i][0] for i in (found["hit"] & (found["test_y"] == letter)).nonzero().flatten().tolist()]
@@ -1362,6 +1363,12 @@ def read_prompts(bench, settings):
             calculator._validate_prompts_are_same_length(prompts)
             rows += [stopping([p.base for p in part], names_filter=[hook])[1][hook][:, pos].cpu() for part in batched(prompts, 64)]
     return {**found, "rows": torch.cat(rows), "rows_y": found["test_y"][found["hit"]].sort(stable=True).values, "rng": rng}
+
+
+def alpha_tokens(tokenizer):
+    """SAEBench's words in a fixed order: a tokenizer's vocabulary comes in another one every time, and no seed helps."""
+    from sae_bench.evals.absorption import vocab
+    return sorted(vocab.get_alpha_tokens(tokenizer))
 
 
 @torch.no_grad()

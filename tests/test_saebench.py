@@ -267,3 +267,159 @@ def test_what_exceeds_the_memory_is_computed_again(world, bench, monkeypatch):
     monkeypatch.setattr(ev, "VERSION", 99)
     evaluate(world, runs, "saebench_core")
     same(result(runs[0], "saebench_core")["eval_result_metrics"], first)
+
+
+# ---- absorption -----------------------------------------------------------------------------------------------------------------------
+
+
+def letter_sae(world, repaired):
+    """A latent for each letter and one for each word of OWN. Planted absorption: the letter's latent is silent on those words, whose own
+    latents carry the letter's direction; repaired: it fires on them, and they carry none of it."""
+    letters, own = axes()
+    of = torch.tensor([ord(w[0]) - 97 for w in OWN])
+    parents, children = letters.clone(), 1.4 * own
+    if not repaired:
+        parents -= 1.5 * torch.zeros_like(letters).index_add_(0, of, own)
+    decoders = own if repaired else unit(letters[of] + 0.8 * own)
+    b_enc = torch.cat([torch.full((26,), -0.2), torch.full((len(OWN),), -0.5 if repaired else -0.2)])
+    return relu_sae(world, torch.cat([parents, children]).T, torch.cat([letters, decoders]), b_enc)
+
+
+def plain_absorption(bench, run, settings, folder):
+    """SAEBench's own call: its probes, prompts, k-sparse probes and scores."""
+    from sae_bench.evals.absorption import common, feature_absorption
+    from sae_bench.evals.absorption import main as absorption
+    from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
+    config = AbsorptionEvalConfig(model_name=bench.name, precalc_k_sparse_probe_sae_acts=True)
+    there = {"experiment_dir": folder / "probing", "probes_dir": folder / "probes"}        # else next to the installed package
+    probing = functools.partial(absorption.run_k_sparse_probing_experiment, **there)
+    scoring = functools.partial(absorption.run_feature_absortion_experiment, experiment_dir=folder / "scores", probes_dir=there["probes_dir"],
+                                sparse_probing_experiment_dir=there["experiment_dir"])
+    (folder / "out").mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.chdir(folder))
+        for module, name, value in ((absorption, "run_k_sparse_probing_experiment", probing), (absorption, "run_feature_absortion_experiment", scoring),
+                                    (common, "get_alpha_tokens", ev.alpha_tokens), (feature_absorption, "get_alpha_tokens", ev.alpha_tokens)):
+            stack.enter_context(ev.replaced(module, name, value))
+        with bench.seams(settings["random_seed"]):
+            absorption.run_eval(config, [(bench.label(run), ev.BenchSAE(bench, run))], "cpu", str(folder / "out"), force_rerun=True)
+    return json.loads(next((folder / "out").glob("*.json")).read_text())
+
+
+@pytest.mark.parametrize("name", ["planted", pytest.param("random", marks=pytest.mark.slow)])
+def test_absorption_is_saebenchs_own_field_by_field(world, bench, tmp_path, name):
+    run = make_run(name, letter_sae(world, repaired=False) if name == "planted" else random_sae(world, 2))
+    assert not evaluate(world, [run], "absorption")
+    ours, theirs = result(run, "absorption"), plain_absorption(bench, run, ev.absorption_settings(world), tmp_path)
+    for key in ("eval_result_metrics", "eval_result_details", "sae_cfg_dict", "eval_type_id", "eval_config"):
+        same(ours[key], theirs[key], key)
+
+
+def with_settings(monkeypatch, world, name, **changed):
+    settings = {**ev.BENCH[name].settings(world), **changed}
+    monkeypatch.setitem(ev.BENCH, name, ev.BENCH[name]._replace(settings=lambda acts: settings))
+
+
+def test_planted_absorption_is_found_and_the_repaired_sae_is_free_of_it(world, monkeypatch):
+    with_settings(monkeypatch, world, "absorption", probe_batch=16)           # for 344 words
+    planted, repaired = make_run("absorbing", letter_sae(world, False)), make_run("repaired", letter_sae(world, True))
+    assert not evaluate(world, [planted, repaired], "absorption")
+    bad, good = result(planted, "absorption"), result(repaired, "absorption")
+    assert bad["metrics"]["mean_full_absorption_score"] > 0.15 and bad["metrics"]["mean_absorption_fraction_score"] > 0.15
+    assert good["metrics"]["mean_full_absorption_score"] == 0 and good["metrics"]["mean_absorption_fraction_score"] < 0.01
+    for of in bad["letters"]:
+        assert of["main_latent"] == ord(of["letter"]) - 97
+    for of, detail in zip(bad["letters"], bad["eval_result_details"]):
+        low, high = of["full_absorption_95"]
+        assert low <= detail["full_absorption_rate"] <= high and high - low > 0.1
+    assert [g["id"] for g in bad["guards"]] == ["G14"] and "0.3 M parameters" in bad["guards"][0]["message"]
+
+
+def test_words_are_read_where_they_stand_if_the_model_does_not_spell(world, monkeypatch):
+    with_settings(monkeypatch, world, "absorption", prompt_template="{word}", prompt_token_pos=-1, own_position=True)
+    monkeypatch.setattr(ev, "READINGS", 4)
+    run = make_run("own-position", letter_sae(world, False))
+    assert not evaluate(world, [run], "absorption")
+    found = result(run, "absorption")
+    assert "does not spell" in found["guards"][-1]["message"] and found["metrics"]["letters"] >= 10
+
+
+def test_wilson_intervals_are_those_of_the_books():
+    assert ev.wilson(0, 10) == pytest.approx([0, 0.2775], abs=1e-3)           # Brown, Cai and DasGupta 2001
+    assert ev.wilson(5, 10) == pytest.approx([0.2366, 0.7634], abs=1e-3)
+
+
+# ---- results: nothing stale, nothing silent, nothing lost -----------------------------------------------------------------------------
+
+
+def written(run, name="saebench_core"):
+    return (run.folder / "eval" / f"{name}.json").stat().st_mtime_ns
+
+
+def test_a_result_is_kept_until_weights_settings_or_code_change(world, monkeypatch):
+    run = make_run("kept", random_sae(world, 4))
+    evaluate(world, [run], "saebench_core")
+    first = written(run)
+    evaluate(world, [run], "saebench_core")
+    assert written(run) == first
+    other = make_run("kept", random_sae(world, 5))                            # the same name, other weights
+    evaluate(world, [other], "saebench_core")
+    second = written(run)
+    assert second != first and result(run, "saebench_core")["sae_checksum"] == other.config["sae_checksum"]
+    evaluate(world, [other], "saebench_core", force=True)
+    third = written(run)
+    assert third != second
+    with_settings(monkeypatch, world, "saebench_core", batches=1)
+    evaluate(world, [other], "saebench_core")
+    assert written(run) != third
+
+
+def test_one_failing_run_or_evaluation_does_not_stop_the_others(world, monkeypatch, capsys):
+    good, broken = make_run("good", random_sae(world, 6)), make_run("broken", random_sae(world, 7))
+    monkeypatch.setattr(broken.sae, "activate", lambda pre: (_ for _ in ()).throw(ValueError("no latents today")), raising=False)
+    assert evaluate(world, [broken, good], "saebench_core").keys() == {(broken.folder, "saebench_core")}
+    assert result(good, "saebench_core") and not (broken.folder / "eval" / "saebench_core.json").exists()
+    assert "saebench_core failed: ValueError: no latents today" in capsys.readouterr().err
+    monkeypatch.setitem(ev.BENCH, "absorption", ev.BENCH["absorption"]._replace(evaluate=lambda *_: 1 / 0))
+    failures = evaluate(world, [good], "absorption", "saebench_core", force=True)
+    assert failures == {(good.folder, "absorption"): "ZeroDivisionError: division by zero"}
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_runs_that_are_left(world, monkeypatch):
+    runs = [make_run(f"resume{i}", random_sae(world, 10 + i)) for i in range(3)]
+    real, calls = ev.core_result, []
+
+    def stop(bench, run, *rest):
+        calls.append(run.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(bench, run, *rest)
+    monkeypatch.setattr(ev, "core_result", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(world, runs, "saebench_core")
+    evaluate(world, runs, "saebench_core")
+    assert calls == ["resume0", "resume1", "resume1", "resume2"] and all(result(r, "saebench_core") for r in runs)
+
+
+@pytest.mark.parametrize("what", ["another run", "another layer", "empty", "old", "nan", "a field missing"])
+def test_a_result_that_is_not_sound_is_refused(world, monkeypatch, what):
+    run = make_run("unsound", random_sae(world, 8))
+    real = ev.core_result
+
+    def spoilt(*args):
+        made, more = real(*args)
+        made |= {"another run": {"sae_lens_release_id": "other"}, "another layer": {"sae_cfg_dict": {**made["sae_cfg_dict"], "hook_layer": 2}},
+                 "empty": {"eval_result_details": []}, "old": {"datetime_epoch_millis": 1}, "nan": {"eval_result_unstructured": {"x": float("nan")}},
+                 "a field missing": {"eval_result_metrics": {}}}[what]
+        return made, more
+    monkeypatch.setattr(ev, "core_result", spoilt)
+    failures = evaluate(world, [run], "saebench_core", force=True)
+    assert (run.folder, "saebench_core") in failures and not (run.folder / "eval" / "saebench_core.json").exists()
+
+
+def test_what_does_not_fit_is_said_and_left_out(world, capsys):
+    acts = Acts("acts/toy")
+    for key, value, reason in (("source", "synthetic", "no language model"), ("hook", "mlp_out", "residual stream")):
+        acts.meta = {**world.meta, key: value}
+        assert not evaluate(acts, [make_run("unfit", random_sae(world))], "absorption")
+        assert reason in capsys.readouterr().out
