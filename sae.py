@@ -106,6 +106,7 @@ class SAE(nn.Module):
     sparsity_start = 1.0      # training starts at this multiple of `l0` ...
     sparsity_warmup = 0.2     # ... and comes down to `l0` over this fraction of the run
     sparsity_weight = 0.03    # relu, jumprelu: first weight of the penalty; a controller then moves it so that L0 stays at `l0`
+    sparsity_gain = 2.0       # relu, jumprelu: how strongly that controller answers a change of L0
     bandwidth = 0.5           # jumprelu: width of the kernel that stands in for the step's derivative
     threshold_lr = 10.0       # jumprelu: learning rate of the thresholds over lr; at 1 they are too slow to hold L0
     aux_weight = 1 / 32       # dead latents reconstruct the residual (AuxK, Gao 2024)
@@ -283,12 +284,12 @@ class SAE(nn.Module):
 
     def steer_sparsity(self, l0):
         """Move the penalty's weight so that the L0 of the batches, `l0` of this one, stays at wanted_l0(): a controller on the
-        logarithms, proportional to L0's change (2) and, summed over 5 % of the run, to its error (1)."""
+        logarithms, proportional to L0's change (sparsity_gain) and, summed over 5 % of the run, to its error (1)."""
         before = self.l0_now.clamp_min(1e-3)
         self.l0_now.lerp_(l0, 0.5)
         now = self.l0_now.clamp_min(1e-3)
         change, error = (now / before).log(), (now / self.wanted_l0()).log()
-        self.weight_now.mul_((2 * change + error / (0.05 * self.steps)).clamp(-0.2, 0.2).exp())
+        self.weight_now.mul_((self.sparsity_gain * change + error / (0.05 * self.steps)).clamp(-0.2, 0.2).exp())
 
     def batch_threshold(self, pre):
         """The value that round(wanted_l0 * B) entries of pre exceed (0 if fewer are positive). Exact: the carried threshold only

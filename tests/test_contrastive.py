@@ -197,9 +197,9 @@ def test_r3_latents_are_used_more_evenly(activation):
 def test_r3_lambda_is_relative_use_within_bounds_that_shrink():
     sae = latents("contrastive_r3", d_sae=4)
     sae.util.copy_(torch.tensor([0.3, 0.06, 0.0, 0.04]))                    # mean 0.1
-    assert torch.allclose(sae.lambdas(), torch.tensor([1.0, 0.6, 0.02, 0.4]))
+    assert torch.allclose(sae.l1_weights(), torch.tensor([1.0, 0.6, 0.02, 0.4]))
     sae.step = sae.steps
-    assert torch.allclose(sae.lambdas(), torch.tensor([0.5, 0.5, 0.01, 0.4]))
+    assert torch.allclose(sae.l1_weights(), torch.tensor([0.5, 0.5, 0.01, 0.4]))
 
 
 def together(sae, acts):

@@ -100,7 +100,7 @@ def gini(rate):
 def test_adaptive_targets_narrow_the_spread_of_rates_at_the_same_l0(seed):
     spread, l0s = [], []
     for pull in (0.0, 0.5, 1.0):
-        sae, _ = run("hierarchical_r3", seed, target_pull=pull, **QUIET)
+        sae, _ = run("hierarchical_r3", seed, latent_l1_power=pull, **QUIET)
         _, l0, acts = evaluate(sae, data(seed)[1])
         spread.append(gini((acts > 0).float().mean(0)))
         l0s.append(l0)
@@ -108,8 +108,24 @@ def test_adaptive_targets_narrow_the_spread_of_rates_at_the_same_l0(seed):
     assert max(l0s) < 1.05 * min(l0s)
 
 
+@pytest.mark.parametrize("activation", ["relu", "topk", "batch_topk", "jumprelu"])
+def test_a_weight_for_each_latent_narrows_the_spread_of_rates_on_every_activation(activation):
+    for seed in SEEDS:
+        on, off = (evaluate(run("latent_l1", seed, activation=activation, latent_l1_power=power)[0], data(seed)[1]) for power in (0.5, 0.0))
+        assert gini((on[2] > 0).float().mean(0)) < 0.9 * gini((off[2] > 0).float().mean(0))
+        assert on[1] == pytest.approx(off[1], rel=0.05)
+
+
+def test_where_no_penalty_is_frequent_latents_pay_the_rare_ones():
+    sae, _ = build("latent_l1", data(0)[0], activation="topk", d_sae=4, l0=2.0, sparsity_weight=1.0, latent_l1_power=1.0)
+    sae.rate.copy_(torch.tensor([0.4, 0.2, 0.2, 0.0]))                           # weights 2, 1, 1, 0: less their mean 1, 0, 0, -1
+    out = sae(data(0)[1][:64])
+    paid = (out.acts[:, 0] - out.acts[:, 3]).mean() / 32 ** 0.5
+    assert torch.allclose(sae.losses(out)["latent_l1"], paid, atol=1e-5)
+
+
 def test_a_latents_l1_weight_is_its_rate_over_its_target():
-    sae, _ = run("hierarchical_r3", 0, target_pull=0.5, target_memory=1e-9, **QUIET)      # no memory: what it moves to
+    sae, _ = run("hierarchical_r3", 0, latent_l1_power=0.5, target_memory=1e-9, **QUIET)      # no memory: what it moves to
     target = (sae.window * sae.window.mean()).sqrt()                                       # halfway, on the logarithms
     assert torch.allclose(sae.l1_of, sae.window / target, atol=1e-5)
     out = sae(data(0)[1])
@@ -123,7 +139,7 @@ def test_equal_rates_are_the_opposite_of_a_hierarchy(seed):
     x, on, directions, parent = hierarchy(50_000, seed=seed)
     found = []
     for pull in (0.5, 0.0):
-        sae = train("hierarchical_r3", x[:-8192], 1500, seed, d_sae=24, l0=1.75, batch_size=128, target_pull=pull, **QUIET)
+        sae = train("hierarchical_r3", x[:-8192], 1500, seed, d_sae=24, l0=1.75, batch_size=128, latent_l1_power=pull, **QUIET)
         assert evaluate(sae, x[-8192:])[1] == pytest.approx(1.75, rel=0.05)
         found.append(absorption(sae, x[-8192:], on[-8192:], directions, parent))
     assert found[0] > found[1] + 0.05

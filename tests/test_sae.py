@@ -11,14 +11,15 @@ from sae import (SAE, JumpReLU, Out, Refuse, Step, generator, load_variant, pars
 from toys import D_IN, build, cosines, evaluate, mixture, orthonormal, normalised, steps, train
 
 X = mixture()[0]
+RICH = mixture(features=96, l0=8.0, zipf=0.3)[0]         # more features than the 64 latents, 8 of them in a row
 KINDS = ["relu", "topk", "batch_topk", "jumprelu"]
 
 
 @pytest.mark.parametrize("activation", KINDS)
-@pytest.mark.parametrize("l0", [2.0, 3.0, 4.0])         # the data have 4: more than that no penalty can ask for
+@pytest.mark.parametrize("l0", [2.0, 5.0, 7.0])         # the data have 8: more than there are no penalty can ask for
 def test_every_activation_ends_at_the_l0_it_was_asked_for(activation, l0):
-    sae = train("baseline", X, 400, activation=activation, l0=l0)
-    ev, reached, _ = evaluate(sae, X[-8192:])
+    sae = train("baseline", RICH, 400, activation=activation, l0=l0)
+    ev, reached, _ = evaluate(sae, RICH[-8192:])
     assert abs(reached - l0) < 0.05 * l0
     assert ev > 0.25
 
@@ -97,15 +98,15 @@ def test_aux_gradient_reaches_exactly_the_dead_latents():
 
 @pytest.mark.parametrize("activation", KINDS)
 def test_aux_revives_dead_latents(activation):
-    """Latents that start shut come back with the auxiliary loss and stay dead without it."""
+    """Latents that start shut come back with the auxiliary loss and stay dead without it. There are features for all of them."""
     dead = {}
     for weight in (0.0, 1 / 32):
-        sae, opt = build("baseline", X, 400, activation=activation, aux_weight=weight, dead_after=0.02)
+        sae, opt = build("baseline", RICH, 400, activation=activation, l0=8.0, aux_weight=weight, dead_after=0.02)
         with torch.no_grad():
             sae.b_enc[:32] -= 12.0
-        steps(sae, opt, X)
-        dead[weight] = float((evaluate(sae.eval(), X[-8192:])[2] > 0).any(0)[:32].logical_not().float().mean())
-    assert dead[0.0] > 0.9 and dead[1 / 32] < 0.7
+        steps(sae, opt, RICH)
+        dead[weight] = float((evaluate(sae.eval(), RICH[-8192:])[2] > 0).any(0)[:32].logical_not().float().mean())
+    assert dead[0.0] > 0.9 and dead[1 / 32] < 0.5
 
 
 def test_a_reset_touches_these_latents_and_nobody_else():

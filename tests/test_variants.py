@@ -1,11 +1,13 @@
 """Promises that every file in variants/ keeps, each on one short training that all checks of the variant share."""
 import functools
 import re
+import resource
+from pathlib import Path
 
 import pytest
 import torch
 
-from sae import SAE, ROOT, docstring_line, generator, load_variant, read_tensors, variant_names, write_tensors
+from sae import SAE, ROOT, Refuse, docstring_line, generator, load_variant, read_tensors, variant_names, write_tensors
 from toys import build, evaluate, mixture, steps, train, train_py
 
 NAMES = variant_names()
@@ -156,6 +158,58 @@ def test_it_trains_under_bf16_autocast(name):
             sae.after_step(opt, out._replace(**{k: v.detach() for k, v in out._asdict().items()}))
     assert loss.isfinite() and all(p.isfinite().all() for p in sae.parameters())
     assert all(v.dtype != torch.bfloat16 for v in sae.state_dict().values())
+
+
+@functools.cache
+def trained_on(activation, cls):
+    return train(cls, data(), 150, activation=activation)
+
+
+def choices(name):
+    """The activations that the idea is open to; itself a sparsifier, it refuses the others."""
+    if name.startswith("zscore_r") or name == "p_anneal":
+        return ["relu"]
+    return ["topk"] if name == "adaptive_ortho_r10" else ["relu", "topk", "batch_topk", "jumprelu"]
+
+
+@pytest.mark.parametrize("activation", ["batch_topk", *(pytest.param(a, marks=pytest.mark.slow) for a in ("relu", "topk", "jumprelu"))])
+@pytest.mark.parametrize("name", [n for n in CHILDREN if load_variant(n).off != {"activation": "relu"}])
+def test_on_every_activation_it_acts_and_reaches_its_l0_or_is_refused(name, activation):
+    """No idea silently does nothing on an activation that leaves it no room."""
+    cls = load_variant(name)
+    if activation not in choices(name):
+        with pytest.raises(Refuse, match=f"activation={activation}"):
+            build(name, data(), activation=activation)
+        return
+    sae, start = trained_on(activation, cls), build(name, data(), activation=activation)[0]
+    ev, l0, acts = evaluate(sae, rows())
+    assert ev > 0.3 and acts.isfinite().all()
+    assert abs(l0 - sae.l0) < 0.1 * sae.l0
+    for parent in parents(cls):
+        if activation in choices(parent.__module__.split(".")[-1]):
+            other = trained_on(activation, parent)
+            assert (sae.W_dec - other.W_dec).norm() > 0.01 * (other.W_dec - start.W_dec).norm()
+
+
+@pytest.mark.parametrize("d_sae", [256, pytest.param(65_536, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dictionary_may_be_small_or_huge(name, d_sae):
+    """Four steps with whatever surgery the variant does. At d_sae 65,536 they may take 3 GB; a mask [d_sae, d_sae] would take 4.3."""
+    cls = load_variant(name)
+    soon = {key: 0.5 for key in cls.settings() if key.endswith(("_every", "_update", "_redraw"))}       # twice in the run
+    soon |= {"revive_silent": 0.25} if "revive_silent" in cls.settings() else {}
+    x = torch.randn(256, 16, generator=generator("rows"))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 3 * 10**9, before[1]))
+    try:
+        sae, opt = build(name, x, 4, d_sae=d_sae, l0=d_sae / 64, batch_size=32, **soon)
+        steps(sae, opt, x)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert all(p.isfinite().all() for p in sae.parameters())
+    for counter in ("pruned", "revived", "merged"):
+        assert getattr(sae, counter, 1) > 0, f"nothing was {counter}"
 
 
 @pytest.mark.parametrize("name", CHILDREN)

@@ -6,6 +6,7 @@ explained variance of 0.678 against 0.690; the parent, on ReLU, has 0.514.
 """
 import torch
 
+from sae import Refuse
 from variants.adaptive_ortho_r9 import Variant as Base
 
 
@@ -15,12 +16,14 @@ class Variant(Base):
     off = {"activation": "relu", "kwta_norm": 0.0}
 
     def build(self):
+        if self.kwta_norm and self.activation != "topk":
+            raise Refuse(f"--set activation={self.activation}: the winners are topk's, so want topk, or kwta_norm=0", 2)
         super().build()
         self.register_buffer("usual_pre", torch.ones(self.d_sae))          # mean square of a latent's pre, moving average
         self.latents["usual_pre"] = (0, 1.0)
 
     def activate(self, pre):
-        if self.activation != "topk" or not self.kwta_norm:
+        if not self.kwta_norm:
             return super().activate(pre)
         winners = (pre.relu() / self.usual_pre ** (self.kwta_norm / 2)).topk(round(self.wanted_l0()), sorted=False).indices
         return torch.zeros_like(pre).scatter(-1, winners, pre.relu().gather(-1, winners))

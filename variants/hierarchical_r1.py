@@ -17,7 +17,7 @@ All of these with linear_start and linear_until 0.5. On the embedded model's act
 """
 import torch
 
-from sae import SAE
+from sae import SAE, Refuse
 
 
 class Variant(SAE):
@@ -28,6 +28,8 @@ class Variant(SAE):
     off = {"linear_start": 1.0}
 
     def build(self):
+        if self.linear_form not in ("l0", "weight") or self.linear_form == "weight" and self.activation in ("topk", "batch_topk"):
+            raise Refuse(f"--set linear_form={self.linear_form}: want l0, or weight with activation relu or jumprelu", 2)
         super().build()
         self.register_buffer("window", torch.full((self.d_sae,), self.l0 / self.d_sae))    # rate over linear_window * d_sae rows
         self.latents["window"] = (0, self.l0 / self.d_sae)

@@ -41,6 +41,8 @@ class Variant(Base):
     def build(self):
         if self.interference_rule not in ("decoder", "coactivation"):
             raise Refuse(f"--set interference_rule={self.interference_rule}: want decoder or coactivation", 2)
+        if self.zscore_threshold and self.activation != "relu":
+            raise Refuse(f"--set activation={self.activation}: z-score is a threshold of its own: want relu, or zscore_threshold=false", 2)
         super().build()
         self.register_buffer("pre_mean", torch.zeros(self.d_sae))
         self.register_buffer("pre_std", torch.zeros(self.d_sae))        # 0, so plain ReLU, until the data are seen
@@ -111,7 +113,7 @@ class Variant(Base):
         if not self.revive_interference or not silent.any():
             return silent
         living = self.W_dec[~silent]
-        cost = torch.cat([self.pair_cost(cos, cos).sum(1) for cos in (rows @ living.T for rows in self.W_dec.split(2048))])
+        cost = torch.cat([self.pair_cost(cos, cos).sum(1) for cos in (rows @ living.T for rows in self.W_dec.split(1024))])
         cost = cost - (1 - self.interference_tau) * ~silent             # a living one's pair with itself
         return silent & (cost >= self.revive_interference * cost[~silent].mean())
 

@@ -25,7 +25,7 @@ class Variant(LatentLR, Base):
         self.latents["worth"] = (0, 1.0)
 
     def move_scale(self):
-        return (self.worth / self.worth.mean()).clamp_min(1e-6) ** self.worth_power
+        return (self.worth / self.worth.mean().clamp_min(1e-12)).clamp_min(1e-6) ** self.worth_power
 
     def losses(self, out):
         terms = super().losses(out)
