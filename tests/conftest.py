@@ -1,5 +1,14 @@
+import os
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import sae  # noqa: E402
+
+sae.SPARSE_BELOW = float(os.environ.get("SPARSE_BELOW", sae.SPARSE_BELOW))     # 1: toys take the sparse path too, see test_sparse.py
 
 torch.use_deterministic_algorithms(True)        # as 02_train.py does on a CPU
 torch.set_num_threads(1)                        # bits depend on it, and toys are faster so
