@@ -447,9 +447,9 @@ def reference(run, others, metric):
     there = [o for o in wide if o.get(metric) is not None]
     if not there:
         return "-" if wide else "no run of the same seed and length"
-    near = min(unlike(run, o) for o in there)
-    curve = sorted((o for o in there if unlike(run, o) == near), key=lambda o: o.get("l0"))
-    l0 = run.get("l0")
+    l0, kind = run.get("l0"), lambda o: o.settings["activation"]
+    nearest = min(there, key=lambda o: (unlike(run, o), kind(o) != kind(run), abs(math.log(l0 / o.get("l0")))))
+    curve = sorted((o for o in there if not unlike(nearest, o) and kind(o) == kind(nearest)), key=lambda o: o.get("l0"))
     below, above = [o for o in curve if o.get("l0") <= l0], [o for o in curve if o.get("l0") > l0]
     if below and above and above[0].get("l0") / below[-1].get("l0") <= WIDEST_GAP:
         low, high = below[-1], above[0]
@@ -502,6 +502,7 @@ def compare(runs, primary):
             differ = []
             for name, m in cells:
                 wanted = ["baseline"] if whose == "baseline" else groups[name][0].config["parents"]
+                wanted = [v for v in wanted if any(r.variant == v for r in runs)][:1]      # of two parents the first that was run
                 differ.append(difference(groups[name], [r for r in runs if r.variant in wanted], m))
             adjusted = holm([d.p for d in differ]).tolist() if differ else []
             for (name, m), d, p in zip(cells, differ, adjusted):
@@ -616,7 +617,7 @@ def uninformative(runs, controls):
 
 def notes(runs, controls, found, tried, primary):
     """Sentences under a table: how much was tried and could be seen, what guards say in full, and which metrics can't tell these runs from a control."""
-    main, lines, said = next(m for m in METRICS if m.key == primary), [], set()
+    main, lines = next(m for m in METRICS if m.key == primary), []
     differ = [d for (_, whose, key), (d, _) in found.items() if (whose, key) == ("baseline", primary) and len(d.deltas) >= MIN_SEEDS]
     lines.append(f"The verdict is about {main.title} - baseline; {tried} variants and settings were tried, and Holm's correction is for as many.")
     if differ:
@@ -637,14 +638,14 @@ def notes(runs, controls, found, tried, primary):
     if len(versions) > 1:
         lines.append("G26: rows were evaluated by different versions of 03_eval.py: run it again.")
     for r in runs:
-        for g in r.guards:
-            if g["level"] == "fatal" or g["id"] in ("G09", "G11", "G14", "G31", "G32", "G35"):
-                about = f"{g['id']} {g['message']}."
-                line = f"{r.config['name']} is invalid: {about}" if g["level"] == "fatal" else about if g["id"] in ("G14", "G32") else f"{r.config['name']}: {about}"
-                lines += [line] if line not in said else []
-                said.add(line)
+        lines += [f"{r.config['name']} is invalid: {g['id']} {g['message']}." for g in r.guards if g["level"] == "fatal"]
         if r.status == "failed":
             lines.append(f"{r.config['name']} failed in training: {r.config.get('reason', 'no reason given')}.")
+    warned = {}
+    for r in runs:
+        for g in {g["id"]: g for g in r.guards if g["level"] == "warn"}.values():
+            warned.setdefault(g["id"], []).append((r.config["name"], g["message"]))
+    lines += [f"{guard} warns at {len(them)} run{'s' * (len(them) > 1)}: {them[0][0]}: {them[0][1]}." for guard, them in sorted(warned.items())]
     for m in METRICS:
         if m.key in uninformative(runs, controls):
             as_good, middle, whose = uninformative(runs, controls)[m.key]
@@ -659,7 +660,7 @@ dead: share of latents that never fire; absorption, probing, SCR, TPP and unlear
 latents of the highest cosine with another one's decoder row; a star: a control does as well as the baseline, so the metric says nothing by itself.
 
 Differences are paired by seed (same start, same batches) at the same length and width and the same L0: interpolated in log L0 between
-two of the other's runs, or to one within {SAME_L0:.0%}; never extrapolated. In brackets the 95 % interval: Student's t over seeds; for letters and data
+two of the other's runs, or to one within {SAME_L0:.0%}; never extrapolated. Of two parents the first that was run counts. In brackets the 95 % interval: Student's t over seeds; for letters and data
 sets the wider one of it and a bootstrap over seeds and letters.
 
 Verdict: *better* or *worse*, if the t interval excludes 0 after Holm's correction for the number tried, and, from {FLIP_SEEDS} seeds on, the exact sign-flip

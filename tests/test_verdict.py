@@ -122,6 +122,16 @@ def test_an_l0_within_five_percent_is_compared_as_it_is_and_the_rest_of_the_gap_
     assert verdicts(tmp_path) == {"denser": "no difference seen"}
 
 
+def test_a_curve_is_of_runs_that_differ_in_l0_alone_and_of_one_parent(tmp_path):
+    seeds(tmp_path, "baseline", [0.0] * 5)
+    seeds(tmp_path, "baseline", [curve(8) - 0.2] * 5, l0=8.0, set_l0=8.0, set_lr=0.1)      # trained badly: not a point of the baseline's curve
+    seeds(tmp_path, "idea", [curve(6)] * 5, l0=6.0)
+    seeds(tmp_path, "both", [0.03, 0.033, 0.029, 0.031, 0.0305], l0=4.1, parents=["good", "idea"])
+    seeds(tmp_path, "good", [0.0, 0.001, -0.001, 0.0, 0.0005], l0=4.0, parents=["baseline"])
+    assert verdicts(tmp_path)["idea"] == "invalid (G16)"
+    assert verdicts(tmp_path, whose="parent")["both"] == "better"            # than good at L0 4, not than a line from good to idea at L0 6
+
+
 def test_a_baseline_of_another_width_or_length_is_none(tmp_path):
     seeds(tmp_path, "baseline", [0.0] * 5)
     seeds(tmp_path, "wide", [0.1] * 5, set_d_sae=128)
@@ -237,7 +247,7 @@ def test_every_guard_that_a_line_in_the_table_names_is_said_in_full_below_it(tmp
     runs, _ = plot.find_runs(sorted(p.parent for p in tmp_path.glob("*/config.json")))
     found, tried = plot.compare(runs, "explained_variance")
     said = "\n".join(plot.notes(runs, [], found, tried, "explained_variance"))
-    assert "void-s0 is invalid: G02 because." in said and "G14 absorption is out of its scope: 2 letters, 64 latents" in said
+    assert "void-s0 is invalid: G02 because." in said and "G14 warns at 1 run: baseline-s0: absorption is out of its scope: 2 letters, 64 latents." in said
     assert "1 variants and settings were tried" in said
 
 
