@@ -140,6 +140,10 @@ class Run:
         """Add this step to the sums that the next log line reports; nothing here waits for the GPU."""
         new = {**{f"loss_{k}": v for k, v in terms.items()}, "mse": (x - out.x_hat).pow(2).mean(), "variance": x.var(0, correction=0).mean(),
                "l0": firing(out.acts).sum(), "l1": nonzeros(out.acts).sum() / len(x), "n": 1}
+        if self.sae.row_weight is not None:               # some rows were drawn more often than others; the log is of the data
+            share = self.sae.row_weight / self.sae.row_weight.sum()
+            new |= {"mse": share @ (x - out.x_hat).pow(2).mean(-1), "variance": share @ (x - share @ x).pow(2).mean(-1),
+                    "l0": share @ (out.acts > 0).sum(-1).float(), "l1": share @ out.acts.sum(-1).float()}
         for key, value in new.items():
             self.window[key] = self.window.get(key, 0) + value
 

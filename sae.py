@@ -276,6 +276,7 @@ class SAE(nn.Module):
         self.d_in, self.steps, self.seed = d_in, steps, seed
         self.step = 0
         self.stats = {}               # a variant writes what it wants logged: name -> number
+        self.row_weight = None        # how much each row of the batch counts [B], where choose_batch draws some more often than others
         self.latents = {}             # parameter or buffer -> (its latent axis, the value of a fresh latent or None)
         for name, value in settings.items():
             setattr(self, name, value)

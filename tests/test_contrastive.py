@@ -1,6 +1,7 @@
 """Each row of the contrastive study moves what it is meant to move, against its parent on the same seeds and batches (a row that is
 switched off is its parent bit for bit, as test_variants.py shows), and its mechanism gives known answers."""
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -358,6 +359,23 @@ def test_r8_remembers_each_row_s_error_and_a_batch_in_parts_gets_its_own_weights
     for slot, new in zip((5000 + chosen).tolist(), error.tolist()):
         old = 1.0 if slot < 5010 else 0.1
         assert float(sae.row_error[slot]) == pytest.approx((old + new) / 2, rel=1e-4)
+
+
+def test_r8_what_is_logged_is_of_the_data_and_not_of_the_rows_drawn():
+    sae = sampled()
+    x = torch.randn(1000, D_IN, generator=generator("x"))
+    x[:10] *= 5                                                              # those with the large errors; more latents fire there
+    logged, plain = SimpleNamespace(sae=sae, window={}), SimpleNamespace(sae=latents("baseline"), window={})
+    with torch.no_grad():
+        for sae.step in range(200):
+            out = sae(x[sae.choose_batch(1000, None)])
+            for run in (logged, plain):
+                train_py.Run.watch(run, out.x, out, {})
+        data = SimpleNamespace(sae=plain.sae, window={})
+        train_py.Run.watch(data, x, sae(x), {})
+    for key in ("mse", "variance", "l0", "l1"):
+        drawn, said, true = (float(run.window[key] / run.window["n"]) for run in (plain, logged, data))
+        assert said == pytest.approx(true, rel=0.02) and drawn > 1.02 * true, key
 
 
 def test_r8_a_group_of_little_energy_moves_more_and_all_its_latents_alike():

@@ -25,7 +25,7 @@ class Variant(LatentLR, Base):
         super().build()
         self.register_buffer("row_error", torch.zeros(self.sample_rows))     # last errors of a row, 0: not seen yet
         self.register_buffer("l0_ratio", torch.ones(()))                     # L0 of the rows as drawn over that of the data
-        self.row_weight, self.part = None, slice(0, 0)                       # of this batch; the part of it in work
+        self.part = slice(0, 0)                                              # of the batch: the rows in work
 
     def move_scale(self):
         """Groups of little energy move more; all latents of a group alike."""

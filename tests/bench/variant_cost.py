@@ -1,9 +1,11 @@
 """What each variant costs against the base: time of a step and peak memory, as ratios.
 
-    python tests/bench/variant_cost.py [NAMES ...]           time, all by default: d_in 256, d_sae 2,048, batch 1,024, l0 32
+    python tests/bench/variant_cost.py [NAMES ...]           time, all by default: d_in 256, d_sae 2,048, batch 1,024, l0 32,
+                                                             the first 32 steps of a run of 500
     python tests/bench/variant_cost.py --memory [NAMES ...]  peak memory of a process of its own at d_in 2,304, d_sae 16,384, batch 2,048
 
-Variants take turns with the base, so that a machine that slows down slows down both; the ratio is of medians over the turns. On a GPU the
+Variants take turns with the base, so that a machine that slows down slows down both; the ratio is of medians over the turns. On a CPU the
+time is that of the processor (OMP_NUM_THREADS=1), so that other processes don't count. On a GPU the
 memory is torch's own count of the peak; on a CPU it is the process' resident peak less what it had after importing torch.
 """
 import argparse
@@ -46,19 +48,20 @@ def wait():
         torch.cuda.synchronize()
 
 
-def time_ratio(name, x, turns=7, per_turn=10):
-    """Median seconds of a step, over the base's."""
+def time_ratio(name, x, turns=4, per_turn=8, n_steps=500):
+    """Median seconds of a turn, over the base's."""
+    clock = time.process_time if DEVICE.type == "cpu" else time.perf_counter
     size = dict(d_sae=2048, l0=32.0, batch_size=1024)
-    pair = {n: prepare(n, x, turns * per_turn, **size) for n in ("baseline", name)}
+    pair = {n: prepare(n, x, n_steps, **size) for n in ("baseline", name)}
     seconds = {n: [] for n in pair}
     for turn in range(turns):
         for n, (sae, opt) in pair.items():
             wait()
-            started = time.perf_counter()
+            started = clock()
             steps(sae, opt, x, start=turn * per_turn, stop=(turn + 1) * per_turn)
             wait()
-            seconds[n].append(time.perf_counter() - started)
-    return statistics.median(seconds[name][1:]) / statistics.median(seconds["baseline"][1:])
+            seconds[n].append(clock() - started)
+    return statistics.median(seconds[name]) / statistics.median(seconds["baseline"])
 
 
 def peak_memory(name):
