@@ -148,13 +148,6 @@ def bootstrap(units, draws=2000):
     return tuple(np.quantile((seeds @ units * letters).sum(-1), [LEVEL / 2, 1 - LEVEL / 2]).tolist())
 
 
-def wilson(hits, total, z=1.959964):
-    """95 % interval of a share seen as hits of total (Wilson 1927); stays within 0..1 and is not empty at 0 or 1."""
-    share, extra = hits / total, z * z / total
-    middle, half = share + extra / 2, z * math.sqrt((share * (1 - share) + extra / 4) / total)
-    return max(0.0, (middle - half) / (1 + extra)), min(1.0, (middle + half) / (1 + extra))
-
-
 def word(mean, low, high, p, n, worth, better=1):
     """What can be said of a difference: better | worse | no difference seen | cannot tell.
 
@@ -431,6 +424,7 @@ class Difference(NamedTuple):
     p: float = 1.0           # before Holm's correction
     worth: float = 0.0
     gap: float = 0.0         # the share by which the L0s still differ (mean over seeds)
+    holm: float = 1.0        # p after Holm's correction
 
 
 def reference(run, others, metric):
@@ -506,7 +500,7 @@ def compare(runs, primary):
                 differ.append(difference(groups[name], [r for r in runs if r.variant in wanted], m))
             adjusted = holm([d.p for d in differ]).tolist() if differ else []
             for (name, m), d, p in zip(cells, differ, adjusted):
-                found[name, whose, m.key] = d, said_of(groups[name], d, p, m, whose)
+                found[name, whose, m.key] = d._replace(holm=p), said_of(groups[name], d, p, m, whose)
     return found, len(groups)
 
 
@@ -557,14 +551,16 @@ def table(runs, controls, found, primary):
     columns = [m for m in METRICS if any(m.key in r.metrics for r in runs + controls)]
     main, blind = next(m for m in METRICS if m.key == primary), uninformative(runs, controls)
     header = ["run", "verdict", "parent", "seeds"] + [m.title + "*" * (m.key in blind) for m in columns] + \
-             [f"{main.title} - baseline", f"{main.title} - parent", "guards"]
+             [f"{main.title} - baseline", "p (Holm)", "p (sign-flip)", f"{main.title} - parent", "guards"]
     rows = []
     for name, members in [*grouped(runs).items(), *((c.name, [c]) for c in controls)]:
         one, control = members[0], members[0] in controls
         cells = [found.get((name, whose, primary)) for whose in ("baseline", "parent")]
         row = [name, cells[0][1] if cells[0] else "", "" if control else ", ".join(one.config["parents"]) or "-", "" if control else str(len(members))]
         row += [measured(members, m) for m in columns]
-        row += [interval(cell[0], main.digits) if cell else "" for cell in cells]
+        d = cells[0][0] if cells[0] else Difference()
+        tests = [f"{d.holm:.3g}", f"{float(sign_flip(d.deltas)):.3g}"] if len(d.deltas) >= MIN_SEEDS else [""] * 2
+        row += [interval(d, main.digits) if cells[0] else "", *tests, interval(cells[1][0], main.digits) if cells[1] else ""]
         if cells[1] and not cells[1][0].why:
             row[-1] = "the same" if one.config["parents"] == ["baseline"] else f"{row[-1]}: {cells[1][1]}"
         rows.append(row + [guards_said(members, control, found, name)])

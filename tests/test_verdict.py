@@ -70,6 +70,20 @@ def test_a_real_gain_is_better_and_a_real_loss_worse_to_baseline_and_parent(tmp_
     assert verdicts(tmp_path, whose="parent") == {"good": "better", "bad": "worse"}
 
 
+def test_the_table_shows_the_interval_and_both_tests(tmp_path):
+    seeds(tmp_path, "baseline", [0.0] * 6)
+    deltas = [0.020, 0.022, 0.019, 0.021, 0.018, 0.020]
+    seeds(tmp_path, "good", deltas)
+    seeds(tmp_path, "other", [0.001, -0.001, 0.002, -0.002, 0.0005, 0.0])
+    runs, _ = plot.find_runs(sorted(p.parent for p in tmp_path.glob("*/config.json")))
+    found, _ = plot.compare(runs, "explained_variance")
+    header, rows = plot.table(runs, [], found, "explained_variance")
+    row, test = dict(zip(header, rows[1])), stats.ttest_1samp(deltas, 0)
+    low, high = test.confidence_interval(0.95)
+    assert row["EV - baseline"] == f"+0.0200 [{low:+.4f}, {high:+.4f}] (n=6)" and row["verdict"] == "better" and row["EV - parent"] == "the same"
+    assert (row["p (Holm)"], row["p (sign-flip)"]) == (f"{2 * test.pvalue:.3g}", "0.0312")      # two were tried
+
+
 def test_three_seeds_are_a_screening(tmp_path):
     seeds(tmp_path, "baseline", [0.0] * 3)
     seeds(tmp_path, "good", [0.020, 0.021, 0.019])
@@ -394,10 +408,11 @@ def test_holm_is_the_textbooks():
     assert plot.holm([[0.5, 0.9], [0.01, 0.02]]) == pytest.approx(np.array([[1.0, 1.0], [0.02, 0.02]]))
 
 
-def test_wilsons_interval_is_scipys():
+def test_wilsons_interval_of_a_letter_is_scipys():
+    evaluation = importlib.import_module("03_eval")
     for hits, total in ((0, 20), (16, 455), (455, 455), (122, 2803)):
         low, high = stats.binomtest(hits, total).proportion_ci(method="wilson")
-        assert plot.wilson(hits, total) == pytest.approx((low, high), abs=1e-6)
+        assert evaluation.wilson(hits, total) == pytest.approx([low, high], abs=1e-4)
 
 
 def test_the_bootstrap_covers_what_varies():
