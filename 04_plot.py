@@ -270,12 +270,12 @@ def read_benchmarks(run):
     for name in dict.fromkeys(name for name, *_ in BENCHMARKS.values()):
         path = run.folder / "eval" / f"{name}.json"
         result = read_json(path) if path.exists() else None
-        details = result.get("eval_result_details") if result else None
+        details = (result.get("eval_result_details") or result.get("eval_result_unstructured")) if result else None
         if result is None:
             run.gaps[name] = "no eval"
         elif run.config and result.get("sae_checksum", run.config["sae_checksum"]) != run.config["sae_checksum"]:
             run.gaps[name] = "stale"
-        elif not details and not (name == "unlearning" and details is None):
+        elif not details:
             run.gaps[name] = "not run (G11)"                                  # a score without what it is the mean of was not measured
         else:
             run.benchmarks[name] = result

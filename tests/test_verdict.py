@@ -235,7 +235,7 @@ def test_sae_benchs_results_are_read_by_its_own_schema_and_the_llm_column_is_nev
     scr = {"eval_result_metrics": {"scr_metrics": {"scr_metric_threshold_20": 0.3, "scr_dir1_threshold_20": 0.1}}, "eval_result_details": [{"dataset_name": "x"}]}
     tpp = {"eval_result_metrics": {"tpp_metrics": {"tpp_threshold_20_total_metric": -1}}, "eval_result_details": [{"dataset_name": "x"}]}
     r = plot.Run(run(tmp_path, "topk", bench={"sparse_probing": probing, "scr": scr, "tpp": tpp, "unlearning": {
-        "eval_result_metrics": {"unlearning": {"unlearning_score": 0.02}}}}))
+        "eval_result_metrics": {"unlearning": {"unlearning_score": 0.02}}, "eval_result_details": [], "eval_result_unstructured": [{"multiplier": 1}]}}))
     assert (r.get("probe_1"), r.get("probe_5"), r.get("probe_20"), r.get("scr"), r.get("tpp"), r.get("unlearning")) == (0.85, 0.9, None, 0.3, None, 0.02)
     assert r.units["probe_1"] == {"x": 0.85} and r.gaps == {"absorption": "no eval"}
     for module, cls, path in (("absorption", "AbsorptionMeanMetrics", "absorption_full"), ("sparse_probing", "SparseProbingSaeMetrics", "probe_5"),
