@@ -221,27 +221,26 @@ def test_a_model_that_transformer_lens_gets_wrong_is_refused(world, monkeypatch)
 # ---- core -----------------------------------------------------------------------------------------------------------------------------
 
 
-def plain_core(world, bench, run, folder):
-    """SAEBench's own call on the same contexts."""
+def plain_core(acts, bench, runs, settings, folder):
+    """SAEBench's own call on the same contexts -> its result of each run."""
     from sae_bench.evals.core import main as core
     from sae_lens.training import activations_store
-    s = ev.core_settings(world)
-    used = world.val()["tokens"][:s["batches"] * s["batch_size_prompts"]].tolist()
+    n, batch = settings["batches"], settings["batch_size_prompts"]
     (folder / "data").mkdir(parents=True)
-    (folder / "data" / "train.jsonl").write_text("\n".join(json.dumps({"tokens": row}) for row in used))
+    (folder / "data" / "train.jsonl").write_text("\n".join(json.dumps({"tokens": row}) for row in acts.val()["tokens"][:n * batch].tolist()))
     on_the_hub = ev.replaced(activations_store, "validate_pretokenized_dataset_tokenizer", lambda **_: None)      # asks the hub about the folder
     with bench.seams(42), on_the_hub:
-        core.multiple_evals([(bench.label(run), ev.BenchSAE(bench, run))], s["batches"], s["batches"], s["batch_size_prompts"], compute_featurewise_density_statistics=True,
+        core.multiple_evals([(bench.label(r), ev.BenchSAE(bench, r)) for r in runs], n, n, batch, compute_featurewise_density_statistics=True,
                             compute_featurewise_weight_based_metrics=True, exclude_special_tokens_from_reconstruction=True, dataset=str(folder / "data"),
-                            context_size=CTX, output_folder=str(folder / "out"), dtype="float32", device="cpu", force_rerun=True)
-    return json.loads(next((folder / "out").glob("*.json")).read_text())
+                            context_size=settings["context_size"], output_folder=str(folder / "out"), dtype="float32", device="cpu", force_rerun=True)
+    return [json.loads(next((folder / "out").glob(f"{bench.label(r)}_*.json")).read_text()) for r in runs]
 
 
 def test_core_is_saebenchs_own_field_by_field(world, bench, tmp_path):
     runs = [make_run("core-a", random_sae(world, 0)), make_run("core-b", random_sae(world, 1))]
     assert not evaluate(world, runs, "saebench_core")
-    for i, run in enumerate(runs):
-        ours, theirs = result(run, "saebench_core"), plain_core(world, bench, run, tmp_path / str(i))
+    for run, theirs in zip(runs, plain_core(world, bench, runs, ev.core_settings(world), tmp_path)):
+        ours = result(run, "saebench_core")
         for key in ("eval_result_metrics", "eval_result_details", "sae_cfg_dict", "eval_type_id"):
             same(ours[key], theirs[key], key)
 
@@ -285,12 +284,13 @@ def letter_sae(world, repaired):
     return relu_sae(world, torch.cat([parents, children]).T, torch.cat([letters, decoders]), b_enc)
 
 
-def plain_absorption(bench, run, settings, folder):
-    """SAEBench's own call: its probes, prompts, k-sparse probes and scores."""
+def plain_absorption(acts, bench, runs, settings, folder):
+    """SAEBench's own call: its probes, prompts, k-sparse probes and scores -> its result of each run."""
     from sae_bench.evals.absorption import common, feature_absorption
     from sae_bench.evals.absorption import main as absorption
     from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
-    config = AbsorptionEvalConfig(model_name=bench.name, precalc_k_sparse_probe_sae_acts=True)
+    config = AbsorptionEvalConfig(model_name=bench.name, min_GT_probe_f1=settings["min_probe_f1"], min_feats_for_eval=settings["min_letters"],
+                                  precalc_k_sparse_probe_sae_acts=True)
     there = {"experiment_dir": folder / "probing", "probes_dir": folder / "probes"}        # else next to the installed package
     probing = functools.partial(absorption.run_k_sparse_probing_experiment, **there)
     scoring = functools.partial(absorption.run_feature_absortion_experiment, experiment_dir=folder / "scores", probes_dir=there["probes_dir"],
@@ -302,15 +302,15 @@ def plain_absorption(bench, run, settings, folder):
                                     (common, "get_alpha_tokens", ev.alpha_tokens), (feature_absorption, "get_alpha_tokens", ev.alpha_tokens)):
             stack.enter_context(ev.replaced(module, name, value))
         with bench.seams(settings["random_seed"]):
-            absorption.run_eval(config, [(bench.label(run), ev.BenchSAE(bench, run))], "cpu", str(folder / "out"), force_rerun=True)
-    return json.loads(next((folder / "out").glob("*.json")).read_text())
+            absorption.run_eval(config, [(bench.label(r), ev.BenchSAE(bench, r)) for r in runs], "cpu", str(folder / "out"), force_rerun=True)
+    return [json.loads(next((folder / "out").glob(f"{bench.label(r)}_*.json")).read_text()) for r in runs]
 
 
 @pytest.mark.parametrize("name", ["planted", pytest.param("random", marks=pytest.mark.slow)])
 def test_absorption_is_saebenchs_own_field_by_field(world, bench, tmp_path, name):
     run = make_run(name, letter_sae(world, repaired=False) if name == "planted" else random_sae(world, 2))
     assert not evaluate(world, [run], "absorption")
-    ours, theirs = result(run, "absorption"), plain_absorption(bench, run, ev.absorption_settings(world), tmp_path)
+    ours, theirs = result(run, "absorption"), plain_absorption(world, bench, [run], ev.absorption_settings(world), tmp_path)[0]
     for key in ("eval_result_metrics", "eval_result_details", "sae_cfg_dict", "eval_type_id", "eval_config"):
         same(ours[key], theirs[key], key)
 
