@@ -870,6 +870,7 @@ class BenchEval(NamedTuple):
     output: str              # module:class of its result
     settings: Callable       # f(acts) -> everything that its numbers depend on beside model and SAE, as JSON; Unfit where it makes no sense
     evaluate: Callable       # f(bench, runs, settings, failures) -> yields (run, SAEBench's result as a dict, {"metrics": ..., "guards": ...})
+    columns: tuple = ()      # (title, key in "metrics") of what the table at the end shows
 
 
 class Bench:
@@ -880,6 +881,7 @@ class Bench:
         self.model, self.weights = hooked_transformer(acts, device)
         self.name = self.model.cfg.model_name
         self.dtype, self.started = "float32", time.time()
+        self.share = 1.0                                                      # of what is usually worked on at once; halved when memory is short
 
     def key(self, name, settings):
         """What the work kept for evaluation `name` depends on."""
@@ -1111,17 +1113,41 @@ def evaluate_saebench(acts, runs, names, force, device, failures):
                 bar.update()
 
 
+def saebench_table(runs, acts):
+    """One line per run with a result of these weights: the headline figures of SAEBench's evaluations, void ones in brackets."""
+    columns, lines = [(name, *c) for name, spec in BENCH.items() for c in spec.columns], []
+    for run in runs:
+        found = {}
+        for name in BENCH:
+            with contextlib.suppress(Refuse):
+                result = read_json(run.folder / "eval" / f"{name}.json")
+                if (result.get("sae_checksum"), result.get("acts")) == (run.config["sae_checksum"], acts.folder.name):
+                    void = any(g["level"] == "fatal" for g in result["guards"])
+                    found[name] = {k: f"({v:.4f})" if void else f"{v:.4f}" for k, v in result["metrics"].items() if v is not None}
+        if found:
+            lines.append((run.name, [found.get(name, {}).get(key, "-") for name, _, key in columns]))
+    width = max([3, *(len(name) for name, _ in lines)])
+    lines = [f"{'run':{width}}" + "".join(f"  {title:>8}" for _, title, _ in columns)] + \
+            [f"{name:{width}}" + "".join(f"  {cell:>8}" for cell in cells) for name, cells in lines]
+    return "SAEBench\n" + "\n".join(lines) if len(lines) > 1 else ""
+
+
 def outcomes(bench, name, settings, todo, failures):
-    """The results of one evaluation, each with the seconds it took; what goes wrong for all runs ends this evaluation alone."""
-    started = time.perf_counter()
-    try:
-        for run, result, more in BENCH[name].evaluate(bench, todo, settings, failures) if todo else ():
-            yield run, result, more, time.perf_counter() - started
-            todo = [r for r in todo if r is not run]
-            started = time.perf_counter()
-    except Exception as e:
-        for run in [r for r in todo if (r.folder, name) not in failures]:
-            blame(run, failures, name, e)
+    """The results of one evaluation, each with the seconds it took. What goes wrong for all runs ends this evaluation alone; where memory
+    does not suffice, it goes on with half as much at once."""
+    while todo:
+        started = time.perf_counter()
+        try:
+            for run, result, more in BENCH[name].evaluate(bench, todo, settings, failures):
+                yield run, result, more, time.perf_counter() - started
+                todo, started = [r for r in todo if r is not run], time.perf_counter()
+            return
+        except Exception as e:
+            if not is_out_of_memory(e) or bench.share < 1 / 64:
+                for run in [r for r in todo if (r.folder, name) not in failures]:
+                    blame(run, failures, name, e)
+                return
+        bench.share /= 2                                                      # outside of `except`, which keeps the tensors alive
 
 
 def check_saebench(result, run, bench, spec):
@@ -1146,12 +1172,12 @@ KEPT = 2**31                     # bytes of activations that are kept on disk an
 
 
 def core_settings(acts):
-    """The held-out contexts in batches of 16: all of them (SAEBench's 200 batches of 128 tokens are about as many tokens), of the embedded
-    model the first 256. Special tokens are left as they are, as in SAEBench's own published runs."""
-    there = acts.meta["val"]["contexts"]
+    """All held-out contexts, for losses and for rows alike; of the embedded model the first 256. Special tokens keep their activations,
+    as in SAEBench's own published runs."""
+    there, ctx = acts.meta["val"]["contexts"], acts.val()["tokens"].shape[1]
     contexts = min(there, 256) if acts.meta["model"]["name"] == "tiny" else there
-    batch = min(16, contexts)
-    return {"batch_size_prompts": batch, "batches": contexts // batch, "context_size": acts.val()["tokens"].shape[1],
+    batch = max(1, min(16, 2048 // ctx, contexts))                            # its 16 contexts of 128 tokens: [2048, d_sae] is in memory a few times
+    return {"batch_size_prompts": batch, "batches": contexts // batch, "context_size": ctx,
             "exclude_special_tokens_from_reconstruction": True}
 
 
@@ -1216,7 +1242,8 @@ class CoreShared:
         tokenizer = bench.model.tokenizer
         self.ignored = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
         self.special = torch.isin(self.tokens, torch.tensor([i for i in self.ignored if i is not None]))
-        self.at_once = max(1, (2**28 if bench.device.type == "cuda" else 2**22) // (self.context_size * bench.model.cfg.d_vocab))
+        logits = bench.share * (2**28 if bench.device.type == "cuda" else 2**22)
+        self.at_once = max(1, int(logits // (self.context_size * bench.model.cfg.d_vocab)))
         self.kept_contexts = min(len(self.tokens), KEPT // (4 * self.context_size * bench.model.cfg.d_model))
         path = bench.folder("saebench_core", settings) / "clean.safetensors"
         if not path.exists():
@@ -1361,7 +1388,7 @@ def read_prompts(bench, settings):
             words = [splits["test"][1][i][0] for i in (found["hit"] & (found["test_y"] == letter)).nonzero().flatten().tolist()]
             prompts = calculator._build_prompts(words)
             calculator._validate_prompts_are_same_length(prompts)
-            rows += [stopping([p.base for p in part], names_filter=[hook])[1][hook][:, pos].cpu() for part in batched(prompts, 64)]
+            rows += [stopping([p.base for p in part], names_filter=[hook])[1][hook][:, pos].cpu() for part in batched(prompts, max(1, int(64 * bench.share)))]
     return {**found, "rows": torch.cat(rows), "rows_y": found["test_y"][found["hit"]].sort(stable=True).values, "rng": rng}
 
 
@@ -1541,8 +1568,10 @@ def absorption_guards(bench, sae, m, config):
     return found
 
 
-BENCH = {"saebench_core": BenchEval("sae_bench.evals.core.eval_output:CoreEvalOutput", core_settings, bench_core),
-         "absorption": BenchEval("sae_bench.evals.absorption.eval_output:AbsorptionEvalOutput", absorption_settings, bench_absorption)}
+BENCH = {"saebench_core": BenchEval("sae_bench.evals.core.eval_output:CoreEvalOutput", core_settings, bench_core,
+                                    (("CE score", "ce_loss_score"), ("KL score", "kl_div_score"))),
+         "absorption": BenchEval("sae_bench.evals.absorption.eval_output:AbsorptionEvalOutput", absorption_settings, bench_absorption,
+                                 (("abs.full", "mean_full_absorption_score"), ("abs.frac", "mean_absorption_fraction_score")))}
 
 
 # ---- labelled text for SAEBench: of the corpus itself where its records carry labels, else its own data sets ------------------------------
@@ -2196,6 +2225,8 @@ def main():
         del locks
         n = n_contexts(acts, args.contexts)
         print(f"\n{acts.folder}, {n} held-out {'contexts' if acts.meta['source'] == 'model' else 'rows'}\n{table(group, acts, n)}")
+        if shown := saebench_table(group, acts):
+            print(f"\n{shown}")
     return 5 if failures else 0
 
 

@@ -401,6 +401,23 @@ def test_an_interrupted_evaluation_goes_on_with_the_runs_that_are_left(world, mo
     assert calls == ["resume0", "resume1", "resume1", "resume2"] and all(result(r, "saebench_core") for r in runs)
 
 
+def test_short_memory_is_met_with_smaller_batches(world, monkeypatch):
+    run = make_run("memory", random_sae(world, 9))
+    real, shares = ev.CoreShared.splice, []
+
+    def splice(shared, *args):
+        shares.append(shared.bench.share)
+        if shared.at_once > 10:
+            raise torch.OutOfMemoryError("a GPU says so")
+        return real(shared, *args)
+    evaluate(world, [run], "saebench_core")
+    roomy = result(run, "saebench_core")["eval_result_metrics"]
+    monkeypatch.setattr(ev.CoreShared, "splice", splice)
+    assert not evaluate(world, [run], "saebench_core", force=True)
+    assert shares[0] == 1 and shares[-1] < 1
+    same(result(run, "saebench_core")["eval_result_metrics"], roomy)
+
+
 @pytest.mark.parametrize("what", ["another run", "another layer", "empty", "old", "nan", "a field missing"])
 def test_a_result_that_is_not_sound_is_refused(world, monkeypatch, what):
     run = make_run("unsound", random_sae(world, 8))
