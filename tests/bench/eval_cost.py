@@ -1,6 +1,7 @@
 """What SAEBench's evaluations cost for 1, 5 and 20 SAEs: 03_eval.py, which shares what depends on no SAE, against SAEBench's own calls.
 
-    python tests/bench/eval_cost.py                       # on acts/tiny; about ten minutes of one core
+    python tests/bench/eval_cost.py                       # on acts/tiny
+    python tests/bench/eval_cost.py --part 4              # a quarter of the contexts and words
 
 Reads acts/tiny (01_cache_acts.py) and writes nothing but its eval_cache, which it empties. CPU seconds of this process, imports and the
 building of the language model apart. SAEs are random, 1,024 latents, L0 16. SAEBench is timed on 1 and 2 SAEs; its further SAEs cost what
@@ -68,6 +69,7 @@ def main():
     p.add_argument("--acts", default="tiny", help="folder under acts/ (default: tiny)")
     p.add_argument("--eval", nargs="+", default=["saebench_core", "absorption"], help="which evaluations")
     p.add_argument("--saes", nargs="+", type=int, default=[1, 5, 20], help="how many SAEs; the first must be 1")
+    p.add_argument("--part", type=int, default=1, help="work on one of so many contexts and words (default: all)")
     args = p.parse_args()
     torch.set_num_threads(1)
     import test_saebench as own
@@ -75,6 +77,11 @@ def main():
         acts = Acts(Path("acts").resolve() / args.acts)
         spells = {**ev.absorption_settings(acts), "prompt_template": "{word} has the first letter:", "prompt_token_pos": -6, "own_position": False,
                   "probe_batch": 4096, "min_probe_f1": -1.0, "min_letters": 1}            # what SAEBench's own code can do as well
+        core = ev.core_settings(acts)
+        core["batches"] //= args.part
+        words = ev.alpha_tokens
+        ev.alpha_tokens = lambda tokenizer: words(tokenizer)[::args.part]
+        ev.BENCH["saebench_core"] = ev.BENCH["saebench_core"]._replace(settings=lambda acts: core)
         ev.BENCH["absorption"] = ev.BENCH["absorption"]._replace(settings=lambda acts: spells)
         bench, runs = ev.Bench(acts, CPU), random_runs(acts, max(args.saes), Path(folder))
         print(f"{acts.folder.name}: CPU seconds on one core\n{'':16}{'SAEs':>5}{'ours':>9}{'SAEBench':>10}{'ratio':>7}{'ours / ours of 1':>18}")
