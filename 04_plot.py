@@ -958,17 +958,19 @@ def draw_verdicts(caches, compared, primary, path):
     save(figure, path)
 
 
-def draw_ablation(caches, look, path):
-    """A row of panels per swept setting (--sweep) other than l0: quality, L0 and dead latents against its values, the baseline as a line."""
-    series = [(acts, runs, variant, key, values) for acts, (runs, _) in caches.items() for (variant, key), values in swept(runs).items() if key != "l0"]
+def draw_ablation(caches, look, path, keys="(?!l0$)", metrics=("explained_variance", "ce_recovered|mcc", "l0", "dead")):
+    """A row of panels per swept setting (--sweep) that `keys` matches: metrics against its values, the baseline as a line. a|b: a, or b if
+    nothing has a."""
+    series = [(acts, runs, variant, key, values) for acts, (runs, _) in caches.items() for (variant, key), values in swept(runs).items()
+              if re.match(keys, key)]
     if not series:
-        return "no setting was swept but l0 (02_train.py --sweep NAME=V1,V2)"
-    figure, axes = panels(len(series), 4, width=3.4, height=2.7)
+        return "no such setting was swept (02_train.py --sweep NAME=V1,V2)"
+    figure, axes = panels(len(series), len(metrics), width=3.4, height=2.7)
     handles = {}
     for row, (acts, runs, variant, key, values) in zip(axes, series):
         colour, marker, style = look[variant]
-        second = "ce_recovered" if any("ce_recovered" in r.metrics for r in runs) else "mcc"
-        for axis, metric in zip(row, ("explained_variance", second, "l0", "dead")):
+        for axis, names in zip(row, metrics):
+            metric = next((m for m in names.split("|") if any(r.get(m) is not None for r in runs)), names.split("|")[0])
             there = {v: [r.get(metric) for r in rs if r.valid and r.get(metric) is not None] for v, rs in values.items()}
             shown = [(i, ys) for i, ys in enumerate(there.values()) if ys]
             for i, ys in shown:
@@ -988,50 +990,6 @@ def draw_ablation(caches, look, path):
             axis.set_xticks(range(len(values)), [f"{v:g}" if isinstance(v, float) else str(v) for v in values], fontsize=7.5)
     legend(figure, handles)
     save(figure, path)
-
-
-CURVES = [("loss_recon", "reconstruction loss (training's own)", "log"), ("l0", "L0 (active latents per row)", "log"),
-          ("explained_variance", "explained variance", "linear"), ("dead", "dead latents (share)", "linear")]
-
-
-def draw_training(caches, look, path):
-    """Metrics during training, mean over seeds; two rows of panels per cache."""
-    figure, axes = panels(2 * len(caches), 2, height=2.9)
-    axes = axes.reshape(-1, len(CURVES))
-    handles = {}
-    for row, (acts, (runs, _)) in zip(axes, caches.items()):
-        logs = {name: [read_log(r.folder, r.config) for r in members] for name, members in grouped([r for r in runs if not r.fatal]).items()}
-        variant = {name: members[0].variant for name, members in grouped(runs).items()}
-        for axis, (metric, label, scale) in zip(row, CURVES):
-            lowest = []
-            for name, seeds in logs.items():
-                x, y = mean_curve(seeds, metric)
-                if x:
-                    colour, _, style = look[variant[name]]
-                    handles.setdefault(variant[name], axis.plot(x, y, color=colour, ls=style, lw=1.2, alpha=0.9)[0])
-                    lowest += y[len(y) // 20:]
-            if not lowest:
-                say(axis, "no training log")
-            elif metric == "dead":
-                axis.set_ylim(0, max(0.02, 1.1 * max(lowest)))
-            elif metric == "explained_variance":
-                axis.set_ylim(max(min(lowest) - 0.05, -0.1), min(1.0, max(lowest) + 0.05))
-            axis.set(yscale=scale if lowest else "linear", xlabel="training tokens", ylabel=label, title=f"{acts}: {label.split(' (')[0]}")
-            axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-            axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
-            if scale == "log" and lowest:
-                axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(10, (1, 2, 5)))
-                axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-                axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    legend(figure, handles)
-    save(figure, path)
-
-
-def mean_curve(logs, metric):
-    """(tokens, mean over the logs) where all logs have a value."""
-    by_tokens = [{line["tokens"]: line[metric] for line in log if line.get(metric) is not None} for log in logs if log]
-    shared = sorted(set.intersection(*map(set, by_tokens))) if by_tokens else []
-    return shared, [statistics.mean(values[t] for values in by_tokens) for t in shared]
 
 
 DICTIONARIES = {"random": "--", "untrained": ":"}      # the controls with as many latents as the runs
@@ -1081,6 +1039,413 @@ def rates_of(run):
         return None
     tensors, meta = read_tensors(path)
     return tensors["rate"] if meta["sae_checksum"] == run.config["sae_checksum"] else None
+
+
+# ---- the notes' plots: a few ways of drawing, and tables of what is drawn -----------------------------------------------------------------
+# What is drawn stands at a path: `l0` is a metric; `log/-1/tau` is in the last line of the training log; `geometry/metrics/gini` in
+# eval/geometry.json. A * is every entry of a list (a list again) or of a dict (their mean).
+
+
+class Panel(NamedTuple):
+    """One panel. dots: `y` is the path of a number; curves: `x` and `y` are paths of lists. Either may be f(run) instead."""
+    y: object
+    label: str                  # with units
+    null: object = None         # the same of what has learned nothing, drawn in grey
+    null_label: str = "null: random"
+    x: object = "log/*/tokens"
+    x_label: str = "training tokens"
+    scale: str = "linear"
+
+
+def result(run, name):
+    """A file of the run's eval folder, or its training log; None where it is missing or of other weights. Read once."""
+    kept = vars(run).setdefault("results", {})
+    if name not in kept:
+        path = run.folder / "eval" / f"{name}.json"
+        kept[name] = read_log(run.folder, run.config) if name == "log" else read_json(path) if path.exists() else None
+        if name != "log" and kept[name] and run.config and kept[name]["sae_checksum"] != run.config["sae_checksum"]:
+            kept[name] = None
+    return kept[name]
+
+
+def look_up(run, path):
+    """What stands at a path of a run, or what f(run) gives; None where there is nothing."""
+    if callable(path):
+        return path(run)
+    name, *keys = path.split("/")
+    return descend(result(run, name), keys) if keys else run.get(name)
+
+
+def descend(value, keys):
+    if not keys or value is None or value == []:
+        return value if not keys else None
+    key, *rest = keys
+    if key == "*" and isinstance(value, dict):
+        found = [v for v in (descend(v, rest) for v in value.values()) if v is not None]
+        return statistics.mean(found) if found else None
+    if key == "*":
+        return [descend(v, rest) for v in value]
+    return descend(value[int(key)] if isinstance(value, list) else value.get(key), rest)
+
+
+NEEDS = {"stability": " with two seeds or more", "training": " on runs that kept snapshots"}
+
+
+def lacking(specs):
+    """In a word why a figure has nothing to show."""
+    paths = [s.y.split("/") for s in specs if isinstance(s.y, str)]
+    names = dict.fromkeys(keys[0] if len(keys) > 1 else BENCHMARKS.get(keys[0], ["core"])[0] for keys in paths if keys[0] != "log")
+    return f"not measured: 03_eval.py --eval {' '.join(names)}{''.join(NEEDS.get(n, '') for n in names)}" if names else "no run logs it"
+
+
+def draw_dots(*specs, columns=4):
+    """A row per variant and setting, a panel per spec; hollow dots are seeds, the full one their mean, bars their standard deviation."""
+    def draw(caches, look, path):
+        shown = [s for s in specs if any(look_up(r, s.y) is not None for runs, _ in caches.values() for r in runs)]
+        if not shown:
+            return lacking(specs)
+        blocks = [(acts, grouped(runs), shown[at:at + columns]) for acts, (runs, _) in caches.items() for at in range(0, len(shown), columns)]
+        heights, wide = [0.9 + 0.17 * len(groups) for _, groups, _ in blocks], min(columns, len(shown))
+        figure, axes = plt.subplots(len(blocks), wide, figsize=(2.2 + 3.2 * wide, sum(heights) + 0.3), squeeze=False, layout="constrained",
+                                    height_ratios=heights, sharey="row")
+        for row, (acts, groups, part) in zip(axes, blocks):
+            for axis, spec in zip(row, part):
+                dots(axis, groups, look, spec, acts)
+            row[0].set_yticks(range(len(groups)), groups, fontsize=7)
+            row[0].set_ylim(len(groups) - 0.4, -0.6)
+            for axis in row[len(part):]:
+                axis.set_axis_off()
+        save(figure, path)
+    return draw
+
+
+def dots(axis, groups, look, spec, acts):
+    drawn, null = False, None
+    for y, members in enumerate(groups.values()):
+        values = [v for v in (look_up(r, spec.y) for r in members if r.valid) if v is not None]
+        if not values:
+            axis.annotate(gap(members), (0.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=6.5, color="#888888")
+            continue
+        drawn, (colour, marker, _) = True, look[members[0].variant]
+        axis.plot(values, [y] * len(values), "o", mfc="none", mec=colour, ms=3, mew=0.6, alpha=0.7)
+        axis.errorbar(statistics.mean(values), y, xerr=sd(values), fmt=marker, color=colour, ms=4.5, elinewidth=1, capsize=2)
+        nulls = [v for v in (look_up(r, spec.null) for r in members if r.valid and spec.null) if v is not None]
+        if nulls:
+            null, = axis.plot(statistics.mean(nulls), y, "|", color="#777777", ms=9, mew=1.5)
+    axis.set(xscale=spec.scale if drawn else "linear", xlabel=spec.label)
+    axis.set_title(acts, fontsize=8)
+    if null:
+        axis.legend([null], [spec.null_label], fontsize=7, loc="lower right", bbox_to_anchor=(1, 0.995), borderpad=0, handletextpad=0.2)
+    axis.tick_params(axis="x", labelsize=7)
+    if not drawn:
+        axis.set_xticks([])
+
+
+def gap(members):
+    """Why a group has no value to show."""
+    invalid = sorted({g for r in members for g in r.fatal})
+    return f"invalid {' '.join(invalid)}" if invalid else next((r.missing for r in members if not r.core), "not measured")
+
+
+def draw_curves(*specs, pick=lambda runs: runs):
+    """A line per variant and setting, mean over seeds in a band of their standard deviation; a panel per spec. More than 10 lines are split into
+    a row of panels per study, the baseline (black) in each. pick(runs): which of a cache's runs to draw."""
+    def draw(caches, look, path):
+        rows = [(acts, title, groups) for acts, (runs, _) in caches.items() for title, groups in studies(pick([r for r in runs if not r.fatal]))]
+        rows = [row for row in rows if any(curve(members, s, s.y)[0] for members in row[2].values() for s in specs)]
+        if not rows:
+            return lacking(specs)
+        wide = 2 if len(specs) == 4 else min(3, len(specs))
+        lines = math.ceil(len(specs) / wide)                                  # of panels, in a row
+        figure, axes = plt.subplots(lines * len(rows), wide, figsize=(4.2 * wide + 2, 2.9 * lines * len(rows) + 0.2), squeeze=False, layout="constrained")
+        for row, (acts, title, groups) in zip(axes.reshape(len(rows), -1), rows):
+            handles = {}
+            for axis, spec in zip(row, specs):
+                curves(axis, groups, look, spec, handles)
+                axis.set_title(": ".join(filter(None, (acts, title))), fontsize=8)
+            for axis in row[len(specs):]:
+                axis.set_axis_off()
+            row[wide - 1].legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=7, handlelength=2.4)
+        save(figure, path)
+    return draw
+
+
+def studies(runs):
+    """[(title, groups of runs)]: all in one, or by study (the name before _r1, _r2 ...; the rest are yardsticks) where that is too many."""
+    groups = grouped(runs)
+    if len(groups) <= 10:
+        return [("", groups)]
+    study = lambda members: re.sub(r"_r\d+$", "", members[0].variant) if re.search(r"_r\d+$", members[0].variant) else "yardsticks"
+    base = {name: members for name, members in groups.items() if members[0].variant == "baseline"}
+    titles = sorted({study(m) for name, m in groups.items() if name not in base}, key=lambda t: (t == "yardsticks", t))
+    return [(t, base | {name: m for name, m in groups.items() if study(m) == t}) for t in titles]
+
+
+def curve(members, spec, path):
+    """(xs, mean over the seeds that have the curve, their standard deviation) at the xs that all of them have."""
+    found = [{x: y for x, y in zip(look_up(r, spec.x) or [], look_up(r, path) or []) if x is not None and y is not None} for r in members]
+    found = [f for f in found if f]
+    shared = sorted(set.intersection(*map(set, found))) if found else []
+    return shared, [statistics.mean(f[x] for f in found) for x in shared], [sd([f[x] for f in found]) for x in shared]
+
+
+def curves(axis, groups, look, spec, handles):
+    late, spread = [], []
+    for name, members in groups.items():
+        x, y, width = curve(members, spec, spec.y)
+        if x:
+            colour, marker, style = look[members[0].variant]
+            low, high = [a - b for a, b in zip(y, width)], [a + b for a, b in zip(y, width)]
+            handles[name], = axis.plot(x, y, color=colour, ls=style, lw=1.2, alpha=0.9, marker=marker if len(x) < 12 else None, ms=3.5)
+            if any(width):
+                axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+            late += y[len(y) // 20:]                                          # the first twentieth may leave the panel
+            spread += [high[-1], low[-1]]
+        null = curve(members, spec, spec.null) if spec.null else ([], [], [])
+        if null[0] and spec.null_label not in handles:
+            handles[spec.null_label], = axis.plot(*null[:2], color="#777777", ls=(0, (1, 1)), lw=1.6)
+            late += null[1]
+    if not late:
+        say(axis, lacking([spec]))
+    elif spec.scale == "log":
+        positive = [v for v in late + spread if v > 0]
+        axis.set(yscale="log" if positive else "linear")
+        if positive:
+            axis.set_ylim(min(positive) / 1.1, max(positive) * 1.1)
+            axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(10, (1, 2, 5)))
+            axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+            axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    else:
+        low, high = min(late + spread), max(late + spread)
+        margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
+        axis.set_ylim(low - margin, high + margin)
+    axis.set(xlabel=spec.x_label, ylabel=spec.label)
+    axis.yaxis.label.set_size(8)
+    format_x = matplotlib.ticker.EngFormatter(sep="") if "tokens" in spec.x_label else matplotlib.ticker.FormatStrFormatter("%g")
+    xs = sorted({x for line in axis.lines for x in line.get_xdata()})
+    if not late:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    elif len(xs) < 12 and xs[0] > 0 and xs[-1] / xs[0] >= 8:                  # a few points such as 32, 64 ... 512
+        axis.set_xscale("log")
+        axis.set_xticks(xs, [format_x(x) for x in xs])
+        axis.minorticks_off()
+    else:
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+        axis.xaxis.set_major_formatter(format_x)
+
+
+def draw_losses(caches, look, path):
+    """The terms of each run's last logged loss as stacked bars, mean over seeds, and the reconstruction alone."""
+    finals = {acts: {name: [look_up(r, "log/-1") for r in members if look_up(r, "log/-1") and not r.fatal] for name, members in grouped(runs).items()}
+              for acts, (runs, _) in caches.items()}
+    terms = sorted({k for groups in finals.values() for lines in groups.values() for line in lines for k in line if k.startswith("loss_")},
+                   key=lambda k: (k != "loss_recon", k != "loss_sparsity", k))
+    if not terms:
+        return "no training log"
+    heights = [0.9 + 0.17 * len(groups) for groups in finals.values()]
+    figure, axes = plt.subplots(len(finals), 1, figsize=(8.5, sum(heights) + 0.3), squeeze=False, layout="constrained", height_ratios=heights)
+    hatches = ["", "", "", "", "", "", "", "//", "..", "xx", "\\\\", "--"]
+    for axis, (acts, groups) in zip(axes[:, 0], finals.items()):
+        for y, lines in enumerate(groups.values()):
+            left = 0.0
+            for i, term in enumerate(terms):
+                width = statistics.mean(line.get(term) or 0.0 for line in lines) if lines else 0.0
+                if width:
+                    axis.barh(y, width, 0.7, left, color=COLOURS[i % len(COLOURS)], hatch=hatches[i % len(hatches)], ec="white", lw=0.3)
+                left += width
+            if lines:
+                axis.errorbar(left, y, xerr=sd([line["loss"] for line in lines]), color="#222222", elinewidth=1, capsize=2)
+            else:
+                axis.annotate(gap([r for r in caches[acts][0] if r.name == list(groups)[y]]), (0.01, y), xycoords=("axes fraction", "data"), va="center",
+                              fontsize=6.5, color="#888888")
+        axis.set_yticks(range(len(groups)), groups, fontsize=7)
+        axis.set(ylim=(len(groups) - 0.4, -0.6), xlabel="loss at the end, by term (fractions of E||x||^2 / d_in); sums of different terms can't be compared")
+        axis.set_title(acts, fontsize=8)
+    bars = [plt.Rectangle((0, 0), 1, 1, fc=COLOURS[i % len(COLOURS)], hatch=hatches[i % len(hatches)], ec="white") for i in range(len(terms))]
+    figure.legend(bars, [t.removeprefix("loss_") for t in terms], loc="outside right upper", fontsize=7.5)
+    save(figure, path)
+
+
+FEW = 20                     # probe true positives of a letter below which its rate is not shown
+
+
+def draw_letters(caches, look, path):
+    """Full absorption by first letter, mean over seeds: a heat map of variants by letters; under each letter how many words it rests on."""
+    blocks = {}
+    for acts, (runs, _) in caches.items():
+        for name, members in grouped([r for r in runs if r.valid]).items():
+            for d in [d for r in members for d in descend(result(r, "absorption"), ["eval_result_details"]) or []]:
+                blocks.setdefault(acts, {}).setdefault(name, {}).setdefault(d["first_letter"], []).append(d)
+    if not blocks:
+        return lacking([Panel("absorption/x", "")])
+    heights = [1.2 + 0.19 * len(groups) for groups in blocks.values()]
+    figure, axes = plt.subplots(len(blocks), 1, figsize=(11, sum(heights) + 0.2), squeeze=False, layout="constrained", height_ratios=heights)
+    for axis, (acts, groups) in zip(axes[:, 0], blocks.items()):
+        letters = sorted({letter for found in groups.values() for letter in found})
+        words = {c: statistics.mean(d["num_probe_true_positives"] for found in groups.values() for d in found.get(c, [])) for c in letters}
+        rates = [[statistics.mean(d["full_absorption_rate"] for d in found[c]) if c in found and
+                  statistics.mean(d["num_probe_true_positives"] for d in found[c]) >= FEW else math.nan for c in letters] for found in groups.values()]
+        image = axis.imshow(np.ma.masked_invalid(rates), cmap="cividis", aspect="auto", vmin=0)
+        for y, row in enumerate(rates):
+            for x, rate in enumerate(row):
+                axis.text(x, y, "-" if math.isnan(rate) else f"{rate:.2f}".removeprefix("0"), ha="center", va="center", fontsize=5.5,
+                          color="#666666" if math.isnan(rate) else "white" if rate < image.get_clim()[1] * 0.6 else "black")
+        axis.set_xticks(range(len(letters)), [f"{c}\n{words[c]:.0f}" for c in letters], fontsize=7)
+        axis.set_yticks(range(len(groups)), groups, fontsize=7)
+        axis.set(xlabel=f"first letter, and on how many words its rate rests (mean; - where fewer than {FEW})")
+        axis.set_title(acts, fontsize=8)
+        axis.grid(False)
+        figure.colorbar(image, ax=axis, label="full absorption rate", pad=0.01)
+    save(figure, path)
+
+
+def draw_efficiency(caches, look, path):
+    """How much absorption a variant takes off the baseline's, and what it costs: arrows from the baseline in the plane of explained variance
+    and absorption, and the relative reduction per percentage point of explained variance lost, both paired by seed at the same L0."""
+    metric = {m.key: m for m in METRICS}
+    rows = []
+    for acts, (runs, _) in caches.items():
+        key = next((k for k in ("absorption_full", "absorption") if any(r.valid and r.get(k) is not None for r in runs)), None)
+        if key:
+            base = [r for r in runs if r.variant == "baseline"]
+            deltas = {name: (members, difference(members, base, metric["explained_variance"]), difference(members, base, metric[key]))
+                      for name, members in grouped(runs).items() if members[0].variant != "baseline"}
+            level = [r.get(key) for r in base if r.valid and r.get(key) is not None]
+            rows.append((acts, metric[key].title, statistics.mean(level) if level else math.nan, deltas))
+    if not rows:
+        return "not measured: 03_eval.py --eval absorption, or synthetic data"
+    heights = [max(3.4, 0.9 + 0.17 * len(deltas)) for *_, deltas in rows]
+    figure, axes = plt.subplots(len(rows), 2, figsize=(11.5, sum(heights) + 0.2), squeeze=False, layout="constrained", height_ratios=heights)
+    for (plane, bars), (acts, title, level, deltas) in zip(axes, rows):
+        for y, (name, (members, ev, absorbed)) in enumerate(deltas.items()):
+            colour, marker, _ = look[members[0].variant]
+            said = absorbed.why or ev.why
+            if not said:
+                plane.annotate("", (100 * ev.mean, absorbed.mean), (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1})
+                plane.plot(100 * ev.mean, absorbed.mean, marker, color=colour, ms=4)
+                ratios = [-b / level / (-100 * a) for a, b in zip(ev.deltas, absorbed.deltas) if a < 0] if level > 0 else []
+                said = "" if len(ratios) == len(ev.deltas) and ratios else "costs no explained variance" if level > 0 else "the baseline has none"
+                if not said:
+                    bars.plot([100 * r for r in ratios], [y] * len(ratios), "o", mfc="none", mec=colour, ms=3, mew=0.6)
+                    bars.errorbar(100 * statistics.mean(ratios), y, xerr=100 * sd(ratios), fmt=marker, color=colour, ms=4.5, capsize=2)
+            if said:
+                said = {"G16": "L0 differs from the baseline's", "G17": "width differs", "-": gap(members)}.get(said, said)
+                bars.annotate(said, (0.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=6.5, color="#888888")
+        plane.plot(0, 0, "o", color="#222222")
+        plane.annotate("baseline", (0, 0), (4, 4), textcoords="offset points", fontsize=7)
+        plane.set(xlabel="explained variance - baseline's (percentage points)", ylabel=f"{title} - baseline's")
+        plane.set_title(f"{acts}: down is less absorption, right is better reconstruction", fontsize=8)
+        bars.axvline(0, color="#222222", lw=0.8)
+        bars.set_yticks(range(len(deltas)), deltas, fontsize=7)
+        bars.set(ylim=(len(deltas) - 0.4, -0.6), xlabel="reduction (% of the baseline's) per point lost")
+        bars.set_title(f"{acts}: {title} removed per point of explained variance", fontsize=8)
+    save(figure, path)
+
+
+def share_of_zeros(run):
+    return [None if line.get("l0") is None else 1 - line["l0"] / run.settings["d_sae"] for line in result(run, "log")]
+
+
+def tau_of(run):
+    """The threshold tau over training: logged where it moves, else the setting."""
+    log = result(run, "log")
+    return [line.get("tau", run.settings.get("ortho_tau")) if "pair_cos" in line else None for line in log]
+
+
+def with_and_without(runs):
+    """Runs that revive dead latents, and their parents and baseline, which don't."""
+    revive = [r for r in runs if look_up(r, "log/-1/revived") is not None]
+    parents = {"baseline", *(p for r in revive for p in r.config["parents"])}
+    return [r for r in runs if r in revive or r.variant in parents] if revive else []
+
+
+def l0_grid(run):
+    """The L0s at which the share of rows with as many is drawn."""
+    found = look_up(run, "geometry/metrics/l0_of_rows")
+    return list(range(0, int(found[-1]) + 2, max(1, run.settings["d_sae"] // 1024))) if found else []
+
+
+def at_least(run):
+    """Share of rows with at least as many active latents."""
+    return [sum(l0 >= x for l0 in look_up(run, "geometry/metrics/l0_of_rows")) / 101 for x in l0_grid(run)]
+
+
+STAGE, STAGES = "training/stages/*/", {"x": "training/stages/*/tokens"}
+EFFECTS = ("explained_variance", "ce_recovered|mcc", "absorption_full|absorption", "decoder_max_cosine", "l0")
+EV = Panel("log/*/explained_variance", "explained variance (training)")
+MSE = Panel("log/*/mse", "mse (fraction of E||x||^2 / d_in)", scale="log")
+L0 = Panel("log/*/l0", "L0 (active latents per row)", scale="log")
+L1 = Panel("log/*/l1", "L1 (sum of a row's activations)", scale="log")
+DEAD = Panel("log/*/dead", "dead latents (share)")
+RECON = Panel("log/*/loss_recon", "reconstruction loss", scale="log")
+CE = Panel(STAGE + "ce_recovered", "cross-entropy recovered (held-out)", **STAGES)
+KL = Panel(STAGE + "kl_recovered", "KL score: 1 - KL / zeroing's (held-out)", **STAGES)
+CONDITION = [Panel(f"geometry/condition/{kind}/run/median", f"condition number, {words}", f"geometry/condition/{kind}/null/median",
+                   "the same sets of random directions")
+             for kind, words in (("group", "32 latents that fire together"), ("across", "32 latents at random"), ("active", "a row's active latents"))]
+MEASURED = {
+    "absorption_scores": draw_dots(Panel("absorption_full", "full absorption (share of words; lower is better)"),
+                                   Panel("absorption_fraction", "absorption fraction (lower is better)"),
+                                   Panel("absorption", "true absorption, synthetic data (lower is better)")),
+    "feature_splits": draw_dots(Panel("absorption/eval_result_metrics/mean/mean_num_split_features", "split features per letter")),
+    "training_curves": draw_curves(Panel("log/*/loss", "loss, all terms (no comparison)", scale="log"), RECON, L0, EV, DEAD),
+    "final_losses": draw_losses,
+    "letter_absorption": draw_letters,
+    "jl_quality": draw_curves(*(Panel(f"geometry/jl/run/{key}", label, f"geometry/jl/null/{key}", "null: random directions", "geometry/jl/dimensions",
+                                      "dimensions of the projection")
+                                for key, label in (("error_sd", "cosine error (standard deviation)"), ("recall", "recall of the closest pairs"),
+                                                   ("reconstruction", "squared length kept (share)")))),
+    "activation_sparsity": draw_curves(Panel(at_least, "rows with at least so many (share)", x=l0_grid, x_label="active latents of a row"),
+                                       *(Panel(f"geometry/metrics/tenths/{key}", label, x="geometry/metrics/tenths/norm", x_label="norm of the row (mean of a tenth)")
+                                         for key, label in (("l0", "L0 (active latents per row)"), ("explained_variance", "explained variance")))),
+    "sparsity_indices": draw_dots(Panel("geometry/metrics/hoyer", "Hoyer index of a row's activations (1: one latent)"),
+                                  Panel("geometry/metrics/gini", "Gini index of the firing rates (0: all alike)"),
+                                  Panel("dead", "dead latents (share)"), Panel("dense", "latents firing on > 10 % of rows (share)")),
+    "condition_numbers": draw_dots(*CONDITION),
+    "coherence": draw_dots(*(Panel(f"geometry/metrics/{key}", label, f"geometry/null/{null or key}", said or "null: random directions") for key, label, null, said in (
+        ("mean_max_cosine", "cosine with the nearest other decoder row (mean)", None, None),
+        ("mean_square_cosine", "squared cosine (mean over pairs)", "welch", "Welch's lower bound"),
+        ("effective_rank", "effective rank of the decoder", None, None), ("frame_ratio", "frame ratio: largest / d_in-th singular value", None, None)))),
+    "alpha_ablation": functools.partial(draw_ablation, keys=".*(alpha|coef|(ortho|ortsae|con)_(weight|share))", metrics=EFFECTS),
+    "topk_ablation": functools.partial(draw_ablation, keys="pair_", metrics=EFFECTS),
+    "tau_ablation": functools.partial(draw_ablation, keys=".*tau", metrics=EFFECTS),
+    "unlearning": draw_dots(Panel("unlearning", "unlearning score (higher is better)")),
+    "sparsity_evolution": draw_curves(Panel(share_of_zeros, "activations that are 0 (share)")),
+    "feature_correlations": draw_dots(Panel("geometry/metrics/correlation", "correlation of two latents' activations (mean absolute)",
+                                            "geometry/null/correlation", "null: activations shifted in time"),
+                                      Panel("geometry/metrics/mean_abs_cosine", "cosine of two decoder rows (mean absolute)",
+                                            "geometry/null/mean_abs_cosine", "null: random directions")),
+    "tau_fixed_adaptive": draw_curves(Panel(tau_of, "threshold tau of a pair's cosine"), Panel("log/*/pair_cos", "mean cosine of the selected pairs"),
+                                      Panel("log/*/ratio_ortho", "penalty / reconstruction error", scale="log"), EV,
+                                      pick=lambda runs: [r for r in runs if look_up(r, "log/-1/pair_cos") is not None]),
+    "pair_stability": draw_curves(*(Panel(f"geometry/pairs/coactivation/{key}", label, x="geometry/pairs/rows", x_label="rows in a batch, by co-activation")
+                                    for key, label in (("jaccard", "pairs of successive batches (Jaccard)"), ("rbo", "the same (rank-biased overlap)"))),
+                                  Panel("geometry/pairs/preact/jaccard", "pairs by pre-activation (Jaccard)", x="geometry/pairs/rows", x_label="rows in a batch"),
+                                  Panel(STAGE + "pairs", "pairs now and at the end (Jaccard)", **STAGES)),
+    "absorption_efficiency": draw_efficiency,
+    "explained_variance_evolution": draw_curves(EV), "mse_evolution": draw_curves(MSE), "l0_evolution": draw_curves(L0), "l1_evolution": draw_curves(L1),
+    "kl_div_score_evolution": draw_curves(KL), "ce_loss_score_evolution": draw_curves(CE),
+    "l2_ratio_evolution": draw_curves(Panel(STAGE + "l2_ratio", "L2 ratio ||x_hat|| / ||x|| (held-out)", **STAGES)),
+    "key_metrics_combined": draw_curves(EV, MSE, L0, CE),
+    "reactivation": draw_curves(DEAD, Panel("log/*/revived", "latents revived so far"),
+                                Panel(STAGE + "survived", "revived by then, firing at the end (share)", **STAGES),
+                                Panel(STAGE + "effective_rank", "effective rank of the decoder", **STAGES),
+                                Panel(STAGE + "mean_max_cosine", "cosine with the nearest row (mean)", **STAGES), pick=with_and_without),
+    "metrics_comparison": draw_dots(Panel("explained_variance", "explained variance (higher is better)"), Panel("kl_sae", "KL divergence (nats per token; lower is better)"),
+                                    Panel("l0", "L0 (active latents per row)"), Panel("l1", "L1 (sum of a row's activations)"), columns=2),
+    "absorption_rates": draw_dots(Panel("absorption_full", "full absorption (share of words; lower is better)"),
+                                  Panel("absorption_fraction", "absorption fraction (lower is better)"),
+                                  Panel("absorption", "true absorption, synthetic data (lower is better)"),
+                                  Panel("parent_recall", "true parents found, synthetic data (share)")),
+    "probing_accuracy": draw_dots(*(Panel(f"probe_{k}", f"top-{k} probing accuracy", f"sparse_probing/eval_result_metrics/llm/llm_top_{k}_test_accuracy",
+                                          f"top {k} of the model's own dimensions") for k in (1, 5, 20))),
+    "feature_stability": draw_dots(Panel("stability/others/*/matched", "cosine of matched decoder rows of two seeds (mean)", "stability/null/matched",
+                                         "null: random directions"),
+                                   Panel("stability/others/*/again/0.7", "matched above 0.7 (share of latents)"),
+                                   Panel("stability/others/*/activations", "correlation of matched latents' activations"),
+                                   Panel("stability/others/*/pairs", "top co-firing pairs shared (Jaccard)")),
+}
 
 
 # ---- report.html: one page with everything in it -----------------------------------------------------------------------------------------
@@ -1212,7 +1577,7 @@ def read_features(run):
 PLOTS = {                                     # file name -> f(caches, looks, path) that draws it, or returns in a word why there is nothing to draw
     "pareto": draw_pareto,
     "ablation": draw_ablation,
-    "training_curves": draw_training,
+    **MEASURED,
     "feature_usage": draw_usage,
 }
 

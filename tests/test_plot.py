@@ -138,7 +138,7 @@ def figures(here):
     kept = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plot, "save", lambda figure, path: (plot.plt.close(figure), kept.update({path: figure})))
-        for name, f in (("pareto", plot.draw_pareto), ("training", plot.draw_training), ("usage", plot.draw_usage)):
+        for name, f in (("pareto", plot.draw_pareto), ("training", plot.PLOTS["training_curves"]), ("usage", plot.draw_usage)):
             f(caches, plot.looks(runs), name)
     return kept
 
@@ -222,3 +222,73 @@ def test_bad_input_is_refused(here):
 def test_neither_the_model_nor_the_data_is_needed():
     code = "import sys, importlib; importlib.import_module('04_plot'); print(sorted({'transformers', 'sae_bench', 'datasets'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+# ---- the notes' plots -------------------------------------------------------------------------------------------------------------------
+
+
+LETTERS = "abcdefghijklmnoprstuvw"
+
+
+def analysed(folder, seed=0, others=(), level=0.0, language=True):
+    """All the files that 03_eval.py would leave in a run's folder, with numbers around `level`."""
+    said, jitter = {"sae_checksum": folder.name}, 0.01 * seed + level
+    condition = {"run": {"median": 3.0 + jitter}, "null": {"median": 2.0}, "marchenko_pastur": 2.1}
+    batches = {"jaccard": [0.1, 0.2 + jitter, 0.4], "rbo": [0.1, 0.3, 0.5]}
+    projected = {"error_sd": [0.2, 0.1, 0.05, 0.02, 0.0], "recall": [0.1 + jitter, 0.3, 0.6, 0.9, 1.0], "reconstruction": [0.1, 0.2, 0.4, 0.8, 1.0]}
+    shape = {"mean_max_cosine": 0.3 + jitter, "mean_square_cosine": 0.01, "mean_abs_cosine": 0.08, "effective_rank": 20.0, "frame_ratio": 3.0}
+    files = {
+        "geometry": {"metrics": shape | {"hoyer": 0.9, "gini": 0.4 + jitter, "correlation": 0.02, "l0_of_rows": [float(i // 10) for i in range(101)],
+                                         "tenths": {"norm": [1 + i / 10 for i in range(10)], "l0": [3 + i / 10 for i in range(10)], "explained_variance": [0.8] * 10}},
+                     "null": shape | {"welch": 0.007, "correlation": 0.01}, "condition": {"group": condition, "across": condition, "active": condition},
+                     "jl": {"dimensions": [32, 64, 128, 256, 512], "run": projected, "null": projected},
+                     "pairs": {"pairs": 20, "rows": [256, 1024, 4096], "coactivation": batches, "phi": batches, "preact": batches}},
+        "stability": {"others": {o: {"matched": 0.5 + jitter, "again": {"0.7": 0.4}, "activations": 0.6, "pairs": 0.3} for o in others},
+                      "null": {"matched": 0.3}},
+        "training": {"stages": [{"tokens": 100 * n, "ce_recovered": 0.5 + n / 200, "kl_recovered": 0.4 + n / 200, "l2_ratio": 0.9, "pairs": n / 100, "survived": None,
+                                 "effective_rank": 10.0, "mean_max_cosine": 0.3} for n in (3, 6, 12, 25, 50, 100)]}}
+    if language:
+        files |= {
+            "absorption": {"eval_result_metrics": {"mean": {"mean_absorption_fraction_score": 0.05 + jitter, "mean_full_absorption_score": 0.1 + jitter, "mean_num_split_features": 1.2}},
+                           "eval_result_details": [{"first_letter": c, "mean_absorption_fraction": 0.05, "full_absorption_rate": 0.1 + jitter, "num_full_absorption": 3,
+                                                    "num_probe_true_positives": 5 if c == "w" else 40 + i, "num_split_features": 1} for i, c in enumerate(LETTERS)]},
+            "sparse_probing": {"eval_result_metrics": {"sae": {f"sae_top_{k}_test_accuracy": 0.7 + 0.01 * k + jitter for k in (1, 5, 20)},
+                                                       "llm": {f"llm_top_{k}_test_accuracy": 0.65 + 0.01 * k for k in (1, 5, 20)}},
+                               "eval_result_details": [{"dataset_name": "one", **{f"sae_top_{k}_test_accuracy": 0.7 + jitter for k in (1, 5, 20)}}]},
+            "unlearning": {"eval_result_metrics": {"unlearning": {"unlearning_score": 0.05 + jitter}}, "eval_result_details": None}}
+    for name, content in files.items():
+        write_json(folder / "eval" / f"{name}.json", said | content)
+
+
+def logged(folder, revived=False, tau=None):
+    """A training log with all that the curves show."""
+    lines = [{"step": s, "tokens": 100 * s, "loss": 1.1 / s, "loss_recon": 1 / s, "loss_sparsity": 0.1 / s, "mse": 1 / s, "l0": 4.0, "l1": 2.0, "explained_variance": 1 - 1 / s,
+              "dead": 0.0, **({"revived": s} if revived else {}), **({"pair_cos": 0.1, "ratio_ortho": 0.05, "tau": tau} if tau else {})} for s in range(1, 101)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def everything(root, variants, seeds=3, acts="tiny"):
+    """Runs of all variants with everything measured."""
+    name = lambda v, s: "-".join([v, *([acts] if acts != "tiny" else []), f"s{s}"])
+    for i, v in enumerate(variants):
+        for s in range(seeds):
+            folder = run(root, v, s, acts=acts)
+            logged(folder, revived="zscore" in v, tau=0.1 + i / 100 if "topk_ortho" in v else None)
+            part = i + s / 10                                                    # no two runs measure the same
+            evaluated(folder, acts=acts, explained_variance=0.8 + 0.001 * part, kl_sae=0.1 + 0.01 * part, l1=5.0 + 0.01 * part, mse=0.01 + 0.0001 * part,
+                      decoder_max_cosine=0.3 + 0.001 * part, cosine=0.9 - 0.001 * part, l0=4 + 0.001 * part, **({"ce_recovered": 0.9 + 0.0001 * part} if acts == "tiny" else {}))
+            analysed(folder, s, [name(v, o) for o in range(seeds) if o != s], level=0.003 * i, language=acts == "tiny")
+
+
+MANY = ["baseline", "topk", "batch_topk", "jumprelu", "gated", *(f"{study}_r{i}" for study in ("contrastive", "adaptive_ortho", "topk_ortho", "zscore") for i in range(1, 11))]
+
+
+def drawn(name, here):
+    """(what main prints of the figure NAME.png, the figure)"""
+    runs, controls = plot.find_runs([])
+    caches = {acts: ([r for r in runs if r.acts == acts], [c for c in controls if c.acts == acts]) for acts in dict.fromkeys(r.acts for r in runs)}
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot, "save", lambda figure, path: (plot.plt.close(figure), kept.append(figure)))
+        missing = plot.PLOTS[name](caches, plot.looks(runs), here / f"{name}.png")
+    return missing, kept[0] if kept else None
