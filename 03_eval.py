@@ -823,6 +823,8 @@ def evaluate_training(held_out, runs, failures):
             stages = [snapshot(run, path) for path in sorted((run.folder / "snapshots").glob("*.safetensors"))]
             stages += [run] if stages else []
             core = evaluate_core(few, stages, failures) if stages else {}
+            if run.folder in failures:
+                continue
             end, fires = run.sae, core[run]["rates"] > 0 if stages else None
             latents = torch.randperm(end.d_sae, generator=generator("training"))[:GEOMETRY_LATENTS].to(end.W_dec.device)
             count = round(TOP_PAIRS * len(latents) * (len(latents) - 1) / 2)
@@ -851,7 +853,7 @@ def snapshot(run, path):
     sae = copy.deepcopy(run.sae)
     sae.load_state_dict(tensors)
     sae.step = meta["step"]
-    return Run(path, sae, run.config)
+    return Run(run.folder, sae, run.config)
 
 
 EVALS = {"core": evaluate_core, "features": evaluate_features, "geometry": evaluate_geometry,

@@ -1255,7 +1255,7 @@ def draw_losses(caches, look, path):
                     axis.barh(y, width, 0.7, left, color=COLOURS[i % len(COLOURS)], hatch=hatches[i % len(hatches)], ec="white", lw=0.3)
                 left += width
             if lines:
-                axis.errorbar(left, y, xerr=sd([line["loss"] for line in lines]), color="#222222", elinewidth=1, capsize=2)
+                axis.errorbar(left, y, xerr=sd([sum(line.get(t) or 0.0 for t in terms) for line in lines]), color="#222222", elinewidth=1, capsize=2)
             else:
                 axis.annotate(gap([r for r in caches[acts][0] if r.name == list(groups)[y]]), (0.01, y), xycoords=("axes fraction", "data"), va="center",
                               fontsize=6.5, color="#888888")

@@ -293,7 +293,7 @@ def test_the_stages_of_a_run_end_at_its_core_metrics(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     truth_cache(tmp_path / "acts" / "toy")
     trained(monkeypatch, "--variant", "topk")
-    trained(monkeypatch, "--variant", "revive", "--set", "revive_every=0.2", "revive_silent=0.0")
+    trained(monkeypatch, "--variant", "revive", "--set", "activation=topk", "revive_every=0.25", "revive_silent=0.0", "lr=0.03")
     found = evaluated("core", "training")
     topk, revive = (next(v for k, v in found.items() if k.startswith(name)) for name in ("topk", "revive"))
     stages = topk["training"]["stages"]
@@ -302,7 +302,8 @@ def test_the_stages_of_a_run_end_at_its_core_metrics(tmp_path, monkeypatch):
     assert end["explained_variance"] == pytest.approx(topk["core"]["metrics"]["explained_variance"]) and "absorption" in end
     assert end["same"] == pytest.approx(1) and end["pairs"] == 1.0 and stages[0]["same"] < end["same"]
     assert stages[0]["explained_variance"] < end["explained_variance"] and end["revived"] == 0 and end["survived"] is None
-    assert [s["revived"] for s in revive["training"]["stages"]][-3:] == [64, 64, 64] and revive["training"]["stages"][-2]["survived"] == 0.0
+    assert [s["revived"] for s in revive["training"]["stages"]] == [0, 0, 0, 64, 64, 64]
+    assert [s["survived"] for s in revive["training"]["stages"]][:5] == [None, None, None, 0.0, 0.0] and revive["training"]["stages"][-1]["survived"] > 0   # again at 30
 
 
 def test_a_run_without_snapshots_has_no_stages(here):

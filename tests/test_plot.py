@@ -3,9 +3,11 @@ import contextlib
 import importlib
 import io
 import json
+import re
 import statistics
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -68,8 +70,8 @@ def draw(*flags, png=False):
             header = cells
         elif line.startswith("| ") and header:
             rows[cells[0]] = dict(zip(header, cells))
-    for name in ("pareto", "training_curves", "feature_usage") if png else ():
-        with open(f"{folder}/{name}.png", "rb") as f:
+    for path in re.findall(r"^(\S+\.png): drawn$", out.getvalue(), re.M) if png else ():
+        with open(path, "rb") as f:
             assert f.read(8) == b"\x89PNG\r\n\x1a\n"
     return out.getvalue(), rows
 
@@ -160,7 +162,8 @@ def test_gaps_are_words(here):
 
 def test_nothing_evaluated_still_draws(here):
     run(here, "baseline", log=False)
-    assert draw(png=True)[1]["baseline"]["guards"] == "not evaluated"
+    text, rows = draw(png=True)
+    assert rows["baseline"]["guards"] == "not evaluated" and "plots/pareto.png: drawn" in text and "plots/training_curves.png: no run logs it" in text
 
 
 def test_controls_stand_in_the_table_and_are_drawn_hollow(here):
@@ -292,3 +295,130 @@ def drawn(name, here):
         patch.setattr(plot, "save", lambda figure, path: (plot.plt.close(figure), kept.append(figure)))
         missing = plot.PLOTS[name](caches, plot.looks(runs), here / f"{name}.png")
     return missing, kept[0] if kept else None
+
+
+def test_every_plot_is_drawn_where_everything_was_measured(here):
+    everything(here, ["baseline", "topk", "topk_ortho_r1", "zscore_r1"])
+    everything(here, ["baseline", "topk"], acts="synthetic")
+    for weight in (0.0, 0.1):
+        for variant, settings in (("ortsae", {"ortsae_weight": weight}), ("topk_ortho_r3", {"pair_fraction": weight}), ("topk_ortho_r4", {"ortho_tau": weight})):
+            evaluated(run(here, variant, **settings), explained_variance=0.7 + weight, mse=0.3 - weight, cosine=0.5 + weight, l0=3.9 + weight)
+    missing = {name: drawn(name, here)[0] for name in plot.PLOTS}
+    assert {name: why for name, why in missing.items() if why} == {}
+
+
+def test_a_missing_evaluation_is_named_and_no_file_is_left(here):
+    run(here, "baseline", log=False)
+    for name in set(plot.PLOTS) - {"pareto", "feature_usage"}:
+        why, figure = drawn(name, here)
+        assert figure is None and ("03_eval.py --eval" in why or "02_train.py --sweep" in why or "log" in why), name
+    assert drawn("feature_stability", here)[0] == "not measured: 03_eval.py --eval stability with two seeds or more"
+
+
+def marks(axis, color="#777777"):
+    """x of the marks of a colour, by row."""
+    return {line.get_ydata()[0]: line.get_xdata()[0] for line in axis.lines if line.get_color() == color and line.get_marker() == "|"}
+
+
+def words(axis):
+    return [t.get_text() for t in axis.texts]
+
+
+def test_dots_are_the_files_numbers_seeds_and_null_beside_the_mean(here):
+    everything(here, ["baseline", "idea"])
+    figure = drawn("feature_correlations", here)[1]
+    stability = drawn("feature_stability", here)[1].axes[0]
+    assert stability.containers[0].lines[0].get_xdata()[0] == pytest.approx(statistics.mean([0.5, 0.51, 0.52])) and marks(stability) == {0: 0.3, 1: 0.3}
+    hollow = [line for line in stability.lines if line.get_markerfacecolor() == "none"]
+    assert hollow[0].get_xdata().tolist() == pytest.approx([0.5, 0.51, 0.52])
+    bars = stability.containers[0].lines[2][0].get_segments()[0]
+    assert (bars[1][0] - bars[0][0]) / 2 == pytest.approx(statistics.stdev([0.5, 0.51, 0.52]))
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["baseline", "idea"]
+
+
+def test_a_group_without_a_number_gets_a_word_in_its_row(here):
+    everything(here, ["baseline"], seeds=2)
+    run(here, "never")
+    evaluated(run(here, "half"), cosine=0.1, mse=0.1)
+    evaluated(run(here, "void"), explained_variance=-1.0, guards=[("G02", "fatal")])
+    analysed(here / "void-s0", 0, ["x"])
+    axis = drawn("feature_stability", here)[1].axes[0]
+    rows = dict(zip(["baseline", "half", "never", "void"], range(4)))
+    assert {t.xy[1]: t.get_text() for t in axis.texts} == {rows["half"]: "not measured", rows["never"]: "not evaluated", rows["void"]: "invalid G02"}
+
+
+def test_stale_evaluations_are_not_drawn(here):
+    everything(here, ["baseline"], seeds=2)
+    for seed in (0, 1):
+        path = here / f"baseline-s{seed}" / "eval" / "geometry.json"
+        write_json(path, json.loads(path.read_text()) | {"sae_checksum": "older"})
+    assert drawn("condition_numbers", here)[0] == "not measured: 03_eval.py --eval geometry"
+
+
+def test_curves_are_means_over_seeds_at_the_steps_they_share(here):
+    for seed, level, steps in ((0, 0.4, range(1, 101)), (1, 0.6, range(2, 101, 2))):
+        folder = run(here, "baseline", seed)
+        lines = [{"step": s, "tokens": 100 * s, "loss": 1 / s, "loss_recon": 1 / s, "l0": level * s} for s in steps]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    axis = drawn("sparsity_evolution", here)[1].axes[0]
+    line, = axis.lines
+    assert len(line.get_xdata()) == 50 and line.get_ydata()[4] == pytest.approx(1 - 0.5 * 10 / 64)
+    assert len(axis.collections) == 1                                         # the band of their standard deviation
+
+
+def test_many_curves_are_split_by_study_with_the_baseline_in_each(here):
+    for name in ["baseline", "topk", *(f"idea_r{i}" for i in range(1, 7)), *(f"other_r{i}" for i in range(1, 5))]:
+        run(here, name)
+    figure = drawn("explained_variance_evolution", here)[1]
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["tiny: idea", "tiny: other", "tiny: yardsticks"]
+    assert [[t.get_text() for t in axis.get_legend().get_texts()][0] for axis in figure.axes] == ["baseline"] * 3
+    assert [len(axis.lines) for axis in figure.axes] == [7, 5, 2]
+
+
+def test_letters_with_few_words_are_dashes(here):
+    everything(here, ["baseline", "idea"])
+    axis = drawn("letter_absorption", here)[1].axes[0]
+    assert words(axis).count("-") == 2 and ".11" in words(axis)               # w, of both; (0.10 + 0.11 + 0.12) / 3
+    assert [t.get_text() for t in axis.get_xticklabels()][0] == "a\n40"
+
+
+def test_efficiency_is_the_reduction_per_point_lost_and_has_words_where_it_has_no_meaning(here):
+    base = run(here, "baseline")
+    evaluated(base, explained_variance=0.80)
+    analysed(base, level=0.0)                                                 # full absorption 0.10
+    for name, ev, level, l0 in (("pays", 0.78, -0.05, 4.0), ("gains", 0.81, -0.05, 4.0), ("sparse", 0.78, -0.05, 3.0)):
+        folder = run(here, name)
+        evaluated(folder, explained_variance=ev, l0=l0, mse=len(name), cosine=len(name))
+        analysed(folder, level=level)
+    plane, bars = drawn("absorption_efficiency", here)[1].axes
+    rows = [t.get_text() for t in bars.get_yticklabels()]
+    assert {rows[t.xy[1]]: t.get_text() for t in bars.texts} == {"gains": "costs no explained variance", "sparse": "L0 differs from the baseline's"}
+    line = next(line for line in bars.lines if line.get_markerfacecolor() == "none")
+    assert rows[line.get_ydata()[0]] == "pays" and line.get_xdata()[0] == pytest.approx(50 / 2)     # half of it for two points
+    assert any(line.get_xydata()[0].tolist() == pytest.approx([-2.0, -0.05]) for line in plane.lines)
+
+
+def test_losses_are_stacked_by_term(here):
+    run(here, "baseline")
+    logged(here / "baseline-s0")
+    axis = drawn("final_losses", here)[1].axes[0]
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([0.01, 0.001])
+
+
+def test_reviving_runs_are_drawn_beside_what_they_extend_only(here):
+    for name, revived, parents in (("baseline", False, []), ("zscore_r1", True, ["skip"]), ("skip", False, ["baseline"]), ("other", False, ["baseline"])):
+        logged(run(here, name, parents=parents), revived=revived)
+    labels = [t.get_text() for axis in drawn("reactivation", here)[1].axes if axis.get_legend() for t in axis.get_legend().get_texts()]
+    assert sorted(labels) == ["baseline", "skip", "zscore_r1"]
+
+
+def test_forty_five_variants_and_three_seeds_take_seconds_a_plot(here):
+    assert len(MANY) == 45
+    everything(here, MANY)
+    runs, controls = plot.find_runs([])
+    caches, looks = {"tiny": (runs, controls)}, plot.looks(runs)
+    for name in ("key_metrics_combined", "probing_accuracy", "letter_absorption", "reactivation"):
+        started = time.process_time()
+        plot.PLOTS[name](caches, looks, here / f"{name}.png")
+        assert time.process_time() - started < 20, name
+        assert (here / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
