@@ -978,10 +978,12 @@ def hooked_transformer(acts, device):
     import transformer_lens
     import transformers
     from transformer_lens import loading_from_pretrained as loading
-    meta, tokens = acts.meta, acts.val()["tokens"][:4].long().to(device)
-    original = LanguageModel(meta, device)
+    meta, tokens = acts.meta, acts.val()["tokens"][:2].long()
+    original = LanguageModel(meta, torch.device("cpu"))         # beside the other one it would take a GPU's memory twice
     config = original.model.config
     config.architectures = [type(original.model).__name__]
+    if config.model_type == "gpt2":
+        config.n_ctx = config.n_positions                       # its name in the configurations that TransformerLens was written for
     hashed = xxhash.xxh3_128()
     for weight in original.model.state_dict().values():
         hashed.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -1002,9 +1004,9 @@ def hooked_transformer(acts, device):
         handle = original.point.register_forward_hook(lambda module, args, out: kept.update(x=first(out)))
         log_p = original.model(tokens, use_cache=False).logits.float().log_softmax(-1)
         handle.remove()
-        logits, cache = model.run_with_cache(tokens, prepend_bos=False, names_filter=[meta["hook_name"]])
-        off = {"activations": (cache[meta["hook_name"]] - kept["x"]).abs().max() / kept["x"].abs().max(),
-               "log-probabilities": (logits.log_softmax(-1) - log_p).abs().max() / log_p.abs().max()}
+        logits, cache = model.run_with_cache(tokens.to(device), prepend_bos=False, names_filter=[meta["hook_name"]])
+        off = {"activations": (cache[meta["hook_name"]].cpu() - kept["x"]).abs().max() / kept["x"].abs().max(),
+               "log-probabilities": (logits.log_softmax(-1).cpu() - log_p).abs().max() / log_p.abs().max()}
     wrong = {k: float(v) for k, v in off.items() if not v < 1e-3}
     if wrong:
         raise Refuse(f"TransformerLens' {meta['model']['name']} is not the Hugging Face model: {wrong} of the largest value apart")
@@ -1143,6 +1145,9 @@ def outcomes(bench, name, settings, todo, failures):
             for run, result, more in BENCH[name].evaluate(bench, todo, settings, failures):
                 yield run, result, more, time.perf_counter() - started
                 todo, started = [r for r in todo if r is not run], time.perf_counter()
+            return
+        except Unfit as e:
+            print(f"{bench.acts.folder}: {name} left out: {e}")
             return
         except Exception as e:
             if not is_out_of_memory(e) or bench.share < 1 / 64:
@@ -1359,11 +1364,15 @@ def bench_absorption(bench, runs, settings, failures):
     if not path.exists():
         with bench.seams(settings["random_seed"], log=path.parent / "log.txt"):
             write_tensors(path, (read_words if settings["own_position"] else read_prompts)(bench, settings))
-    letters = {k: v.to(bench.device) for k, v in read_tensors(path)[0].items() if k != "rng"} | {"rng": read_tensors(path)[0]["rng"]}
+    letters = {k: v if k == "rng" else v.to(bench.device) for k, v in read_tensors(path)[0].items()}
     config = AbsorptionEvalConfig(model_name=bench.name, random_seed=settings["random_seed"], f1_jump_threshold=settings["f1_jump"],
                                   max_k_value=settings["max_k"], prompt_template=settings["prompt_template"], llm_dtype=bench.dtype,
                                   prompt_token_pos=settings["prompt_token_pos"], min_GT_probe_f1=settings["min_probe_f1"],
                                   min_feats_for_eval=settings["min_letters"], k_sparse_probe_batch_size=settings["probe_batch"], precalc_k_sparse_probe_sae_acts=True)
+    letters["valid"] = [a for a in letters["rows_y"].unique().tolist()
+                        if letter_f1(letters["scores"][:, a], letters["test_y"] == a) > config.min_GT_probe_f1]
+    if len(letters["valid"]) < 2:
+        raise Unfit(f"probes find {len(letters['valid'])} first letters in the language model's activations (G14)")
     for run in runs:
         made = []
         with blamed(run, failures, "absorption"), bench.seams(settings["random_seed"], log=path.parent / "log.txt"):
@@ -1454,9 +1463,7 @@ def absorption_result(bench, run, letters, config):
     from sae_bench.evals.absorption import eval_output as schema
     from sae_bench.sae_bench_utils import get_eval_uuid, get_sae_bench_version, get_sae_lens_version
     sae = BenchSAE(bench, run)
-    valid = [a for a in range(LETTERS) if letter_f1(letters["scores"][:, a], letters["test_y"] == a) > config.min_GT_probe_f1]
-    if len(valid) < 2:
-        raise Refuse(f"absorption is out of scope: probes find {len(valid)} first letters in {bench.name} (G14)")
+    valid = letters["valid"]
     ids, main_f1 = split_latents(sae, letters, config)
     details, found = [], defaultdict(list)
     for a in valid:

@@ -218,6 +218,23 @@ def test_a_model_that_transformer_lens_gets_wrong_is_refused(world, monkeypatch)
         ev.hooked_transformer(world, CPU)
 
 
+@pytest.mark.parametrize("kind", ["GPT2", "GPTNeoX", "Gemma2", "Qwen2"])
+def test_transformer_lens_is_given_models_of_many_kinds(world, tmp_path, kind):
+    small = {"GPT2": dict(n_positions=64, n_embd=32, n_layer=3, n_head=2),
+             "Gemma2": dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=48,
+                            query_pre_attn_scalar=16, sliding_window=64)}.get(
+        kind, dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{kind}Config")(vocab_size=len(WORDS), bos_token_id=1, eos_token_id=2, pad_token_id=0, **small)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llama-gemma")      # words that mislead TransformerLens
+    make_tokenizer(tmp_path / "llama-gemma")
+    acts = Acts("acts/toy")
+    acts.meta = {**world.meta, "model": {"name": kind, "path": str(tmp_path / "llama-gemma"), "revision": None, "n_layers": 3}}
+    model, _ = ev.hooked_transformer(acts, CPU)                               # which compares it with the Hugging Face model
+    assert model.cfg.d_model == 32
+
+
 # ---- core -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -342,6 +359,13 @@ def test_words_are_read_where_they_stand_if_the_model_does_not_spell(world, monk
     assert not evaluate(world, [run], "absorption")
     found = result(run, "absorption")
     assert "does not spell" in found["guards"][-1]["message"] and found["metrics"]["letters"] >= 10
+
+
+def test_absorption_is_left_out_where_the_model_knows_no_letters(world, monkeypatch, capsys):
+    with_settings(monkeypatch, world, "absorption", min_probe_f1=1.0)         # which no probe exceeds
+    run = make_run("letterless", random_sae(world))
+    assert not evaluate(world, [run], "absorption") and not (run.folder / "eval" / "absorption.json").exists()
+    assert "probes find 0 first letters" in capsys.readouterr().out
 
 
 def test_wilson_intervals_are_those_of_the_books():
