@@ -7,6 +7,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sae  # noqa: E402
+import toys  # noqa: E402
 
 sae.SPARSE_BELOW = float(os.environ.get("SPARSE_BELOW", sae.SPARSE_BELOW))     # 1: toys take the sparse path too, see test_sparse.py
 
@@ -17,11 +18,17 @@ torch.set_num_threads(1)                        # bits depend on it, and toys ar
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; run with -m slow")
     config.addinivalue_line("markers", "gpu: needs CUDA")
+    config.long = "slow" in config.option.markexpr and "not slow" not in config.option.markexpr
+    toys.SEEDS = tuple(range(6)) if config.long else toys.SEEDS
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Slow tests run when asked for by -m; GPU tests where there is a GPU."""
+    """Slow tests run when asked for by -m, and with them, on twice the seeds, all tests of the files that show what variants do;
+    GPU tests where there is a GPU."""
     for item in items:
+        if config.long and hasattr(item.module, "SEEDS"):
+            item.add_marker(pytest.mark.slow)
         if "slow" in item.keywords and "slow" not in config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="run with -m slow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():

@@ -4,11 +4,10 @@ import functools
 
 import pytest
 import torch
-from toys import D_IN, absorption, build, evaluate, generator, hierarchy, mixture, steps, train, train_py
+from toys import SEEDS, D_IN, absorption, build, evaluate, generator, hierarchy, mixture, steps, train, train_py
 
 from sae import Refuse, unit
 
-SEEDS = 0, 1, 2
 STEPS = 300
 R = "adaptive_ortho_r"
 

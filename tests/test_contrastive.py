@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from sae import Out, Refuse, generator, unit
-from toys import D_IN, build, cosines, evaluate, mixture, orthonormal, steps, train, train_py
+from toys import SEEDS, D_IN, build, cosines, evaluate, mixture, orthonormal, steps, train, train_py
 
-SEEDS = (0, 1, 2)
 
 
 @functools.cache

@@ -4,9 +4,8 @@ import functools
 import pytest
 import torch
 
-from toys import absorption, build, cosines, evaluate, hierarchy, mixture, steps, train
+from toys import SEEDS, absorption, build, cosines, evaluate, hierarchy, mixture, steps, train
 
-SEEDS = (0, 1, 2)
 QUIET = {"revive_every": 0.2, "revive_silent": 0.1}      # the study's own; here nothing falls silent: only the row under test acts
 
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from sae import ROOT, load_variant, unit
-from toys import build, cosines, evaluate, hierarchy, mixture, steps, train
+from toys import SEEDS, build, cosines, evaluate, hierarchy, mixture, steps, train
 
-SEEDS = range(3)
 RULES = ["coactivation", "phi", "preact", "decoder", "random"]
 TREES = {"l0": 2.4, "pair_fraction": 0.02}      # on the hierarchy, true L0 2.4
 TREES_BTK = {"activation": "batch_topk", "l0": 1.75, "d_sae": 24, "pair_fraction": 0.05}      # a latent a feature, too sparse: it absorbs

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from sae import Refuse
-from toys import absorption, build, evaluate, hierarchy, mixture, steps, train
+from toys import SEEDS, absorption, build, evaluate, hierarchy, mixture, steps, train
 
-SEEDS = (0, 1, 2)
 
 
 @functools.cache

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from sae import generator, load_variant, unit
-from toys import D_IN, absorption, build, cosines, evaluate, hierarchy, mixture, normalised, steps, train
+from toys import SEEDS, D_IN, absorption, build, cosines, evaluate, hierarchy, mixture, normalised, steps, train
 
-SEEDS = (0, 1, 2)
 
 
 @functools.cache

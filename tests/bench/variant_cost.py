@@ -5,7 +5,7 @@
     python tests/bench/variant_cost.py --memory [NAMES ...]  peak memory of a process of its own at d_in 2,304, d_sae 16,384, batch 2,048
 
 Variants take turns with the base, so that a machine that slows down slows down both; the ratio is of medians over the turns. On a CPU the
-time is that of the processor (OMP_NUM_THREADS=1), so that other processes don't count. On a GPU the
+time is that of the processor (OMP_NUM_THREADS=1), so that other processes don't count, and codes are dense, as on a GPU. On a GPU the
 memory is torch's own count of the peak; on a CPU it is the process' resident peak less what it had after importing torch.
 """
 import argparse
@@ -21,7 +21,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from toys import load_variant, steps  # noqa: E402
 
+import sae as base  # noqa: E402
 from sae import generator, unit, variant_names  # noqa: E402
+
+base.SPARSE_BELOW = 0
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
