@@ -1,11 +1,12 @@
 """adaptive_ortho_r5 = latent_lr on adaptive_ortho_r4 + the factors make the latents' updates alike; 4 micro-batches (adaptive_lr).
 
-A latent's factor, within latent_lr's bounds, is the mean length of the latents' moves over its own usual one. The gradient is
-accumulated over 4 micro-batches (a setting of the base: a quarter of the memory for the graph).
+Latents whose gradients are small or noisy lag behind; here all move alike. A latent's factor, within latent_lr's bounds, is the mean length
+of the latents' moves over its own usual one. The gradient is accumulated over 4 micro-batches (a setting of the base: a quarter of the
+memory for the graph).
 
 Found on toys (300 steps, 3 seeds): spread of the latents' total moves (standard deviation of their logarithm) goes from 0.085 to 0.006;
 explained variance 0.485 -> 0.481. Adam had made the updates nearly alike already. 1.2 x the parent's time, its memory
-(one core, d_in 512, 4096 latents, batch 512).
+(one core, d_in 512, 4096 latents, batch 512), 2.2 times the base's time (tests/bench/variant_cost.py, one core).
 """
 import torch
 

@@ -11,8 +11,8 @@ BatchTopK 0.817 against 0.811 (no difference: seeds disagree). Schedule x Matryo
     absorption / explained variance   constant L0      rising (0.5)     falling (4.0)
     flat                              0.686 / 0.954    0.666 / 0.955    0.683 / 0.964
     Matryoshka, 3 prefixes            0.400 / 0.888    0.397 / 0.888    0.343 / 0.888
-So the prefixes remove absorption; the schedule does not. With ReLU, rising: 0.653 / 0.810 against 0.714 / 0.780.
-All of these with linear_start and linear_until 0.5. On the embedded model's activations (479 steps, ReLU, in hierarchical_r2) that ended 17 % short of l0,
+So the prefixes remove absorption; the schedule does not. With ReLU, rising: 0.653 / 0.810 against 0.714 / 0.780. All of these with
+linear_start and linear_until 0.5. On the embedded model's activations (479 steps, ReLU, in hierarchical_r2) that ended 17 % short of l0,
 0.75 5 % short, 0.75 until 0.3 of the run 4 % short: the default.
 """
 import torch
