@@ -42,7 +42,7 @@ STYLE = {"figure.dpi": 110, "savefig.dpi": 160, "font.size": 9, "axes.titlesize"
 
 
 # ---- statistics: is a difference more than chance? ----------------------------------------------------------------------------------
-# numpy only; `deltas` [..., n] are paired differences, one a seed, on the last axis; every function works on a whole stack of experiments at once
+# numpy only; `deltas` [..., n] are paired differences, one a seed; every function works on a whole stack of experiments at once
 
 LEVEL = 0.05                 # share of experiments without a true difference in which one is called
 MIN_SEEDS = 3                # fewer give no interval worth the name: with 2 it is 12.7 standard errors wide to either side
@@ -51,7 +51,8 @@ FLIP_SEEDS = 6               # from here on the exact sign-flip test can reach 5
 
 
 def t_tail(t, df):
-    """P(|T| > t) of Student's t with df degrees of freedom (a whole number): the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    """P(|T| > t) of Student's t with df degrees of freedom (a whole number): the finite series of Abramowitz and
+    Stegun, 26.7.3 and 26.7.4."""
     angle = np.arctan2(np.abs(t), math.sqrt(df))
     term, total = np.cos(angle) if df % 2 else np.ones_like(angle), 0.0
     for k in range(df % 2, df - 1, 2):
@@ -72,7 +73,7 @@ def t_quantile(df, level=LEVEL):
 
 
 def t_interval(deltas, level=LEVEL):
-    """(mean, low, high): the interval that holds the true mean with probability 1 - level, if the deltas are normal; infinite for one seed."""
+    """(mean, low, high): the interval that holds the true mean with probability 1 - level if the deltas are normal; infinite for one."""
     deltas = np.asarray(deltas, float)
     n, mean = deltas.shape[-1], deltas.mean(-1)
     half = t_quantile(n - 1, level) * deltas.std(-1, ddof=1) / math.sqrt(n) if n > 1 else np.full_like(mean, np.inf)
@@ -80,7 +81,7 @@ def t_interval(deltas, level=LEVEL):
 
 
 def t_test(deltas):
-    """Two-sided p of no true difference, if the deltas are normal; 1 for one seed, and where all deltas are the same number (inert seeds)."""
+    """Two-sided p of no true difference, if the deltas are normal; 1 for one seed, and where all deltas are the same (inert seeds)."""
     deltas = np.asarray(deltas, float)
     n, mean = deltas.shape[-1], deltas.mean(-1)
     error = deltas.std(-1, ddof=1) / math.sqrt(n) if n > 1 else np.zeros_like(mean)
@@ -101,9 +102,10 @@ def sign_flip(deltas):
 
 
 def p_value(deltas):
-    """The p that a verdict rests on: the t test's, from MIN_SEEDS on. From FLIP_SEEDS on the exact sign-flip test must agree (p <= LEVEL, not
-    corrected for the number of variants: 2 / 2^n could never pass that), else p is at least its. With fewer seeds nothing checks that the deltas
-    are normal, and evenly spread ones would be called in 8 % of experiments at 3 seeds, 7 % at 5: p is doubled, which makes that 4 %."""
+    """The p that a verdict rests on: the t test's, from MIN_SEEDS on. From FLIP_SEEDS on the exact sign-flip test must agree (p <= LEVEL,
+    not corrected for the number of variants: 2 / 2^n could never pass that), else p is at least its. With fewer seeds nothing checks that
+    the deltas are normal, and evenly spread ones would be called in 8 % of experiments at 3 seeds, 7 % at 5: p is doubled, which makes
+    that 4 %."""
     deltas = np.asarray(deltas, float)
     n = deltas.shape[-1]
     if n < MIN_SEEDS:
@@ -116,7 +118,7 @@ def p_value(deltas):
 
 
 def holm(p):
-    """Adjusted p values [..., m] of m comparisons made together (Holm 1979): called at 5 %, there is a false one among them in at most 5 %."""
+    """Adjusted p [..., m] of m comparisons made together (Holm 1979): called at 5 %, there is a false one among them in at most 5 %."""
     p = np.asarray(p, float)
     m, order = p.shape[-1], np.argsort(p, -1)
     adjusted = np.minimum(1, np.maximum.accumulate(np.take_along_axis(p, order, -1) * np.arange(m, 0, -1), -1))
@@ -125,8 +127,8 @@ def holm(p):
 
 @functools.cache
 def detectable(n, tried=1):
-    """The true difference, in standard deviations of the deltas over seeds, that is called in at least 80 % of experiments of n seeds, with
-    the highest threshold that Holm's correction has for `tried` variants. By simulation (82 % of 4,000 draws); infinite for fewer than MIN_SEEDS."""
+    """The true difference, in standard deviations of the deltas over seeds, that is called in at least 80 % of experiments of n seeds, at
+    the strictest step of Holm's correction for `tried` variants. By simulation (82 % of 4,000 draws); infinite below MIN_SEEDS."""
     if n < MIN_SEEDS:
         return math.inf
     draws, low, high = np.random.default_rng(0).standard_normal((4000, n)), 0.0, 200.0
@@ -139,8 +141,8 @@ def detectable(n, tried=1):
 
 
 def bootstrap(units, draws=2000):
-    """95 % interval of the mean of `units` [n seeds, m units], differences for each letter or data set: seeds are drawn with replacement, and
-    the units, the same ones for all seeds."""
+    """95 % interval of the mean of `units` [n seeds, m units], differences for each letter or data set: seeds are drawn with replacement,
+    and the units, the same ones for all seeds."""
     units = np.asarray(units, float)
     (n, m), rng = units.shape, np.random.default_rng(0)
     seeds = rng.multinomial(n, np.full(n, 1 / n), draws) / n
@@ -151,9 +153,9 @@ def bootstrap(units, draws=2000):
 def word(mean, low, high, p, n, worth, better=1):
     """What can be said of a difference: better | worse | no difference seen | cannot tell.
 
-    mean, low, high: its 95 % interval; p: adjusted; n: seeds; worth: the smallest difference that would matter; better: 1 if more is better, else
-    -1. `no difference seen` is a finding: the whole interval is smaller than what would matter. One that holds both 0 and what would matter
-    says nothing."""
+    mean, low, high: its 95 % interval; p: adjusted; n: seeds; worth: the smallest difference that would matter; better: 1 if more is
+    better, else -1. `no difference seen` is a finding: the whole interval is smaller than what would matter. One that holds both 0 and
+    what would matter says nothing."""
     if p <= LEVEL and (low > 0 or high < 0):
         return ("better" if mean * better > 0 else "worse") + (f" ({n} seeds: screening)" if n < CLAIM_SEEDS else "")
     if n >= MIN_SEEDS and -worth < low and high < worth:
@@ -165,8 +167,8 @@ def word(mean, low, high, p, n, worth, better=1):
 
 
 class Run:
-    """A run folder, or a control's: its config, what its evaluations measured (`metrics`, and `units`: the same for each letter or data set),
-    why an evaluation has no numbers (`gaps`; `missing` for core), and the guards that fired."""
+    """A run folder, or a control's: its config, what its evaluations measured (`metrics`, and `units`: the same for each letter or data
+    set), why an evaluation has no numbers (`gaps`; `missing` for core), and the guards that fired."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -265,7 +267,7 @@ BENCHMARKS = {
 
 
 def read_benchmarks(run):
-    """Put what sae_bench measured into run.metrics and run.units; a result that is stale or was never measured becomes a word in run.gaps."""
+    """Put what sae_bench measured into run.metrics and run.units; what is stale or was never measured becomes a word in run.gaps."""
     run.benchmarks = {}
     for name in dict.fromkeys(name for name, *_ in BENCHMARKS.values()):
         path = run.folder / "eval" / f"{name}.json"
@@ -285,16 +287,18 @@ def read_benchmarks(run):
             value = functools.reduce(lambda d, k: d.get(k) or {}, path[:-1], run.benchmarks[name]["eval_result_metrics"]).get(path[-1])
             if value is not None and math.isfinite(value) and value != -1:    # sae_bench writes -1 for NaN
                 run.metrics[metric] = value
-                run.units[metric] = {d[unit]: d[key] for d in run.benchmarks[name].get("eval_result_details") or [] if unit and d.get(key) is not None}
+                details = run.benchmarks[name].get("eval_result_details") or []
+                run.units[metric] = {d[unit]: d[key] for d in details if unit and d.get(key) is not None}
 
 
-# ---- guards: what makes a run's numbers invalid, as far as the run folders tell -------------------------------------------------------------
-# 03_eval.py, which also sees weights and data, has recorded its own; here are those of the evaluations, those between runs, and a second reading
-# of the recorded numbers with 03_eval.py's limits, so that figures that come from elsewhere are judged as well.
+# ---- guards: what makes a run's numbers invalid, as far as the run folders tell ------------------------------------------------------------
+# 03_eval.py, which also sees weights and data, has recorded its own; here are those of the evaluations, those between runs, and a second
+# reading of the recorded numbers with 03_eval.py's limits, so that figures that come from elsewhere are judged as well.
 
 UNTRAINED_TOKENS = 60
 NOT_SPARSE, NOT_SPARSE_SMALL, SMALL = 0.1, 0.25, 1024
-FINGERPRINT = ["explained_variance", "mse", "cosine", "l0", "l1", "l2_ratio", "slope", "ce_recovered", "kl_recovered", "kl_sae", "decoder_max_cosine"]
+FINGERPRINT = ["explained_variance", "mse", "cosine", "l0", "l1", "l2_ratio", "slope", "ce_recovered", "kl_recovered", "kl_sae",
+               "decoder_max_cosine"]                    # two runs that agree in five of these to 6 digits are one
 
 
 def judge(run):
@@ -306,7 +310,8 @@ def judge(run):
     run.flag(c.get("void"), "G36", "fatal", f"void since training: {', '.join(c.get('void', []))}")
     run.flag(l0 == 0, "G01", "fatal", "degenerate: L0 is 0")
     run.flag(ev <= 0, "G02", "fatal", f"worse than the mean: explained variance {ev:.3f}")
-    run.flag(abs(ev - get("explained_variance_zero")) < 0.02 or get("l2_ratio") < 0.1, "G03", "fatal", f"zero output: l2 ratio {get('l2_ratio'):.3f}")
+    run.flag(abs(ev - get("explained_variance_zero")) < 0.02 or get("l2_ratio") < 0.1, "G03", "fatal",
+             f"zero output: l2 ratio {get('l2_ratio'):.3f}")
     not_finite = [k for k in FINGERPRINT if k in m and m[k] is None and not (k.startswith(("ce_", "kl_")) and "ce_clean" not in m)]
     run.flag(run.core and not_finite, "G04", "fatal", f"not finite: {', '.join(not_finite)}")
     run.flag(tokens / d_sae < UNTRAINED_TOKENS, "G05", "fatal", f"untrained: {c['steps']} steps, {tokens / d_sae:.0f} tokens per latent")
@@ -321,12 +326,13 @@ def judge(run):
     run.flag(lost, "G34", "fatal", f"worse than zero ablation: {', '.join(f'{k} {v:.3f}' for k, v in lost.items())}")
     for name, result in (({"core": run.core} if run.core else {}) | run.benchmarks).items():
         theirs = result.get("sae_cfg_dict") or {}
-        said = {"d_in": result.get("d_in", theirs.get("d_in", d_in)), "d_sae": result.get("d_sae", theirs.get("d_sae", d_sae)),
-                "layer": result.get("layer", theirs.get("hook_layer", c.get("layer"))), "hook_name": result.get("hook_name", c.get("hook_name"))}
-        wrong = [f"{k} {v}" for k, v in said.items() if v != {"d_in": d_in, "d_sae": d_sae}.get(k, c.get(k))]
+        want = {"d_in": d_in, "d_sae": d_sae, "layer": c.get("layer"), "hook_name": c.get("hook_name")}
+        said = {k: result.get(k, theirs.get("hook_layer" if k == "layer" else k, v)) for k, v in want.items()}
+        wrong = [f"{k} {v}" for k, v in said.items() if v != want[k]]
         run.flag(wrong, "G10", "fatal", f"mismatch: {name} was evaluated at {', '.join(wrong)}")
     run.flag("not run (G11)" in run.gaps.values(), "G11", "warn", f"not run: {', '.join(k for k, v in run.gaps.items() if 'G11' in v)}")
-    probes = [v for k, v in (run.benchmarks.get("sparse_probing", {}).get("eval_result_metrics", {}).get("sae") or {}).items() if "top" in k and v]
+    accuracies = run.benchmarks["sparse_probing"]["eval_result_metrics"]["sae"] if "sparse_probing" in run.benchmarks else {}
+    probes = [v for k, v in accuracies.items() if "top" in k and v]
     blind = bool(probes) and all(abs(v - 0.5) <= 0.02 for v in probes)
     run.flag(blind, "G12", "fatal", "probes see a constant: every k-sparse accuracy is 0.5")
     if "absorption" in run.benchmarks:
@@ -350,8 +356,8 @@ def judge(run):
 
 
 def judge_together(runs):
-    """The guards that take several runs. G09: a run whose numbers are another's, to 6 digits, was not measured (or its idea does nothing); the
-    earlier one in the order of the table keeps them. A run whose idea was switched off by hand may equal its parent: that is only a warning."""
+    """The guards that take several runs. G09: a run whose numbers are another's, to 6 digits, was not measured (or its idea does nothing);
+    the earlier one in the order of the table keeps them. A run whose idea was switched off by hand may equal its parent: only a warning."""
     seen = []
     for run in [r for members in grouped(runs).values() for r in members if r.core]:
         numbers = {k: f"{run.get(k):.6g}" for k in FINGERPRINT if run.get(k)}
@@ -359,8 +365,8 @@ def judge_together(runs):
             same = [k for k in numbers if numbers[k] == theirs.get(k)]
             if run.acts == other.acts and (len(same) >= 5 or run.config["sae_checksum"] == other.config["sae_checksum"]):
                 off = run.seed == other.seed and bool(overridden(run).keys() - other.settings.keys())
-                run.flag(True, "G09", "warn" if off else "fatal",
-                         f"duplicate: {'the same weights as' if len(same) < 5 else f'{len(same)} numbers equal to those of'} {other.config['name']}")
+                what = f"{len(same)} numbers equal to those of" if len(same) >= 5 else "the same weights as"
+                run.flag(True, "G09", "warn" if off else "fatal", f"duplicate: {what} {other.config['name']}")
                 break
         seen.append((run, numbers))
     took = {}
@@ -428,9 +434,9 @@ class Difference(NamedTuple):
 
 
 def reference(run, others, metric):
-    """What `run` is to be compared with, as {run: weight}, or why there is nothing: valid runs of the same seed, data, length and width, with the
-    least different other settings; at its own L0, interpolated in log L0 between two of them, or, where they don't enclose it, the nearest one
-    within 5 %. Never extrapolated."""
+    """What `run` is to be compared with, as {run: weight}, or why there is nothing: valid runs of the same seed, data, length and width,
+    with the least different other settings; at its own L0, interpolated in log L0 between two of them, or, where they don't enclose it,
+    the nearest one within 5 %. Never extrapolated."""
     if not any(o.valid for o in others):
         return "nothing valid to compare with" if others else "not run"
     same = [o for o in others if o.valid and o is not run and (o.acts, o.config.get("acts_checksum"), o.seed, o.config["steps"]) ==
@@ -470,7 +476,8 @@ def difference(members, others, metric):
         gaps.append(0.0 if len(pair) == 2 else r.get("l0") / next(iter(pair)).get("l0") - 1)
         mine, theirs = r.units.get(metric.key, {}), [(o.units.get(metric.key, {}), w) for o, w in pair.items()]
         units.append({u: v - sum(w * t[u] for t, w in theirs) for u, v in mine.items() if all(u in t for t, _ in theirs)})
-        deltas.append(statistics.mean(units[-1].values()) if units[-1] else r.get(metric.key) - levels[-1])      # of the letters that both have
+        both = units[-1].values()                                             # the letters or data sets that both have
+        deltas.append(statistics.mean(both) if both else r.get(metric.key) - levels[-1])
     if not deltas:
         return Difference(sorted(why)[0] if why else "-")
     mean, low, high = (float(v) for v in t_interval(deltas))
@@ -511,7 +518,8 @@ def said_of(members, d, p, metric, whose):
             sorted({r.missing for r in members if r.missing in ("training failed", "evaluation is of older weights")})
         return f"invalid ({' '.join(broken)})" if broken else f"cannot tell ({members[0].missing})"
     if d.why:
-        return f"invalid ({d.why})" if d.why.startswith("G") else "-" if d.why == "-" else f"cannot tell ({whose + ' ' if d.why == 'not run' else ''}{d.why})"
+        why = f"{whose} not run" if d.why == "not run" else d.why
+        return f"invalid ({why})" if why.startswith("G") else "-" if why == "-" else f"cannot tell ({why})"
     return word(d.mean, d.low, d.high, p, len(d.deltas), d.worth, metric.better)
 
 
@@ -556,7 +564,8 @@ def table(runs, controls, found, primary):
     for name, members in [*grouped(runs).items(), *((c.name, [c]) for c in controls)]:
         one, control = members[0], members[0] in controls
         cells = [found.get((name, whose, primary)) for whose in ("baseline", "parent")]
-        row = [name, cells[0][1] if cells[0] else "", "" if control else ", ".join(one.config["parents"]) or "-", "" if control else str(len(members))]
+        row = [name, cells[0][1] if cells[0] else ""]
+        row += ["", ""] if control else [", ".join(one.config["parents"]) or "-", str(len(members))]
         row += [measured(members, m) for m in columns]
         d = cells[0][0] if cells[0] else Difference()
         tests = [f"{d.holm:.3g}", f"{float(sign_flip(d.deltas)):.3g}"] if len(d.deltas) >= MIN_SEEDS else [""] * 2
@@ -576,7 +585,8 @@ def others_table(runs, found, primary):
             row = [name, m.title]
             for whose in ("baseline", "parent"):
                 d, said = found[name, whose, m.key]
-                row += ["the same", ""] if whose == "parent" and members[0].config["parents"] == ["baseline"] else [interval(d, m.digits), "" if d.why else said]
+                same = whose == "parent" and members[0].config["parents"] == ["baseline"]
+                row += ["the same", ""] if same else [interval(d, m.digits), "" if d.why else said]
             rows.append(row)
     return (["variant", "metric", "to baseline", "verdict", "to parent", "verdict to parent"], rows) if rows else None
 
@@ -590,7 +600,8 @@ def guards_said(members, control, found, name):
         said.append(fatal if control else f"INVALID {fatal}" if len(invalid) == len(members) else
                     f"{len(invalid)} of {len(members)} left out as invalid: {fatal}")
     for missing in sorted({r.missing for r in members if not r.core}):
-        said.append(missing + (f" (seed {', '.join(str(r.seed) for r in members if not r.core and r.missing == missing)})" if len(members) > 1 else ""))
+        which = ", ".join(str(r.seed) for r in members if not r.core and r.missing == missing)
+        said.append(missing + f" (seed {which})" * (len(members) > 1))
     warned = {g for r in members for g in r.warned}
     full, fraction = (found.get((name, "baseline", f"absorption_{kind}"), [Difference()])[0].mean for kind in ("full", "fraction"))
     if full * fraction < 0:
@@ -612,25 +623,27 @@ def uninformative(runs, controls):
 
 
 def notes(runs, controls, found, tried, primary):
-    """Sentences under a table: how much was tried and could be seen, what guards say in full, and which metrics can't tell these runs from a control."""
+    """Sentences under a table: how much was tried and could be seen, what guards say in full, and which metrics a control does well in."""
     main, lines = next(m for m in METRICS if m.key == primary), []
     differ = [d for (_, whose, key), (d, _) in found.items() if (whose, key) == ("baseline", primary) and len(d.deltas) >= MIN_SEEDS]
-    lines.append(f"The verdict is about {main.title} - baseline; {tried} variants and settings were tried, and Holm's correction is for as many.")
+    lines.append(f"The verdict is about {main.title} - baseline; {tried} variants and settings were tried, Holm's correction is for as many.")
     if differ:
         n, spread = round(statistics.median(len(d.deltas) for d in differ)), statistics.median(statistics.stdev(d.deltas) for d in differ)
-        lines.append(f"With {n} seeds and {tried} tried, a difference of {detectable(n, tried):.1f} standard deviations over seeds is called in 4 of 5 experiments: "
-                     f"here, at the median one of {spread:.{main.digits + 1}f}, {detectable(n, tried) * spread:.{main.digits}f}; "
+        needed = detectable(n, tried)
+        lines.append(f"With {n} seeds and {tried} tried, a difference of {needed:.1f} standard deviations over seeds is called in 4 of 5 "
+                     f"experiments: here, at the median one of {spread:.{main.digits + 1}f}, {needed * spread:.{main.digits}f}; "
                      f"with {n + 2} seeds it would be {detectable(n + 2, tried) * spread:.{main.digits}f}.")
     elif tried:
-        lines.append(f"Fewer than {MIN_SEEDS} seeds have no interval worth the name: run 02_train.py with --seed 0 1 2, or 0 1 2 3 4 for a claim.")
+        lines.append(f"Fewer than {MIN_SEEDS} seeds have no interval worth the name: train with --seed 0 1 2, or 0 1 2 3 4 for a claim.")
     for (name, whose, key), (d, verdict) in found.items():
         if (whose, key) == ("baseline", primary) and abs(d.gap) > 0.01 and verdict.startswith(("better", "worse")):
-            lines.append(f"{name}: its L0 is {d.gap:+.1%} of the baseline's; a baseline at several l0 (--sweep l0=...) would take that out.")
+            lines.append(f"{name}: its L0 is {d.gap:+.1%} of the baseline's; a baseline at several l0 (--sweep l0=...) takes that out.")
     if primary in ("scr", "tpp"):
-        lines.append(f"G33: {main.title} is not reliable enough for a verdict: a perfect oracle ranks below a third of trained SAEs on SCR (2605.18229).")
+        lines.append(f"G33: {main.title} is not reliable enough for a verdict: on SCR an oracle ranks below a third of SAEs (2605.18229).")
     sizes, versions = {r.core["contexts"] for r in runs + controls if r.core}, {r.core.get("version") for r in runs + controls if r.core}
     if len(sizes) > 1:
-        lines.append(f"Rows were evaluated on different numbers of held-out contexts ({', '.join(map(str, sorted(sizes)))}): run 03_eval.py again.")
+        shown = ", ".join(map(str, sorted(sizes)))
+        lines.append(f"Rows were evaluated on different numbers of held-out contexts ({shown}): run 03_eval.py again.")
     if len(versions) > 1:
         lines.append("G26: rows were evaluated by different versions of 03_eval.py: run it again.")
     for r in runs:
@@ -641,7 +654,8 @@ def notes(runs, controls, found, tried, primary):
     for r in runs:
         for g in {g["id"]: g for g in r.guards if g["level"] == "warn"}.values():
             warned.setdefault(g["id"], []).append((r.config["name"], g["message"]))
-    lines += [f"{guard} warns at {len(them)} run{'s' * (len(them) > 1)}: {them[0][0]}: {them[0][1]}." for guard, them in sorted(warned.items())]
+    for guard, them in sorted(warned.items()):
+        lines.append(f"{guard} warns at {len(them)} run{'s' * (len(them) > 1)}: {them[0][0]}: {them[0][1]}.")
     for m in METRICS:
         if m.key in uninformative(runs, controls):
             as_good, middle, whose = uninformative(runs, controls)[m.key]
@@ -652,17 +666,19 @@ def notes(runs, controls, found, tried, primary):
 
 ABOUT = f"""Mean +- standard deviation over seeds, on held-out contexts. L0: active latents per row; EV: explained variance about the mean;
 CE rec.: share of the loss that zeroing the activations costs which the reconstruction avoids; KL: from the clean model, nats per token;
-dead: share of latents that never fire; absorption, probing, SCR, TPP and unlearning: SAEBench's, or of the true features; max cos: mean over
-latents of the highest cosine with another one's decoder row; a star: a control does as well as the baseline, so the metric says nothing by itself.
+dead: share of latents that never fire; absorption, probing, SCR, TPP and unlearning: SAEBench's, or of the true features; max cos: mean
+over latents of the highest cosine with another one's decoder row; a star: a control does as well as the baseline, so that the metric
+says nothing by itself.
 
 Differences are paired by seed (same start, same batches) at the same length and width and the same L0: interpolated in log L0 between
-two of the other's runs, or to one within {SAME_L0:.0%}; never extrapolated. Of two parents the first that was run counts. In brackets the 95 % interval: Student's t over seeds; for letters and data
-sets the wider one of it and a bootstrap over seeds and letters.
+two of the other's runs, or to one within {SAME_L0:.0%}; never extrapolated. Of two parents the first that was run counts. In brackets the 95 %
+interval: Student's t over seeds; for letters and data sets the wider one of it and a bootstrap over seeds and letters.
 
-Verdict: *better* or *worse*, if the t interval excludes 0 after Holm's correction for the number tried, and, from {FLIP_SEEDS} seeds on, the exact sign-flip
-test agrees; with fewer than {FLIP_SEEDS} seeds that test can't reach 5 % and nothing checks that the differences are normal, so t's p is doubled; fewer
-than {CLAIM_SEEDS} seeds are a screening. *No difference seen*: the whole interval is smaller than what would matter. *Cannot tell*: it holds both 0 and what would
-matter, or there are fewer than {MIN_SEEDS} seeds. *Invalid*: a guard fired. Rows are in order of name, not of merit."""
+Verdict: *better* or *worse*, if the t interval excludes 0 after Holm's correction for the number tried, and, from {FLIP_SEEDS} seeds on, the
+exact sign-flip test agrees; with fewer than {FLIP_SEEDS} seeds that test can't reach 5 % and nothing checks that the differences are normal, so
+t's p is doubled; fewer than {CLAIM_SEEDS} seeds are a screening. *No difference seen*: the whole interval is smaller than what would matter.
+*Cannot tell*: it holds both 0 and what would matter, or there are fewer than {MIN_SEEDS} seeds. *Invalid*: a guard fired. Rows are in order
+of name, not of merit."""
 
 
 def results(caches, compared, primary):
@@ -680,8 +696,8 @@ def results(caches, compared, primary):
             md += ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] * len(header)) + "|"]
             md += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
             widths = [max(map(len, column)) for column in zip(header, *rows)]
-            text[at:at] = [f"\n{acts}: {title.lower()}" if title else f"\n{acts}",
-                           *("  ".join(f"{c:<{w}}" if i < 3 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in [header, *rows]),
+            aligned = [[f"{c:<{w}}" if i < 3 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths))] for row in [header, *rows]]
+            text[at:at] = [f"\n{acts}: {title.lower()}" if title else f"\n{acts}", *("  ".join(row).rstrip() for row in aligned),
                            *([] if title else said)]
             if not title:
                 md += [f"* {line}" for line in said] + [""]
@@ -919,15 +935,17 @@ SAID = {"better": ("#0072B2", "o"), "worse": ("#D55E00", "o"), "no difference se
 def draw_verdicts(caches, compared, primary, path):
     """Forest plot: each group's difference to the baseline and to its parent with its 95 % interval, a dot per seed, the verdict in words.
     Invalid groups are named with the guard and have no mark, so they are in no scale."""
-    groups = {acts: [name for name, members in grouped(runs).items() if members[0].variant != "baseline"] for acts, (runs, _) in caches.items()}
+    groups = {acts: [name for name, one in grouped(runs).items() if one[0].variant != "baseline"] for acts, (runs, _) in caches.items()}
     groups = {acts: names for acts, names in groups.items() if names}
     if not groups:
         return "nothing but the baseline"
     heights = [max(2.0, 0.21 * len(names) + 0.7) for names in groups.values()]
-    figure, axes = plt.subplots(len(groups), 3, figsize=(15.5, sum(heights) + 0.5), squeeze=False, layout="constrained", height_ratios=heights)
+    figure, axes = plt.subplots(len(groups), 3, figsize=(15.5, sum(heights) + 0.5), squeeze=False, layout="constrained",
+                                height_ratios=heights)
     for row, (acts, names) in zip(axes, groups.items()):
         found, tried = compared[acts]
-        second = next((k for k in ("ce_recovered", "mcc", "explained_variance") if k != primary and (names[0], "baseline", k) in found), None)
+        others = [k for k in ("ce_recovered", "mcc", "explained_variance") if k != primary and (names[0], "baseline", k) in found]
+        second = others[0] if others else None
         columns = [(primary, "baseline"), (primary, "parent"), (second, "baseline")]
         for axis, (key, whose) in zip(row, columns):
             metric = next((m for m in METRICS if m.key == key), None)
@@ -940,21 +958,25 @@ def draw_verdicts(caches, compared, primary, path):
                 kind = next((k for k in SAID if said.startswith(k)), None)
                 if d.deltas and kind:
                     colour, marker = SAID[kind]
-                    axis.plot([d.low, d.high] if math.isfinite(d.low) else [d.mean] * 2, [y, y], color=colour, lw=1.6, solid_capstyle="butt", zorder=2)
+                    if math.isfinite(d.low):
+                        axis.plot([d.low, d.high], [y, y], color=colour, lw=1.6, solid_capstyle="butt", zorder=2)
                     axis.plot(d.mean, y, marker, color=colour, ms=5, mfc="white" if kind == "cannot tell" else colour, zorder=3)
                     axis.plot(d.deltas, [y + 0.28] * len(d.deltas), "|", color=colour, ms=4, mew=0.8)
                     points += d.deltas
-                axis.text(1.01, y, "" if said == "-" else said, transform=axis.get_yaxis_transform(), va="center", fontsize=7, color=SAID.get(kind, ("#777777",))[0])
+                axis.text(1.01, y, "" if said == "-" else said, transform=axis.get_yaxis_transform(), va="center", fontsize=7,
+                          color=SAID.get(kind, ("#777777",))[0])
             reach = 1.25 * max(map(abs, points)) or metric.worth or 1
             axis.axvline(0, color="#444444", lw=1)
             if not metric.relative:
                 axis.axvspan(-metric.worth, metric.worth, color="#EEEEEE", zorder=0)
-            axis.set(xlim=(-reach, reach), ylim=(len(names) - 0.4, -0.6), xlabel=f"difference in {metric.title} ({'more' if metric.better > 0 else 'less'} is better)",
+            axis.set(xlim=(-reach, reach), ylim=(len(names) - 0.4, -0.6),
+                     xlabel=f"difference in {metric.title} ({'more' if metric.better > 0 else 'less'} is better)",
                      title=f"{acts}: {metric.title} - {whose}" + f"; {tried} tried" * (axis is row[0]))
             axis.set_yticks(range(len(names)), names if axis is row[0] else [""] * len(names), fontsize=7.5)
             axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
             axis.grid(axis="y", visible=False)
-    figure.supxlabel("line: 95 % interval (it may leave the panel); ticks below it: seeds; grey band: too small to matter", fontsize=8, color="#555555")
+    figure.supxlabel("line: 95 % interval (it may leave the panel); ticks below it: seeds; grey band: too small to matter",
+                     fontsize=8, color="#555555")
     save(figure, path)
 
 
@@ -1461,8 +1483,10 @@ p, li { max-width: 75em; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; border: 1px solid #ddd; max-height: 75vh; } .wide:focus { outline: 2px solid #0072B2; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
-th { position: sticky; top: 0; background: #f4f4f4; z-index: 1; } th:first-child, td:first-child { position: sticky; left: 0; text-align: left; background: #fff; }
-th:nth-child(2), td:nth-child(2) { text-align: left; } th:first-child { background: #f4f4f4; z-index: 2; } th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus { outline: 2px solid #0072B2; }
+th { position: sticky; top: 0; background: #f4f4f4; z-index: 1; }
+th:first-child, td:first-child { position: sticky; left: 0; text-align: left; background: #fff; }
+th:nth-child(2), td:nth-child(2) { text-align: left; } th:first-child { background: #f4f4f4; z-index: 2; }
+th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus { outline: 2px solid #0072B2; }
 th[aria-sort=ascending] button::after { content: " \\2191"; } th[aria-sort=descending] button::after { content: " \\2193"; }
 tr.better td { background: #e3f0f9; } tr.worse td { background: #fbe8dc; } tr.invalid td { color: #767676; }
 figure { margin: .5rem 0 1.5rem; } figure div { overflow-x: auto; } img { max-width: 100%; height: auto; } figcaption { font-weight: 600; }
@@ -1515,7 +1539,8 @@ function list() {
   const box = document.getElementById("latents"), word = document.getElementById("find").value.toLowerCase();
   box.replaceChildren();
   for (const latent of runs[choice.value].filter(l => JSON.stringify(l).toLowerCase().includes(word))) {
-    const button = make("button", `${latent.latent}  ${(100 * latent.rate).toPrecision(2)} %  ${(latent.why ?? []).join(", ")}  ${latent.contexts[0]?.token ?? ""}`);
+    const parts = [latent.latent, `${(100 * latent.rate).toPrecision(2)} %`, (latent.why ?? []).join(", "), latent.contexts[0]?.token];
+    const button = make("button", parts.join("  "));
     button.addEventListener("click", () => show(latent, button));
     box.append(button);
   }
@@ -1529,8 +1554,10 @@ if (choice) { choice.addEventListener("change", list); document.getElementById("
 
 def html_table(header, rows, verdict=None):
     """A table whose columns sort; `verdict`: the column that colours the rows. Rows that are in no ranking stay last."""
-    kind = lambda row: next((k for k in ("better", "worse", "invalid") if row[verdict].startswith(k) or k == "invalid" and row[0].startswith("control")), "") \
-        if verdict is not None else ""
+    def kind(row):
+        words = "invalid" if row[0].startswith("control") else row[verdict] if verdict is not None else ""
+        return next((k for k in ("better", "worse", "invalid") if words.startswith(k)), "")
+
     head = "".join(f"<th scope=col><button>{html.escape(title)}</button></th>" for title in header)
     body = "".join(f"<tr class='{kind(row)}'>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
     return f"<div class=wide tabindex=0><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
@@ -1547,11 +1574,13 @@ def report(caches, compared, primary, pictures):
         others = others_table(runs, found, primary)
         if others:
             body += ["<details><summary>Other metrics (exploratory)</summary>", html_table(*others), "</details>"]
-    body += ["<details><summary>How to read this</summary>", *(f"<p>{html.escape(part)}</p>" for part in ABOUT.split("\n\n")), "</details>", "<h2>Latents</h2>"]
+    body += ["<details><summary>How to read this</summary>", *(f"<p>{html.escape(part)}</p>" for part in ABOUT.split("\n\n")), "</details>",
+             "<h2>Latents</h2>"]
     features = {r.config["name"]: latents for runs, _ in caches.values() for r in runs if (latents := read_features(r))}
     if features:
         options = "".join(f"<option>{html.escape(name)}</option>" for name in features)
-        body += [f"<p><label>Run <select id=run>{options}</select></label> <label>Find <input id=find type=search placeholder='a word or token'></label></p>",
+        body += [f"<p><label>Run <select id=run>{options}</select></label>",
+                 "<label>Find <input id=find type=search placeholder='a word or token'></label></p>",
                  "<div id=browser><div id=latents aria-label=Latents></div><div id=latent aria-live=polite></div></div>"]
     else:
         body.append("<p>No run has eval/features.json (03_eval.py --eval features, of a language model).</p>")
