@@ -1288,7 +1288,7 @@ class CoreShared:
             found["acts"].append(x.cpu()[:max(0, self.kept_contexts - part.start)])
             found["ce_clean"].append(self.ce(log_p, part))
             found["ce_zero"].append(self.ce(log_q, part))
-            found["kl_zero"].append(divergence(log_p, log_q))
+            found["kl_zero"].append(divergence(log_p.exp(), log_p, log_q))
         return {k: torch.cat(v) for k, v in found.items()}
 
     @torch.no_grad()
@@ -1299,6 +1299,7 @@ class CoreShared:
         for part in tqdm(self.parts(), desc="saebench_core: losses with the SAEs", disable=None):
             x, special = self.acts(part), self.special[part].to(self.bench.device)
             log_p, rows = self.log_probs(x), x[~special].double()
+            p = log_p.exp()
             mean, square, n = mean + rows.sum(0), square + rows.square().sum().item(), n + len(rows)
             for run, sae in saes.items():
                 if (run.folder, "saebench_core") not in failures:
@@ -1306,7 +1307,7 @@ class CoreShared:
                         x_hat = torch.where(special[..., None], x, sae(x))
                         log_q = self.log_probs(x_hat)
                         sums[run]["ce"].append(self.ce(log_q, part))
-                        sums[run]["kl"].append(divergence(log_p, log_q))
+                        sums[run]["kl"].append(divergence(p, log_p, log_q))
                         sums[run]["error"].append((rows - x_hat[~special].double()).square().sum().item())
         total = square - (mean / n).square().sum().item() * n
         for run in saes:
@@ -1336,9 +1337,9 @@ class CoreShared:
         return {k: v[self.part].to(device) for k, v in found.items()}
 
 
-def divergence(log_p, log_q):
+def divergence(p, log_p, log_q):
     """KL(p || q) of each position [n, ctx]."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1).cpu()
+    return torch.linalg.vecdot(p, log_p - log_q).cpu()
 
 
 # ---- SAEBench's absorption: probes, prompts and activations are made once for all SAEs ---------------------------------------------------
