@@ -27,6 +27,7 @@ import functools
 import glob
 import importlib
 import importlib.metadata
+import itertools
 import json
 import math
 import platform
@@ -38,7 +39,6 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -1168,7 +1168,7 @@ def check_saebench(result, run, bench, spec):
         raise Refuse(f"the result is of {result['sae_lens_release_id']} {of}, not of {bench.label(run)} {want}", 5)
     if result["datetime_epoch_millis"] < bench.started * 1000:
         raise Refuse("the result is an older one", 5)
-    if not result["eval_result_details"] and not result.get("eval_result_unstructured"):
+    if result["eval_result_details"] == []:
         raise Refuse("the result has no details: nothing was evaluated", 5)
     json.dumps(result, allow_nan=False)
 
@@ -1584,15 +1584,15 @@ BENCH = {"saebench_core": BenchEval("sae_bench.evals.core.eval_output:CoreEvalOu
                                  (("abs.full", "mean_full_absorption_score"), ("abs.frac", "mean_absorption_fraction_score")))}
 
 
-# ---- labelled text for SAEBench: of the corpus itself where its records carry labels, else its own data sets ------------------------------
+# ---- labelled text for SAEBench: of the corpus itself where its records carry labels, else its own data sets ----------------------------
 
 LABELLED = Path("labelled")      # labelled/NAME/SPLIT.jsonl, in the columns and by the name that the data set has on the hub
-EMBEDDED = dict(train=400, test=200, ctx=64)    # texts a class pair and tokens a text, of labelled data made from a corpus; SAEBench: 4000, 1000, 128
+EMBEDDED = dict(train=400, test=200, ctx=64)    # of what is made from a corpus: texts a probe, tokens a text (SAEBench: 4000, 1000, 128)
 MOST_CLASSES, PASSAGE = 6, 200   # classes of a task; characters of a passage, about 64 tokens
 SCIENCE = ("numpy", "sympy", "networkx")
-SCR_PAIRS = (("transformers", "sympy"), ("transformers", "stdlib"), ("torch", "sympy"), ("sympy", "torch"))    # told apart while doctests mislead
+SCR_PAIRS = (("transformers", "sympy"), ("transformers", "stdlib"), ("sympy", "torch"))    # told apart while doctests mislead
 STATEMENT = re.compile(r"\s*(from|def|class|if|for|while|with|return|raise|assert)\s+(.{12,})")
-OWN_TASKS = {f"corpus/{task}_bias_in_bios": task for task in ("package", "kind", "statement", "letter")}    # SAEBench picks its loader by the name's end
+OWN_TASKS = {f"corpus/{task}_bias_in_bios": task for task in ("package", "kind", "statement", "letter")}    # SAEBench's loaders go by names
 HUB_TASKS = {"sparse_probing": ("LabHC/bias_in_bios_class_set1", "LabHC/bias_in_bios_class_set2", "LabHC/bias_in_bios_class_set3",
                                 "canrager/amazon_reviews_mcauley_1and5", "canrager/amazon_reviews_mcauley_1and5_sentiment",
                                 "codeparrot/github-code", "fancyzhx/ag_news", "Helsinki-NLP/europarl"),
@@ -1671,7 +1671,7 @@ def corpus_tasks(acts):
     if not (folder / "index.json").exists():
         tasks, index = label_corpus(map(json.loads, lines)), {"version": key}
         for task in OWN_TASKS.values():
-            index[task] = write_task(folder / task, tasks[task])
+            index[task] = write_task(folder / task, tasks.get(task, []))
         sizes = {c: quadrants([r for r in tasks["package"] if r["label"] == c]) for c in index["package"]["classes"]}
         index["pairs"] = [pair for pair in SCR_PAIRS if all(p in sizes for p in pair)
                           and all(enough(sizes[c].get(g, (0, 0)), 2.1) for c, g in zip(pair, ("doctest", "plain")))]
@@ -1738,8 +1738,10 @@ def base_name(task):
     return task.split("_class_set")[0].removesuffix("_sentiment")
 
 
-def labelled_settings(name, own, config, own_config):
-    """f(acts) -> the data, tasks and SAEBench's settings that differ from its defaults, of one evaluation of labelled text."""
+def labelled_settings(name, own, prefix, **more):
+    """f(acts) -> the data, tasks and SAEBench's settings that differ from its defaults, of one evaluation of labelled text.
+
+    own: which tasks of a corpus it takes; prefix: of its settings for the numbers of texts; more: its other settings on a corpus."""
     def settings(acts):
         found = corpus_tasks(acts)
         if found:
@@ -1747,12 +1749,14 @@ def labelled_settings(name, own, config, own_config):
             tasks = [task for task, key in OWN_TASKS.items() if key in own and index[key]["classes"]]
             if not tasks or (name == "scr" and not index["pairs"]):
                 raise Unfit("the corpus has too few texts of any class")
-            return {"data": {task: index["version"] for task in tasks}, "tasks": tasks, "index": index, "config": own_config}
+            return {"data": {task: index["version"] for task in tasks}, "tasks": tasks, "index": index,
+                    "config": {"context_length": EMBEDDED["ctx"], "sae_batch_size": 32, f"{prefix}train_set_size": EMBEDDED["train"],
+                               f"{prefix}test_set_size": EMBEDDED["test"], **more}}
         data = on_disk_or_hub(HUB_TASKS[name])
         tasks = [task for task in HUB_TASKS[name] if base_name(task) in data]
         if not tasks:
-            raise Unfit(f"no labelled data: the corpus carries no labels, {LABELLED}/ holds none of {', '.join(HUB_TASKS[name])}, the hub is out of reach")
-        return {"data": data, "tasks": tasks, "index": None, "config": config}
+            raise Unfit(f"no labelled data: the corpus has no labels, {LABELLED}/ has none of {', '.join(HUB_TASKS[name])}, the hub is out of reach")
+        return {"data": data, "tasks": tasks, "index": None, "config": {}}
     return settings
 
 
@@ -1768,7 +1772,8 @@ def labelled_tasks(bench, settings):
     folder, _ = corpus_tasks(bench.acts)
     about = {task: index[OWN_TASKS[task]] for task in settings["tasks"]}
     columns = {task: {"text_column_name": "text", "column1_name": "label", "column2_name": "group", "column2_autointerp_name": "group",
-                      "column1_mapping": {c: c for c in a["classes"]}, "column2_mapping": {g: g for g in a["groups"]}} for task, a in about.items()}
+                      "column1_mapping": {c: c for c in a["classes"]}, "column2_mapping": {g: g for g in a["groups"]}}
+               for task, a in about.items()}
     classes, groups = {task: a["classes"] for task, a in about.items()}, {task: tuple(a["groups"]) for task, a in about.items()}
     with (replaced(info, "dataset_metadata", {**info.dataset_metadata, **columns}),
           replaced(info, "chosen_classes_per_dataset", {**info.chosen_classes_per_dataset, **classes}),
@@ -1776,7 +1781,7 @@ def labelled_tasks(bench, settings):
         yield {task: folder / OWN_TASKS[task] for task in settings["tasks"]}
 
 
-# ---- SAEBench's sparse probing, SCR and TPP: the model's activations and the probes on them are made once for all SAEs ----------------------
+# ---- SAEBench's sparse probing, SCR and TPP: the model's activations and the probes on them are made once for all SAEs -------------------
 
 SEED, LLM_BATCH = 42, 32         # SAEBench's own seed; contexts in a pass of the language model
 N_FIELDS = (1, 2, 5, 10, 20, 50, 100, 500)       # numbers of latents for which its results have a field
@@ -1790,27 +1795,24 @@ def bench_labelled(name, module, config_class, fixed, counts, watch):
     SAEBench fills that folder with the first SAE of a call, and by drawing random numbers that later SAEs don't draw. So it is filled with
     an SAE of eight latents before; then every run starts from the same generators and the same folder, whatever ran before it."""
     def evaluate(bench, runs, settings, failures):
-        main, configs = importlib.import_module(module), importlib.import_module(module.removesuffix("main") + "eval_config")
-        folder = bench.folder(name, settings)
+        from sae_bench.evals.scr_and_tpp import main as scr
+        main, folder = importlib.import_module(module), bench.folder(name, settings)
 
         def call(label, sae, artifacts):
-            from sae_bench.evals.scr_and_tpp import main as scr
-            numbers = [n for n in settings["config"].get(counts) or getattr(configs, config_class)().__dict__[counts]
-                       if n in N_FIELDS and n <= sae.W_dec.shape[0]]
-            more = {"column1_vals_lookup": {task: settings["index"]["pairs"] for task in settings["tasks"]}} if name == "scr" and settings["index"] else {}
-            config = getattr(configs, config_class)(**{**settings["config"], **fixed, **more, counts: numbers}, random_seed=SEED, model_name=bench.name,
-                                                    llm_dtype=bench.dtype, llm_batch_size=LLM_BATCH, dataset_names=settings["tasks"])
-            seen, plot = {}, scr.get_scr_plotting_dict
+            """(SAEBench's result, of SCR the probes' accuracies before ablation of each pair)."""
+            config = labelled_config(bench, settings, config_class, fixed, counts, sae)
+            clean, plot = [], scr.get_scr_plotting_dict
 
-            def watched(accuracies, clean):
-                seen[len(seen)] = clean
-                return plot(accuracies, clean)
+            def watched(accuracies, before):
+                clean.append(before)
+                return plot(accuracies, before)
 
-            with (tempfile.TemporaryDirectory() as results, labelled_tasks(bench, settings) as data, bench.seams(SEED, data, folder / "log.txt"),
+            with (tempfile.TemporaryDirectory() as results, labelled_tasks(bench, settings) as data,
+                  bench.seams(SEED, data, folder / "log.txt"),
                   replaced(scr, "ablated_precomputed_activations", Ablated(scr.ablated_precomputed_activations)),
                   replaced(scr, "get_scr_plotting_dict", watched)):
                 found = main.run_eval(config, [(label, sae)], str(bench.device), results, force_rerun=True, artifacts_path=str(artifacts))
-            return json.loads(json.dumps(found[f"{label}_custom_sae"])), list(seen.values())
+            return json.loads(json.dumps(found[f"{label}_custom_sae"])), clean
 
         if not (folder / "shared").exists():
             print(f"{bench.acts.folder}: {name}: activations and probes that all runs share")
@@ -1827,6 +1829,21 @@ def bench_labelled(name, module, config_class, fixed, counts, watch):
                 made = [(result, {"metrics": metrics, "guards": watch(metrics, clean)})]
             yield from ((run, *m) for m in made)
     return evaluate
+
+
+def labelled_config(bench, settings, config_class, fixed, counts, sae):
+    """SAEBench's settings for one SAE: its defaults, less the numbers of latents that the SAE does not have or the results have no field for."""
+    from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
+    from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
+    cls = {"ScrAndTppEvalConfig": ScrAndTppEvalConfig, "SparseProbingEvalConfig": SparseProbingEvalConfig}[config_class]
+    chosen = {**settings["config"], **fixed}
+    if settings["index"] and fixed.get("perform_scr"):
+        chosen["column1_vals_lookup"] = {task: settings["index"]["pairs"] for task in settings["tasks"]}
+    config = cls(**chosen, random_seed=SEED, model_name=bench.name, llm_dtype=bench.dtype, dataset_names=settings["tasks"],
+                 llm_batch_size=max(1, int(LLM_BATCH * bench.share)))
+    config.sae_batch_size = max(1, int(config.sae_batch_size * bench.share))
+    setattr(config, counts, [n for n in getattr(config, counts) if n in N_FIELDS and n <= sae.W_dec.shape[0]])
+    return config
 
 
 def few_latents(bench):
@@ -1857,16 +1874,15 @@ class Ablated:
 
 def probing_guards(metrics, _):
     seen = [v for k, v in metrics.items() if re.fullmatch(r"sae_top_\d+_test_accuracy", k)]
-    return [{"id": "G12", "level": "fatal", "message": "dead SAE: the probes on its latents see a constant"}] if all(abs(v - 0.5) < CHANCE for v in seen) else []
+    dead = all(abs(v - 0.5) < CHANCE for v in seen)
+    return [{"id": "G12", "level": "fatal", "message": "dead SAE: the probes on its latents see a constant"}] if dead else []
 
 
 def scr_guards(metrics, clean):
     """clean: the probes' accuracies before ablation, of each pair."""
-    gaps = [c[task] - c[f"male_professor / female_nurse probe on {task} data"] for c in clean for task in ("professor / nurse",)]
-    found = unreliable("SCR", metrics)
-    if gaps and sum(gaps) / len(gaps) < NO_GAP:
-        found.append({"id": "G38", "level": "fatal", "message": f"nothing to remove: the biased probes lose only {sum(gaps) / len(gaps):.3f}"})
-    return found
+    gap = statistics.mean(c["professor / nurse"] - c["male_professor / female_nurse probe on professor / nurse data"] for c in clean)
+    nothing = f"SCR has little to remove: the biased probes lose {gap:.3f}"
+    return unreliable("SCR", metrics) + ([{"id": "G33", "level": "warn", "message": nothing}] if gap < NO_GAP else [])
 
 
 def tpp_guards(metrics, _):
@@ -1876,26 +1892,28 @@ def tpp_guards(metrics, _):
 def unreliable(name, metrics):
     """Published doubts about the metric itself (arXiv 2605.18229): most of all where many latents are ablated."""
     many = sorted({int(n) for k in metrics for n in re.findall(r"threshold_(\d+)", k) if int(n) >= 50})
-    return [{"id": "G33", "level": "warn", "message": f"{name} is no primary metric" + (f", least of all with {many} latents" if many else "")}]
+    least = f", least of all with {many} latents" if many else ""
+    return [{"id": "G33", "level": "warn", "message": f"{name} is no primary metric{least}"}]
 
 
-PROBED, PAIRED, OWN = {"sae_batch_size": 125}, {"sae_batch_size": 125}, {"context_length": EMBEDDED["ctx"], "sae_batch_size": 32}
+OWN_SCR = {"n_values": [2, 5, 10, 20], "probe_lr": 1e-2}     # 1e-3 leaves probes on so small activations at their random start
+SCR_MAIN, SCR_OUTPUT = "sae_bench.evals.scr_and_tpp.main", "sae_bench.evals.scr_and_tpp.eval_output"
 BENCH |= {
     "sparse_probing": BenchEval(
-        "sae_bench.evals.sparse_probing.eval_output:SparseProbingEvalOutput",
-        labelled_settings("sparse_probing", OWN_TASKS.values(), PROBED, {**OWN, "probe_train_set_size": EMBEDDED["train"], "probe_test_set_size": EMBEDDED["test"]}),
-        bench_labelled("sparse_probing", "sae_bench.evals.sparse_probing.main", "SparseProbingEvalConfig", {}, "k_values", probing_guards)),
+        "sae_bench.evals.sparse_probing.eval_output:SparseProbingEvalOutput", labelled_settings("sparse_probing", OWN_TASKS.values(), "probe_"),
+        bench_labelled("sparse_probing", "sae_bench.evals.sparse_probing.main", "SparseProbingEvalConfig", {}, "k_values", probing_guards),
+        [("probe@1", "sae_top_1_test_accuracy"), ("probe@5", "sae_top_5_test_accuracy")]),
     "scr": BenchEval(
-        "sae_bench.evals.scr_and_tpp.eval_output:ScrEvalOutput",
-        labelled_settings("scr", ["package"], PAIRED, {**OWN, "train_set_size": EMBEDDED["train"], "test_set_size": EMBEDDED["test"], "n_values": [2, 5, 10, 20]}),
-        bench_labelled("scr", "sae_bench.evals.scr_and_tpp.main", "ScrAndTppEvalConfig", {"perform_scr": True}, "n_values", scr_guards)),
+        f"{SCR_OUTPUT}:ScrEvalOutput", labelled_settings("scr", ["package"], "", **OWN_SCR),
+        bench_labelled("scr", SCR_MAIN, "ScrAndTppEvalConfig", {"perform_scr": True}, "n_values", scr_guards),
+        [("SCR@20", "scr_metric_threshold_20")]),
     "tpp": BenchEval(
-        "sae_bench.evals.scr_and_tpp.eval_output:TppEvalOutput",
-        labelled_settings("tpp", ["package"], PAIRED, {**OWN, "train_set_size": EMBEDDED["train"], "test_set_size": EMBEDDED["test"], "n_values": [2, 5, 10, 20]}),
-        bench_labelled("tpp", "sae_bench.evals.scr_and_tpp.main", "ScrAndTppEvalConfig", {"perform_scr": False}, "n_values", tpp_guards))}
+        f"{SCR_OUTPUT}:TppEvalOutput", labelled_settings("tpp", ["package"], "", **OWN_SCR),
+        bench_labelled("tpp", SCR_MAIN, "ScrAndTppEvalConfig", {"perform_scr": False}, "n_values", tpp_guards),
+        [("TPP@20", "tpp_threshold_20_total_metric")])}
 
 
-# ---- SAEBench's unlearning: latents of a topic are clamped, and what that costs on the topic and elsewhere is measured ----------------------
+# ---- SAEBench's unlearning: latents of a topic are clamped, and what that costs on the topic and elsewhere is measured -------------------
 
 MULTIPLES = (0.4, 0.8, 2.0)      # latents are clamped to minus these times the mean norm of a row, a whole number of at least 1
 FORGETTING = dict(retain_thresholds=[0.01], n_features_list=[5, 10, 20])
@@ -1921,8 +1939,9 @@ def bench_unlearning(bench, runs, settings, failures):
     from sae_bench.evals.unlearning import eval_config, eval_output
     from sae_bench.sae_bench_utils import general_utils, get_eval_uuid, get_sae_bench_version, get_sae_lens_version
     texts = ForgetRetain(bench, settings)
-    config = eval_config.UnlearningEvalConfig(random_seed=SEED, model_name=bench.name, llm_dtype=bench.dtype, llm_batch_size=LLM_BATCH, target_metric="loss",
-                                              dataset_names=[f"forget {settings['forget']}", "retain the rest"], **settings["config"])
+    config = eval_config.UnlearningEvalConfig(
+        random_seed=SEED, model_name=bench.name, llm_dtype=bench.dtype, llm_batch_size=LLM_BATCH, target_metric="loss",
+        dataset_names=[f"forget {settings['forget']}", "retain the rest"], **settings["config"])
     for run in runs:
         made = []
         with blamed(run, failures, "unlearning"), bench.seams(SEED), torch.no_grad():
@@ -1931,28 +1950,29 @@ def bench_unlearning(bench, runs, settings, failures):
             tried = texts.clamp(sae, settings["config"])
             metrics = {"unlearning_score": best(tried, 0.99), "unlearning_score_retain_095": best(tried, 0.95),
                        **{f"{part}_{k}": v for part in ("forget", "retain") for k, v in texts.losses[part].items()}}
-            categories = eval_output.UnlearningMetricCategories(unlearning=eval_output.UnlearningMetrics(unlearning_score=metrics["unlearning_score"]))
+            score = eval_output.UnlearningMetrics(unlearning_score=metrics["unlearning_score"])
             result = eval_output.UnlearningEvalOutput(
-                eval_config=config, eval_id=get_eval_uuid(), datetime_epoch_millis=int(time.time() * 1000), eval_result_metrics=categories,
-                eval_result_details=[], eval_result_unstructured=tried, sae_bench_commit_hash=get_sae_bench_version(), sae_lens_id="custom_sae",
-                sae_lens_release_id=bench.label(run), sae_lens_version=get_sae_lens_version(), sae_cfg_dict=sae.cfg.to_dict())
-            made = [(json.loads(result.to_json()), {"metrics": metrics, "guards": unlearning_guards(bench, tried)})]
+                eval_config=config, eval_id=get_eval_uuid(), datetime_epoch_millis=int(time.time() * 1000), eval_result_details=[],
+                eval_result_metrics=eval_output.UnlearningMetricCategories(unlearning=score), sae_bench_commit_hash=get_sae_bench_version(),
+                sae_lens_id="custom_sae", sae_lens_release_id=bench.label(run), sae_lens_version=get_sae_lens_version(),
+                sae_cfg_dict=sae.cfg.to_dict())
+            made = [({**json.loads(result.to_json()), "eval_result_details": tried}, {"metrics": metrics, "guards": unlearning_guards(bench, tried)})]
         yield from ((run, *m) for m in made)
 
 
 def best(tried, keep):
-    """The largest share forgotten among the settings that keep so much of the rest; 0 if none does."""
-    return max([0.0, *(1 - t["forget_known"] for t in tried if t["retain_known"] >= keep)])
+    """The largest share forgotten among the settings that keep so much of the rest; 0 if none does. All is gone where a unigram model knows more."""
+    return max([0.0, *(min(1.0, 1 - t["forget_known"]) for t in tried if t["retain_known"] >= keep)])
 
 
 def unlearning_guards(bench, tried):
-    found = [{"id": "G14", "level": "warn", "message": "unlearning out of scope: measured by losses on generated text, not by questions to an instructed model; "
-                                                       "compare it with nothing published"}]
+    found = [{"id": "G14", "level": "warn", "message": "unlearning out of scope: measured by losses on text of the corpus, not by questions to a "
+                                                       "model of 2 B parameters; compare it with nothing published"}]
     depth = (bench.layer + 1) / bench.acts.meta["model"]["n_layers"]
     if depth >= DEEP:
         found.append({"id": "G32", "level": "warn", "message": f"expected to be about 0 at this layer, {depth:.0%} deep"})
     if not any(t["n_features"] for t in tried):
-        found.append({"id": "G12", "level": "fatal", "message": "no latent fires on the topic and rarely elsewhere: nothing was clamped"})
+        found.append({"id": "G14", "level": "warn", "message": "no latent fires on the topic and rarely elsewhere: nothing was clamped"})
     return found
 
 
@@ -1972,28 +1992,29 @@ class ForgetRetain:
             known["unigram_loss"] = -unigram[tokens[:, 1:]].mean().item()
             known["clean_loss"] = self.mean_loss(topic, lambda x, tokens: x)
             if not known["clean_loss"] < known["unigram_loss"]:
-                raise Refuse(f"the model knows nothing of the {topic} text: loss {known['clean_loss']:.2f}, of a unigram model {known['unigram_loss']:.2f}")
+                raise Refuse(f"the model does not know the {topic} text: loss {known['clean_loss']:.2f}, a unigram model {known['unigram_loss']:.2f}")
             self.losses[topic] = known
 
     @torch.no_grad()
     def read(self, settings):
         bench, model, found = self.bench, self.bench.model, {}
-        ctx, folder = settings["config"]["seq_len"], corpus_tasks(self.bench.acts)[0]
-        for topic in ("forget", "retain"):
-            for part, split, n in (("select", "train", settings["select"]), ("score", "test", settings["score"])):
-                rows = (model.tokenizer(r["text"])["input_ids"] for r in map(json.loads, (folder / topic / f"{split}.jsonl").read_text().splitlines()))
-                rows = list(islice((ids[:ctx] for ids in rows if len(ids) >= ctx), n))
-                if len(rows) < n:
-                    raise Refuse(f"{folder}/{topic}/{split}.jsonl has {len(rows)} texts of {ctx} tokens, {n} are wanted")
-                found[f"{topic}_{part}_tokens"] = torch.tensor(rows)
-                found[f"{topic}_{part}_acts"] = torch.cat([
-                    model.run_with_cache(t.to(bench.device), prepend_bos=False, names_filter=[bench.hook_name], stop_at_layer=bench.layer + 1)[1][bench.hook_name].cpu()
-                    for t in found[f"{topic}_{part}_tokens"].split(LLM_BATCH)])
+        ctx, folder = settings["config"]["seq_len"], corpus_tasks(bench.acts)[0]
+        for topic, (part, split, n) in itertools.product(("forget", "retain"), (("select", "train", settings["select"]), ("score", "test", settings["score"]))):
+            texts = (json.loads(line)["text"] for line in (folder / topic / f"{split}.jsonl").read_text().splitlines())
+            rows = (model.tokenizer(text, truncation=True, max_length=ctx)["input_ids"] for text in texts)
+            rows = list(itertools.islice((ids for ids in rows if len(ids) == ctx), n))
+            if len(rows) < n:
+                raise Refuse(f"{folder}/{topic}/{split}.jsonl has {len(rows)} texts of {ctx} tokens, {n} are wanted")
+            tokens = torch.tensor(rows)
+            acts = [model.run_with_cache(t.to(bench.device), prepend_bos=False, names_filter=[bench.hook_name], stop_at_layer=bench.layer + 1)[1]
+                    for t in tokens.split(LLM_BATCH)]
+            found |= {f"{topic}_{part}_tokens": tokens, f"{topic}_{part}_acts": torch.cat([a[bench.hook_name].cpu() for a in acts])}
         counts = torch.bincount(bench.acts.shard(0)["tokens"].long(), minlength=model.cfg.d_vocab) + 1.0
         return {**found, "unigram": counts / counts.sum()}
 
     def batches(self, topic, part):
-        for x, tokens in zip(*(self.kept[f"{topic}_{part}_{k}"].split(LLM_BATCH) for k in ("acts", "tokens"))):
+        for x, tokens in zip(*(self.kept[f"{topic}_{part}_{k}"].split(max(1, int(LLM_BATCH * self.bench.share)))
+                               for k in ("acts", "tokens"))):
             yield x.to(self.bench.device), tokens.to(self.bench.device)
 
     @torch.no_grad()
@@ -2040,7 +2061,8 @@ class ForgetRetain:
         return tried
 
 
-BENCH["unlearning"] = BenchEval("sae_bench.evals.unlearning.eval_output:UnlearningEvalOutput", unlearning_settings, bench_unlearning)
+BENCH["unlearning"] = BenchEval("sae_bench.evals.unlearning.eval_output:UnlearningEvalOutput", unlearning_settings, bench_unlearning,
+                                [("unlearn.", "unlearning_score")])
 
 
 # ---- controls ---------------------------------------------------------------------------------------------------------------------------

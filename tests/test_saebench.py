@@ -114,7 +114,7 @@ def random_sae(world, seed=0, d_sae=200, **settings):
 
 def relu_sae(world, W_enc, W_dec, b_enc, b_dec=0.0):
     """A ReLU SAE of the given weights, which are those of raw activations."""
-    sae = SAE(D, 100, 0, d_sae=len(W_dec), activation="relu")
+    sae = SAE(D, 100, 0, d_sae=len(W_dec), activation="relu", l0=10.0)
     with torch.no_grad():
         sae.scale.fill_(world.scale)
         for parameter, value in ((sae.W_enc, W_enc), (sae.W_dec, W_dec), (sae.b_enc, b_enc * world.scale), (sae.b_dec, b_dec * world.scale)):
@@ -464,3 +464,226 @@ def test_what_does_not_fit_is_said_and_left_out(world, capsys):
         acts.meta = {**world.meta, key: value}
         assert not evaluate(acts, [make_run("unfit", random_sae(world))], "absorption")
         assert reason in capsys.readouterr().out
+
+
+# ---- labelled text: sparse probing, SCR, TPP, unlearning --------------------------------------------------------------------------------
+
+MARKS = {"transformers": "p", "sympy": "q", "stdlib": "r"}                     # the letter that words of this package alone start with
+
+
+@functools.cache
+def said(first, n, seed):
+    """n texts that the toy model says in words of the letters `first`, with as many words as fill a context."""
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained("model"), transformers.AutoModelForCausalLM.from_pretrained("model").eval()
+    allowed = torch.tensor([w[0] in first and len(w) == 2 for w in WORDS])
+    tokens, g = torch.ones(n, 1, dtype=torch.long), generator("said", seed)
+    with torch.no_grad():
+        for _ in range(CTX):
+            p = model(tokens).logits[:, -1].masked_fill(~allowed, -torch.inf).softmax(-1)
+            tokens = torch.cat([tokens, torch.multinomial(p, 1, generator=g)], 1)
+    return [" ".join(tokenizer.convert_ids_to_tokens(row)) for row in tokens[:, 1:].tolist()]
+
+
+@pytest.fixture(scope="module")
+def labelled(world):
+    """A corpus on the toy model: three packages have words of their own, and half of their passages say >>> and words with z where the others
+    say words with y; two more have long documents in different letters. Fewer texts than the embedded model's."""
+    g, words = random.Random(0), {c: [w for w in PLAIN if w[0] == c and len(w) == 2] for c in string.ascii_lowercase}
+    common = [w for c in "abcdefghijklm" for w in words[c]]
+    records = []
+    for package, mark in MARKS.items():
+        for i in range(240):
+            kinds = [words[mark]] * 2 + [words["zy"[i % 2 == 0]]] * 4 + [common] * 4
+            text = " ".join([">>>"] * (i % 2) + [g.choice(g.choice(kinds)) for _ in range(75)])
+            records.append(dict(text=text, package=package, module=f"{package}.{i}", kind="doc"))
+    for package, letters, n in (("topic", "nopq", 400), ("rest", "abcd", 170)):
+        records += [dict(text=text + " : " * 300, package=package, module=f"{package}.{i}", kind="doc") for i, text in enumerate(said(letters, n, package))]
+    Path("corpus").mkdir()
+    Path("corpus/train.jsonl").write_text("\n".join(map(json.dumps, records)))
+    folder, toy = Path("acts/labelled"), Path("acts/toy")
+    folder.mkdir()
+    (folder / "val.safetensors").write_bytes((toy / "val.safetensors").read_bytes())
+    rows = world.shard(0)["acts"]
+    tokens = world.val()["tokens"][world.val()["mask"]]
+    checked = write_tensors(folder / "train_00000.safetensors", {"acts": rows, "tokens": tokens})
+    meta = {k: v for k, v in read_json(toy / "meta.json").items() if k != "checksum"}
+    meta["shards"][0]["checksum"] = checked
+    write_json(folder / "meta.json", {**meta, "data": {"name": "corpus"}, "mean_norm": rows.norm(dim=-1).mean().item()})
+    before = dict(ev.EMBEDDED)
+    ev.EMBEDDED.update(train=80, test=40, ctx=32)
+    yield Acts(folder)
+    ev.EMBEDDED.update(before)
+
+
+def alphabet_sae(world, order=string.ascii_lowercase, b_dec=0.0):
+    """One latent for each letter, which fires on words that start with it and then takes the whole letter out."""
+    W = axes()[0][[string.ascii_lowercase.index(c) for c in order]]
+    return relu_sae(world, W.T / 0.6, W, torch.tensor(-0.4 / 0.6), b_dec)
+
+
+def test_labelled_text_keeps_modules_apart_and_classes_balanced(labelled):
+    folder, index = ev.corpus_tasks(labelled)
+    assert index["package"] == {"classes": ["stdlib", "sympy", "transformers"], "groups": ["doctest", "plain"]}
+    assert index["kind"]["classes"] == [] and index["forget"] == "topic"     # a corpus without code has no kinds of line
+    assert ["transformers", "sympy"] in index["pairs"]
+    rows = {split: [json.loads(line) for line in (folder / "package" / f"{split}.jsonl").read_text().splitlines()] for split in ("train", "test")}
+    assert not {r["text"] for r in rows["train"]} & {r["text"] for r in rows["test"]}
+    assert all((r["group"] == "doctest") == (">>>" in r["text"]) for r in rows["train"])
+    assert {r["label"] for r in rows["test"]} == set(MARKS)
+
+
+def test_source_is_sorted_into_code_comments_and_docstrings():
+    found = ev.kinds_of_line('def f():\n    """One\n    two."""\n    # why\n    return 1\n\nx = """a"""\n')
+    assert found == {"code": ["def f():", "    return 1"], "comment": ["    # why"], "docstring": ['    """One', '    two."""', 'x = """a"""']}
+    rows = ev.label_corpus([dict(text="for name in names_of_all:\n" * 20, package="numpy", module="numpy.a", kind="code")])
+    assert rows["statement"] == [{**rows["statement"][0], "text": "name in names_of_all:", "label": "for", "group": "science"}]
+
+
+def test_latents_that_are_class_indicators_are_found_by_top_1_probing(labelled):
+    planted, other = make_run("planted", alphabet_sae(labelled)), make_run("random", random_sae(labelled))
+    assert not evaluate(labelled, [planted, other], "sparse_probing")
+    m = {run.name: result(run, "sparse_probing")["metrics"] for run in (planted, other)}
+    assert m["planted"]["sae_top_1_test_accuracy"] > 0.93 and m["planted"]["sae_top_5_test_accuracy"] > 0.95
+    assert m["random"]["sae_top_1_test_accuracy"] < 0.9 and m["planted"]["llm_test_accuracy"] == m["random"]["llm_test_accuracy"] > 0.95
+    assert not torch.is_grad_enabled() ^ True
+
+
+def test_permuting_the_decoder_leaves_probing_as_it_is(labelled):
+    sae = alphabet_sae(labelled)
+    runs = [make_run("straight", sae), make_run("permuted", alphabet_sae(labelled))]
+    with torch.no_grad():
+        runs[1].sae.W_dec.copy_(sae.W_dec.roll(1, 0))
+    evaluate(labelled, runs, "sparse_probing")
+    straight, permuted = (result(run, "sparse_probing") for run in runs)
+    for key in ("eval_result_metrics", "eval_result_details", "eval_result_unstructured"):
+        assert straight[key] == permuted[key]
+
+
+def test_a_dead_sae_is_void_in_probing_and_its_reason_told(labelled):
+    run = make_run("dead", relu_sae(labelled, axes()[0].T, axes()[0], torch.tensor(-1e6)))
+    evaluate(labelled, [run], "sparse_probing")
+    assert [g["id"] for g in result(run, "sparse_probing")["guards"]] == ["G12"]
+
+
+def plain_call(labelled, bench, run, name, folder):
+    """SAEBench's run_eval on an empty folder of artifacts, with an SAE of few latents first, and its own ablation."""
+    settings = {"sae_bench": "", **ev.BENCH[name].settings(labelled)}
+    main = importlib.import_module("sae_bench.evals." + ("sparse_probing" if name == "sparse_probing" else "scr_and_tpp") + ".main")
+    fixed, counts = ({}, "k_values") if name == "sparse_probing" else ({"perform_scr": name == "scr"}, "n_values")
+    first, second = ev.BenchSAE(bench, ev.few_latents(bench)), ev.BenchSAE(bench, run)
+    config = ev.labelled_config(bench, settings, "SparseProbingEvalConfig" if name == "sparse_probing" else "ScrAndTppEvalConfig", fixed, counts, first)
+    found = {}
+    with ev.labelled_tasks(bench, settings) as data, bench.seams(ev.SEED, data, folder / "log.txt"):
+        main.run_eval(config, [("first", first)], "cpu", str(folder / "out"), artifacts_path=str(folder / "artifacts"))
+        config = ev.labelled_config(bench, settings, type(config).__name__, fixed, counts, second)
+        found = main.run_eval(config, [("second", second)], "cpu", str(folder / "out"), artifacts_path=str(folder / "artifacts"))
+    return json.loads(json.dumps(found["second_custom_sae"]))
+
+
+@pytest.mark.parametrize("name", ["sparse_probing", "scr", "tpp"])
+def test_probing_scr_and_tpp_are_saebenchs_own_field_by_field(labelled, name, tmp_path):
+    run, bench = make_run(f"parity-{name}", alphabet_sae(labelled, b_dec=0.05)), ev.Bench(labelled, CPU)
+    assert not evaluate(labelled, [make_run("before", random_sae(labelled, 4)), run], name)      # the order of runs has no influence
+    ours, theirs = result(run, name), plain_call(labelled, bench, run, name, tmp_path)
+    for key in ("eval_config", "eval_result_metrics", "eval_result_details", "eval_result_unstructured", "sae_cfg_dict", "eval_type_id"):
+        same(ours[key], theirs[key], key, atol=1e-6)
+
+
+def test_the_quick_ablation_is_saebenchs(labelled):
+    from sae_bench.evals.scr_and_tpp import main as scr
+    bench = ev.Bench(labelled, CPU)
+    x = labelled.shard(0)["acts"][:120].view(6, 20, D).clone()
+    x[:, 0] = 0                                                               # masked positions
+    for sae in (alphabet_sae(labelled, b_dec=0.1), random_sae(labelled)):
+        seen, which = ev.BenchSAE(bench, make_run("any", sae)), torch.arange(sae.d_sae) % 5 == 0
+        want = scr.ablated_precomputed_activations(x, seen, which, 4)
+        assert torch.allclose(ev.Ablated(None)(x, seen, which, 4), want, atol=1e-5)
+
+
+def planted_text(config, g):
+    """{class or pair of classes: activations [texts, tokens, D]} in which letters stand for classes; of SCR, z and y for the misleading group,
+    which is said twice as often as the class."""
+    letters = axes()[0]
+
+    def texts(*said):
+        x = 0.02 * torch.randn(len(said), 12, D, generator=g)
+        for i, word in enumerate(said):
+            for c in word:
+                x[i, torch.rand(12, generator=g) < (0.8 if c in "yz" else 0.4)] += letters[ord(c) - 97]
+        return x
+
+    n = config.train_set_size // 2
+    if not config.perform_scr:
+        return {package: texts(*[mark] * n) for package, mark in MARKS.items()}
+    return {"male / female": texts(*["pz", "qz"] * (n // 2)), "female_data_only": texts(*["py", "qy"] * (n // 2)),
+            "professor / nurse": texts(*["pz", "py"] * (n // 2)), "nurse_data_only": texts(*["qz", "qy"] * (n // 2)),
+            "male_professor / female_nurse": texts(*["pz"] * n), "female_nurse_data_only": texts(*["qy"] * n)}
+
+
+def test_ablating_planted_latents_removes_the_bias_and_one_class_alone(labelled, monkeypatch):
+    from sae_bench.evals.scr_and_tpp import main
+    g = generator("planted")
+    monkeypatch.setattr(main, "get_dataset_activations", lambda name, config, *_: (planted_text(config, g), planted_text(config, g)))
+    monkeypatch.setattr(ev, "VERSION", 98)                                    # not the shared work of the other tests
+    planted, other = make_run("planted", alphabet_sae(labelled)), make_run("random", random_sae(labelled))
+    assert not evaluate(labelled, [planted, other], "scr", "tpp")
+    scr, tpp = ({run.name: result(run, name)["metrics"] for run in (planted, other)} for name in ("scr", "tpp"))
+    assert scr["planted"]["scr_metric_threshold_2"] > 0.5 and scr["random"]["scr_metric_threshold_2"] < 0.1
+    assert tpp["planted"]["tpp_threshold_2_intended_diff_only"] > 0.3 > 0.05 > tpp["planted"]["tpp_threshold_2_unintended_diff_only"]
+    assert tpp["random"]["tpp_threshold_2_total_metric"] < 0.1
+    assert result(planted, "scr")["eval_config"]["n_values"] == [2, 5, 10, 20] and "G33" in {g["id"] for g in result(planted, "scr")["guards"]}
+
+
+def test_clamping_planted_latents_costs_the_topic_and_not_the_rest(labelled):
+    planted, without = make_run("planted", alphabet_sae(labelled)), make_run("without", alphabet_sae(labelled, "abcdefghijklm"))
+    assert not evaluate(labelled, [planted, without], "unlearning")
+    m, tried = result(planted, "unlearning")["metrics"], result(planted, "unlearning")["eval_result_details"]
+    assert m["unlearning_score"] > 0.3
+    strongest = max(tried, key=lambda t: t["multiplier"])
+    assert strongest["forget_loss"] > m["forget_clean_loss"] + 0.1 and strongest["retain_loss"] == pytest.approx(m["retain_clean_loss"], abs=1e-5)
+    void = result(without, "unlearning")
+    assert void["metrics"]["unlearning_score"] == 0 and any("nothing was clamped" in g["message"] for g in void["guards"])
+
+
+def test_unlearnings_rates_and_losses_are_those_of_saebenchs_hooks(labelled):
+    from sae_bench.evals.unlearning.utils import metrics
+    from sae_bench.sae_bench_utils.activation_collection import get_feature_activation_sparsity
+    bench, settings = ev.Bench(labelled, CPU), ev.BENCH["unlearning"].settings(labelled)
+    texts, sae = ev.ForgetRetain(bench, settings), ev.BenchSAE(bench, make_run("any", random_sae(labelled)))
+    tokens = texts.kept["forget_select_tokens"]
+    want = get_feature_activation_sparsity(tokens, bench.model, sae, 16, LAYER, bench.hook_name, True)
+    assert texts.rates(sae, "forget") == pytest.approx(want.numpy(), abs=1e-6)
+    one = next(t for t in texts.clamp(sae, {**settings["config"], "retain_thresholds": [0.5]}) if t["n_features"] == 20)
+    metrics.modify_model(bench.model, sae, intervention_method="clamp_feature_activation", features_to_ablate=one["latents"], multiplier=float(one["multiplier"]))
+    with torch.no_grad():
+        want = bench.model(texts.kept["retain_score_tokens"], return_type="loss", prepend_bos=False).item()
+    bench.model.reset_hooks()
+    assert one["retain_loss"] == pytest.approx(want, rel=1e-5) and want > texts.losses["retain"]["clean_loss"]
+
+
+def test_an_evaluation_that_fails_is_told_and_the_others_go_on(labelled, monkeypatch, capsys):
+    from sae_bench.evals.sparse_probing import main
+    run = make_run("half", alphabet_sae(labelled))
+    monkeypatch.setattr(main, "run_eval_single_sae", lambda *args, **kwargs: 1 / 0)
+    failures = evaluate(labelled, [run], "sparse_probing", "tpp", force=True)
+    assert list(failures) == [(run.folder, "sparse_probing")] and "ZeroDivisionError" in failures[run.folder, "sparse_probing"]
+    assert (run.folder / "eval" / "tpp.json").exists() and not (run.folder / "eval" / "sparse_probing.json").exists()
+    assert "half: sparse_probing failed: ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_text_without_labels_leaves_these_evaluations_out(world, capsys, monkeypatch):
+    monkeypatch.setattr(ev, "on_disk_or_hub", lambda names: {})
+    Path("plain").mkdir()
+    Path("plain/train.jsonl").write_text(json.dumps({"text": "aa bb"}))
+    acts = Acts("acts/toy")
+    acts.meta["data"] = {"name": "plain"}
+    assert not evaluate(acts, [make_run("any", random_sae(world))], "sparse_probing", "unlearning")
+    out = capsys.readouterr().out
+    assert "sparse_probing left out: no labelled data" in out and "unlearning left out: no text to forget" in out
+
+
+def test_saebenchs_own_data_sets_are_those_we_name():
+    from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
+    from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
+    assert list(ev.HUB_TASKS["sparse_probing"]) == SparseProbingEvalConfig().dataset_names
+    assert list(ev.HUB_TASKS["scr"]) == list(ev.HUB_TASKS["tpp"]) == ScrAndTppEvalConfig().dataset_names
