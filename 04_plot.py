@@ -1589,8 +1589,8 @@ def report(caches, compared, primary, pictures):
         if isinstance(picture, Path):
             data = base64.b64encode(picture.read_bytes()).decode()
             body.append(f"<figure><figcaption>{name}</figcaption><div><img alt='{name}' src='data:image/png;base64,{data}'></div></figure>")
-        else:
-            body.append(f"<p>{name}: {html.escape(picture)}.</p>")
+    gaps = [f"<li>{name}: {html.escape(word)}</li>" for name, word in pictures.items() if not isinstance(word, Path)]
+    body += ["<details><summary>Plots that there is no data for</summary><ul>", *gaps, "</ul></details>"] if gaps else []
     data = json.dumps(features).replace("<", "\\u003c")                       # so that no text in it ends the script
     start, middle, end = re.split("__BODY__|__FEATURES__", PAGE)
     return "".join([start, "\n".join(body), middle, data, end])
