@@ -117,7 +117,7 @@ class Codes(torch.Tensor):
         return values.detach().new_full((1, 1), torch.nan).expand(shape).as_subclass(cls)
 
     def __init__(self, values, rows, latents, shape):
-        self.values, self.rows, self.latents, self.size, self.whole = values, rows, latents, shape, None
+        self.values, self.rows, self.latents, self.full, self.whole = values, rows, latents, shape, None
         self.starts = starts(rows, shape[0])
 
     @classmethod
@@ -129,8 +129,8 @@ class Codes(torch.Tensor):
     def dense(self):
         """The same [B, d_sae] as an ordinary tensor, with the gradient that it should have."""
         if self.whole is None:
-            flat = self.values.new_zeros(self.size.numel())
-            self.whole = flat.scatter_add(0, self.rows * self.size[1] + self.latents, self.values).view(self.size)
+            flat = self.values.new_zeros(self.full.numel())
+            self.whole = flat.scatter_add(0, self.rows * self.full[1] + self.latents, self.values).view(self.full)
         return self.whole
 
     def times(self, W):
@@ -146,7 +146,7 @@ class Codes(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args)
         if func is torch.Tensor.detach:
-            return Codes(a.values.detach(), a.rows, a.latents, a.size)
+            return Codes(a.values.detach(), a.rows, a.latents, a.full)
         if func in (torch.Tensor.matmul, torch.matmul) and type(a) is Codes and type(args[1]) is not Codes:
             return a.times(args[1])
         if func is torch.addmm and type(args[1]) is Codes and type(args[2]) is not Codes and not kwargs:

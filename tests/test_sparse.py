@@ -131,7 +131,7 @@ def test_codes_are_a_tensor_like_any_other():
                 lambda a: a.max(dim=1).values, lambda a: torch.ones(3, 6, dtype=a.dtype) @ a, lambda a: torch.einsum("bm,bn->mn", a, a)):
         got = use(random_codes(6, 8, 12, 1))
         assert torch.equal(got, use(dense)) and not isinstance(got, Codes)
-    assert torch.is_tensor(codes) and codes.dtype == torch.float64 and len(codes) == 6
+    assert torch.is_tensor(codes) and codes.dtype == torch.float64 and len(codes) == 6 and codes.size(1) == 8
 
 
 def test_detached_codes_stay_sparse_and_pass_no_gradient():

@@ -11,6 +11,7 @@ encoder.
 import torch
 from torch import nn
 
+from sae import Encode
 from variants.adaptive_ortho_r3 import Variant as Base
 
 
@@ -35,7 +36,7 @@ class Variant(Base):
         if not self.weight_norm:
             return super().pre_acts(x)
         W_enc = self.W_enc * (self.gain / self.W_enc.norm(dim=0))
-        return torch.addmm(self.b_enc - self.b_dec @ W_enc, x, W_enc)
+        return Encode.apply(x, W_enc, self.b_enc, self.b_dec)
 
     def lr_scale(self):
         return self.weight_norm_lr * super().lr_scale()

@@ -37,6 +37,8 @@ class Variant(Base):
 
     def pre_acts(self, x):
         pre = super().pre_acts(x)
+        if not self.inhibition_strength:
+            return pre
         winner = self.winners(pre.detach())
         inhibited = (winner > self.inhibition_threshold * self.inhibition_scale) & (winner > pre)
         loss = pre.relu() if self.inhibition_form == "scale" else winner
