@@ -274,6 +274,8 @@ class Synthetic:
         if args.layer or args.hook != "resid_post" or args.data:
             raise Refuse("--model synthetic has no layers, hooks or text: leave --layer, --hook and --data out", 2)
         self.seed, self.n_val = args.seed, args.val_tokens or 16_384
+        if self.n_val > 10_000_000:                                              # they are held in memory
+            raise Refuse(f"--val-tokens {self.n_val}: want at most 10_000_000 of synthetic data", 2)
 
     def settings(self, layer):
         model = dict(name="synthetic", architecture="sae_lens.synthetic", revision=importlib.metadata.version("sae_lens"), **self.recipe)
@@ -927,13 +929,17 @@ def locked(folder):
         descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            raise BlockingIOError                                                # whoever held it has just removed it
     except BlockingIOError:
-        raise Refuse(f"{folder} is being written by another process: wait for it", 6) from None
-    finally:
         os.close(descriptor)
+        raise Refuse(f"{folder} is being written by another process: wait for it", 6) from None
+    try:
+        yield
+    finally:
         with contextlib.suppress(OSError):
-            folder.rmdir()                                                       # only if empty
+            folder.rmdir()                                                       # only if empty, and only by who holds it
+        os.close(descriptor)
 
 
 def versions():

@@ -16,6 +16,7 @@ import contextlib
 import difflib
 import errno
 import fcntl
+import functools
 import importlib
 import inspect
 import json
@@ -597,6 +598,7 @@ class SAE(nn.Module):
         return "\n\n".join(f"# ---- {Path(inspect.getfile(c)).name}\n\n{Path(inspect.getfile(c)).read_text()}" for c in cls.chain())
 
     @classmethod
+    @functools.cache
     def code_checksum(cls):
         """Changes when the code of the class chain does, not when a comment or docstring does."""
         trees = [ast.parse(textwrap.dedent(inspect.getsource(c))) for c in cls.chain() + [JumpReLU, Step, Codes, Product, Pick, Encode, bag, bag_transposed, above]]

@@ -15,6 +15,20 @@ torch.use_deterministic_algorithms(True)        # as 02_train.py does on a CPU
 torch.set_num_threads(1)                        # bits depend on it, and toys are faster so
 
 
+FIGURES = pytest.StashKey()                     # what tests counted, printed at the end
+
+
+@pytest.fixture
+def tell(request):
+    """tell(line): a figure for the end of the run."""
+    return request.config.stash.setdefault(FIGURES, []).append
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config.stash.get(FIGURES, []):
+        terminalreporter.write_line(f"reliability: {line}")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; run with -m slow")
     config.addinivalue_line("markers", "gpu: needs CUDA")
