@@ -616,7 +616,7 @@ def load_variant(name):
     names = variant_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, 3)
-        raise Refuse(f"no variant {name!r} in variants/" + (f": did you mean {' or '.join(near)}?" if near else f": there are {', '.join(names)}"), 2)
+        raise Refuse(f"no variant {shorten(name)!r} in variants/: " + (f"did you mean {' or '.join(near)}?" if near else "02_train.py --list shows all"), 2)
     try:
         variant = importlib.import_module(f"variants.{name}").Variant
     except Exception as e:
@@ -832,7 +832,7 @@ def share():
 
 def pick_device(name):
     """The device called `name`; without a name the GPU, under torchrun this process' own one, or the CPU where there is none."""
-    name = name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    name = name if name is not None else f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     found = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name, re.ASCII)
     if not found or name != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
         raise Refuse(f"--device {shorten(name)}: want cpu, or cuda where there is a GPU", 2)
