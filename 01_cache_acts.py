@@ -663,7 +663,7 @@ class Cache:
 
     def open(self):
         """Read what is there; returns whether anything is left to do."""
-        for leftover in self.folder.rglob(".*.tmp"):
+        for leftover in [*self.folder.glob(".*.tmp"), *self.scratch.glob(".*.tmp")]:
             leftover.unlink()
         there = [(p if p.exists() else None) for p in (self.folder / "meta.json", self.scratch / "progress.json")]
         self.meta, self.progress = (path and read_json(path) for path in there)

@@ -896,7 +896,7 @@ def take_lock(folder):
         raise Refuse(f"{folder} is in use by another process ({file.read(20) or 'just started'}): wait for it, or stop it", 6) from None
     except OSError as e:
         raise cannot_write(folder / ".lock", e) from e
-    for leftover in folder.rglob(".*.tmp"):
+    for leftover in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
         leftover.unlink()
     return file
 

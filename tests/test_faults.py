@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 import sae
 import test_cache
 from sae import (ROOT, SAE, Acts, Refuse, load_run, parse_settings, read_json, read_log, read_tensors, run_script, take_lock, whole, write_file,
-                 write_json, write_tensors)
+                 write_json)
 from toys import build, mixture, steps, train_py, write_cache
 
 cache_py, eval_py, plot_py = (importlib.import_module(name) for name in ("01_cache_acts", "03_eval", "04_plot"))
