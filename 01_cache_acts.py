@@ -1083,8 +1083,8 @@ def parse_args():
     if args.processes > 1 and (args.window or args.ring or args.model in ("tiny", "synthetic")):
         raise Refuse("several processes (torchrun) share the contexts of a language model and data that you name, without --window or --ring", 2)
     for flag, value in (("--model", args.model), ("--data", args.data or "")):
-        if max(map(len, value.split("/"))) > 255:                                # which no file system has
-            raise Refuse(f"{flag} {shorten(value)!r}: too long for a name", 2)
+        if max(map(len, value.split("/"))) > 255 or not value.isprintable():     # which no file system or hub has
+            raise Refuse(f"{flag} {shorten(value)!r}: too long for a name, or not one", 2)
     args.device = pick_device(args.device)
     args.model_dtype = args.model_dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
     return args

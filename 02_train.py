@@ -66,7 +66,7 @@ class Run:
         self.settings = {k: v for k, v in settings.items() if v != defaults[k]}
         parts = [variant, *([acts.folder.name] if acts.folder.name != DEFAULT_ACTS else []),
                  *(f"{k}={v}" for k, v in sorted(self.settings.items())), f"s{seed}"]
-        self.folder = Path("runs") / check_name("--set: the run's name", "-".join(parts))
+        self.folder = Path("runs") / check_name("--set: the run's name", "-".join(parts), also="=")
         self.name = self.folder.name
         self.config = {
             "format": FORMAT, "name": self.name, "variant": variant, "lineage": docstring_line(variant),

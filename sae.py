@@ -839,10 +839,10 @@ def pick_device(name):
     return torch.device(name)
 
 
-def check_name(flag, name):
+def check_name(flag, name, also=""):
     """A name that becomes a folder's: no path, not hidden, not too long. Refuse otherwise."""
-    if not re.fullmatch(r"[\w+][\w.+=-]{0,199}", name, re.ASCII):
-        raise Refuse(f"{flag} {shorten(name)!r}: want a name of letters, digits and . _ + - =", 2)
+    if not re.fullmatch(rf"[\w+][\w.+{also}-]{{0,199}}", name, re.ASCII):
+        raise Refuse(f"{flag} {shorten(name)!r}: want a name of at most 200 letters, digits and . _ + -", 2)
     return name
 
 

@@ -444,7 +444,7 @@ BAD = [
     (2, "want a whole number above 0", ["--tokens", "0"]),
     (2, "want a whole number above 0", ["--tokens", "1e6"]),
     (2, "want a whole number above 0", ["--ctx", "-3"]),
-    (2, "want a name of letters", ["--name", "../x"]),
+    (2, "want a name of at most 200 letters", ["--name", "../x"]),
     (2, "no such folder", ["--model", "./nowhere"]),
     (2, "no config.json", ["--model", "empty_folder"]),
     (2, "--device", ["--device", "nonsense"]),

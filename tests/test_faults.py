@@ -538,7 +538,7 @@ def test_resuming_without_any_part_of_the_state_would_be_noticed():
 
 WRONG = ["", "x y", "../x", "/etc/passwd", "..", "-1", "0x10", "1e400", "nan", "9" * 40, "9" * 400, "a" * 300, "None", "\u0663", "topk\n", "x=1=2", "lr=", "=3", "__class__=1"]
 NAMES = [value for value in WRONG if re.fullmatch(r"[\w-][\w.-]{0,95}", value, re.ASCII)]          # which a folder or a repository of the hub may have
-RIGHT = {("01", "--split"): WRONG, ("01", "--name"): NAMES, ("01", "--model"): NAMES, ("01", "--data"): [*NAMES, ".."], ("04", "--out"): WRONG[1:]}
+RIGHT = {("01", "--split"): WRONG, ("01", "--config"): WRONG, ("01", "--name"): [n for n in NAMES if n != "-1"], ("01", "--model"): [*NAMES, "\u0663"], ("01", "--data"): [*NAMES, "..", "\u0663"], ("04", "--out"): WRONG[1:]}
 SCRIPTS = {"01": cache_py, "02": train_py, "03": eval_py, "04": plot_py}
 SWITCHES = {"--help", "--pack", "--no-pack", "--trust-remote-code", "--resume", "--list", "--controls", "--force"}
 
