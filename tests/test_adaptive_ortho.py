@@ -354,3 +354,10 @@ def test_r10_a_winner_is_high_for_itself():
     sae, _ = build(f"{R}10", rows()[0], d_sae=3, l0=1.0)
     sae.usual_pre.copy_(torch.tensor([100.0, 1.0, 1.0]))
     assert sae.activate(torch.tensor([[5.0, 2.0, 1.0]])).tolist() == [[0.0, 2.0, 0.0]]
+
+
+def test_r10_k_latents_win_in_every_step_also_when_others_are_unlocked():
+    """A locked latent's pre is 0, which must not become its scale: it would win against all others, with an act of 0."""
+    l0 = []
+    train(f"{R}10", rows()[0], STEPS, each=lambda sae, out, terms: l0.append(float((out.acts > 0).sum(1).float().mean())))
+    assert min(l0) > 3.9, l0

@@ -197,7 +197,7 @@ def test_a_dictionary_may_be_small_or_huge(name, d_sae):
     """Four steps with whatever surgery the variant does. At d_sae 65,536 they may take 3 GB; a mask [d_sae, d_sae] would take 4.3."""
     cls = load_variant(name)
     soon = {key: 0.5 for key in cls.settings() if key.endswith(("_every", "_update", "_redraw"))}       # twice in the run
-    soon |= {"revive_silent": 0.25} if "revive_silent" in cls.settings() else {}
+    soon |= {key: value for key, value in {"revive_silent": 0.25, "loop_taken": 0.5}.items() if key in cls.settings()}
     x = torch.randn(256, 16, generator=generator("rows"))
     before = resource.getrlimit(resource.RLIMIT_AS)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
