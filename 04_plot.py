@@ -3,15 +3,13 @@
     python 04_plot.py                                    all runs under runs/
     python 04_plot.py runs/topk-s0 runs/baseline-s0 --out plots/two
 
-Reads runs/NAME/{config.json, metrics.jsonl, eval/core.json, eval/rates.safetensors} and the controls beside them,
-runs/controls-ACTS/KIND/eval/core.json. Writes
+Reads runs/NAME/{config.json, metrics.jsonl, eval/*} and the controls beside them, runs/controls-ACTS/KIND/eval/core.json. Writes
     plots/report.html             all of it on one page, with a sortable table and what latents fire on; needs no network
     plots/results.md              one row per variant and setting: mean +- sd over seeds, paired differences, guards; also printed
     plots/verdicts.png            the differences to the baseline and to the parent with their intervals
     plots/pareto.png              explained variance and recovered loss against L0
     plots/ablation.png            quality against each swept setting
-    plots/training_curves.png     reconstruction loss, L0, explained variance and dead latents over training
-    plots/feature_usage.png       how often latents fire
+    plots/NAME.png                training, sparsity, absorption, probing, geometry, stability ...: the table NOTES in this file says what is in which
 A row of panels per cache of activations. Runs that a guard calls invalid stand in the table, marked, and nowhere else.
 """
 import base64
@@ -1014,46 +1012,6 @@ def draw_ablation(caches, look, path, keys="(?!l0$)", metrics=("explained_varian
     save(figure, path)
 
 
-DICTIONARIES = {"random": "--", "untrained": ":"}      # the controls with as many latents as the runs
-
-
-def draw_usage(caches, look, path):
-    """Firing rates of each group's first seed: sorted, and as a histogram of their logarithm."""
-    figure, axes = panels(len(caches), 2)
-    handles = {}
-    for row, (acts, (runs, controls)) in zip(axes, caches.items()):
-        drawn, highest = False, 0
-        for name, members in grouped([r for r in runs if r.valid]).items():
-            colour, _, style = look[members[0].variant]
-            rates = rates_of(members[0])
-            if rates is not None:
-                drawn = True
-                alive = sorted((r for r in rates.tolist() if r > 0), reverse=True)
-                share = [100 * (i + 1) / len(rates) for i in range(len(alive))]
-                handles.setdefault(members[0].variant, row[0].plot(share, alive, color=colour, ls=style, lw=1.3)[0])
-                bars = histogram(row[1], members[0], color=colour, ls=style, lw=1.3)
-                highest = max(highest, *bars.get_data().values)
-        for c in (c for c in controls if c.folder.name in DICTIONARIES and c.get("density")):
-            handles[c.name] = histogram(row[1], c, color="#999999", ls=DICTIONARIES[c.folder.name], lw=1)
-        if drawn:
-            row[1].set_ylim(0, 1.15 * highest)                              # controls stay out of the scale
-        else:
-            say(row[0], "no firing rates")
-            say(row[1], "no firing rates")
-        row[0].set(yscale="log" if drawn else "linear", xlabel="latents, most frequent first (% of the dictionary)", ylabel="firing rate (share of rows)",
-                   title=f"{acts}: sorted firing rates", xlim=(0, 101))
-        row[1].set(xlabel="log10 firing rate", ylabel="latents (% of the dictionary)", title=f"{acts}: density; silent ones left out")
-    legend(figure, handles)
-    save(figure, path)
-
-
-def histogram(axis, run, **how):
-    bins = run.get("density")
-    counts, edges, total = bins["counts"], bins["log10_edges"], sum(bins["counts"]) + bins["silent"]
-    first = max(0, next((i for i, c in enumerate(counts) if c), 0) - 1)
-    return axis.stairs([100 * c / total for c in counts[first:]], edges[first:], baseline=None, **how)
-
-
 def rates_of(run):
     """Firing rates [d_sae] beside the run's core result, if they are of the same weights."""
     path = run.folder / "eval" / "rates.safetensors"
@@ -1117,7 +1075,7 @@ def lacking(specs):
     """In a word why a figure has nothing to show."""
     paths = [s.y.split("/") for s in specs if isinstance(s.y, str)]
     names = dict.fromkeys(keys[0] if len(keys) > 1 else BENCHMARKS.get(keys[0], ["core"])[0] for keys in paths if keys[0] != "log")
-    return f"not measured: 03_eval.py --eval {' '.join(names)}{''.join(NEEDS.get(n, '') for n in names)}" if names else "no run logs it"
+    return f"not measured: 03_eval.py --eval {' '.join(names)}{''.join(NEEDS.get(n, '') for n in names)}" if names else "nothing to show: not evaluated, or not logged in training"
 
 
 def draw_dots(*specs, columns=4):
@@ -1146,7 +1104,7 @@ def dots(axis, groups, look, spec, acts):
     for y, members in enumerate(groups.values()):
         values = [v for v in (look_up(r, spec.y) for r in members if r.valid) if v is not None]
         if not values:
-            axis.annotate(gap(members), (0.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=6.5, color="#888888")
+            axis.annotate(gap(members, spec.y), (0.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=6.5, color="#888888")
             continue
         drawn, (colour, marker, _) = True, look[members[0].variant]
         axis.plot(values, [y] * len(values), "o", mfc="none", mec=colour, ms=3, mew=0.6, alpha=0.7)
@@ -1163,27 +1121,31 @@ def dots(axis, groups, look, spec, acts):
         axis.set_xticks([])
 
 
-def gap(members):
+def gap(members, metric=None):
     """Why a group has no value to show."""
     invalid = sorted({g for r in members for g in r.fatal})
-    return f"invalid {' '.join(invalid)}" if invalid else next((r.missing for r in members if not r.core), "not measured")
+    why = members[0].gaps.get(BENCHMARKS[metric][0]) if metric in BENCHMARKS else None
+    return f"invalid {' '.join(invalid)}" if invalid else next((r.missing for r in members if not r.core), why or "not measured")
 
 
-def draw_curves(*specs, pick=lambda runs: runs):
+def draw_curves(*specs, pick=lambda runs: runs, beside=None):
     """A line per variant and setting, mean over seeds in a band of their standard deviation; a panel per spec. More than 10 lines are split into
-    a row of panels per study, the baseline (black) in each. pick(runs): which of a cache's runs to draw."""
+    a row of panels per study, the baseline (black) in each. pick(runs): which of a cache's runs to draw; beside: {control: line style} of those
+    to draw in grey, out of the scale."""
     def draw(caches, look, path):
         rows = [(acts, title, groups) for acts, (runs, _) in caches.items() for title, groups in studies(pick([r for r in runs if not r.fatal]))]
         rows = [row for row in rows if any(curve(members, s, s.y)[0] for members in row[2].values() for s in specs)]
         if not rows:
             return lacking(specs)
-        wide = 2 if len(specs) == 4 else min(3, len(specs))
+        wide = min(len(specs), 5 if len(rows) > 1 else 2 if len(specs) == 4 else 3)
         lines = math.ceil(len(specs) / wide)                                  # of panels, in a row
         figure, axes = plt.subplots(lines * len(rows), wide, figsize=(4.2 * wide + 2, 2.9 * lines * len(rows) + 0.2), squeeze=False, layout="constrained")
         for row, (acts, title, groups) in zip(axes.reshape(len(rows), -1), rows):
             handles = {}
             for axis, spec in zip(row, specs):
                 curves(axis, groups, look, spec, handles)
+                for c in (c for c in caches[acts][1] if c.folder.name in (beside or {}) and look_up(c, spec.y)):
+                    handles[c.name], = axis.plot(look_up(c, spec.x), look_up(c, spec.y), color="#999999", ls=beside[c.folder.name], lw=1)
                 axis.set_title(": ".join(filter(None, (acts, title))), fontsize=8)
             for axis in row[len(specs):]:
                 axis.set_axis_off()
@@ -1221,26 +1183,27 @@ def curves(axis, groups, look, spec, handles):
             handles[name], = axis.plot(x, y, color=colour, ls=style, lw=1.2, alpha=0.9, marker=marker if len(x) < 12 else None, ms=3.5)
             if any(width):
                 axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-            late += y[len(y) // 20:]                                          # the first twentieth may leave the panel
+            late += y[len(y) // 20:] if "tokens" in spec.x_label else y       # the start of training may leave the panel
             spread += [high[-1], low[-1]]
         null = curve(members, spec, spec.null) if spec.null else ([], [], [])
         if null[0] and spec.null_label not in handles:
             handles[spec.null_label], = axis.plot(*null[:2], color="#777777", ls=(0, (1, 1)), lw=1.6)
             late += null[1]
     if not late:
-        say(axis, lacking([spec]))
+        there = any(look_up(r, spec.x) for members in groups.values() for r in members)
+        say(axis, "no such value in these runs" if there else lacking([spec]).replace(": ", ":\n").replace(" on ", "\non "))
     elif spec.scale == "log":
         positive = [v for v in late + spread if v > 0]
         axis.set(yscale="log" if positive else "linear")
         if positive:
-            axis.set_ylim(min(positive) / 1.1, max(positive) * 1.1)
+            axis.set_ylim(max(min(positive) / 1.1, max(positive) / 1e4), max(positive) * 1.1)
             axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(10, (1, 2, 5)))
             axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
             axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     else:
         low, high = min(late + spread), max(late + spread)
         margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
-        axis.set_ylim(low - margin, high + margin)
+        axis.set_ylim(low - margin if low < 0 or low > margin else -0.05 * margin, high + margin)
     axis.set(xlabel=spec.x_label, ylabel=spec.label)
     axis.yaxis.label.set_size(8)
     format_x = matplotlib.ticker.EngFormatter(sep="") if "tokens" in spec.x_label else matplotlib.ticker.FormatStrFormatter("%g")
@@ -1250,7 +1213,7 @@ def curves(axis, groups, look, spec, handles):
         axis.set_yticks([])
     elif len(xs) < 12 and xs[0] > 0 and xs[-1] / xs[0] >= 8:                  # a few points such as 32, 64 ... 512
         axis.set_xscale("log")
-        axis.set_xticks(xs, [format_x(x) for x in xs])
+        axis.set_xticks(xs, [matplotlib.ticker.EngFormatter(sep="", places=0)(x) if "tokens" in spec.x_label else f"{x:g}" for x in xs])
         axis.minorticks_off()
     else:
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
@@ -1369,6 +1332,24 @@ def share_of_zeros(run):
     return [None if line.get("l0") is None else 1 - line["l0"] / run.settings["d_sae"] for line in result(run, "log")]
 
 
+def usage(run):
+    """(place in the dictionary in percent, firing rate) of the latents that fire, most frequent first; about 400 of them."""
+    rates = rates_of(run) if run.config else None
+    found = sorted((r for r in rates.tolist() if r > 0), reverse=True) if rates is not None else []
+    return [(100 * (i + 1) / len(rates), found[i]) for i in range(0, len(found), max(1, len(rates) // 400))] if found else []
+
+
+def density(run):
+    """Share of the latents whose rate falls between two edges, in percent; silent ones in none."""
+    bins = run.get("density")
+    return [100 * c / (sum(bins["counts"]) + bins["silent"]) for c in bins["counts"]] if bins else []
+
+
+def density_at(run):
+    edges = (run.get("density") or {}).get("log10_edges", [])
+    return [(a + b) / 2 for a, b in zip(edges, edges[1:])]
+
+
 def tau_of(run):
     """The threshold tau over training: logged where it moves, else the setting."""
     log = result(run, "log")
@@ -1406,7 +1387,7 @@ KL = Panel(STAGE + "kl_recovered", "KL score: 1 - KL / zeroing's (held-out)", **
 CONDITION = [Panel(f"geometry/condition/{kind}/run/median", f"condition number, {words}", f"geometry/condition/{kind}/null/median",
                    "the same sets of random directions")
              for kind, words in (("group", "32 latents that fire together"), ("across", "32 latents at random"), ("active", "a row's active latents"))]
-MEASURED = {
+NOTES = {
     "absorption_scores": draw_dots(Panel("absorption_full", "full absorption (share of words; lower is better)"),
                                    Panel("absorption_fraction", "absorption fraction (lower is better)"),
                                    Panel("absorption", "true absorption, synthetic data (lower is better)")),
@@ -1433,6 +1414,10 @@ MEASURED = {
     "topk_ablation": functools.partial(draw_ablation, keys="pair_", metrics=EFFECTS),
     "tau_ablation": functools.partial(draw_ablation, keys=".*tau", metrics=EFFECTS),
     "unlearning": draw_dots(Panel("unlearning", "unlearning score (higher is better)")),
+    "feature_usage": draw_curves(Panel(lambda run: [rate for _, rate in usage(run)], "firing rate (share of rows)", x=lambda run: [place for place, _ in usage(run)],
+                                       x_label="latents, most frequent first (% of the dictionary)", scale="log"),
+                                 Panel(density, "latents (%; silent ones left out)", x=density_at, x_label="log10 firing rate"),
+                                 beside={"random": "--", "untrained": ":"}),
     "sparsity_evolution": draw_curves(Panel(share_of_zeros, "activations that are 0 (share)")),
     "feature_correlations": draw_dots(Panel("geometry/metrics/correlation", "correlation of two latents' activations (mean absolute)",
                                             "geometry/null/correlation", "null: activations shifted in time"),
@@ -1606,8 +1591,7 @@ def read_features(run):
 PLOTS = {                                     # file name -> f(caches, looks, path) that draws it, or returns in a word why there is nothing to draw
     "pareto": draw_pareto,
     "ablation": draw_ablation,
-    **MEASURED,
-    "feature_usage": draw_usage,
+    **NOTES,
 }
 
 

@@ -140,7 +140,7 @@ def figures(here):
     kept = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plot, "save", lambda figure, path: (plot.plt.close(figure), kept.update({path: figure})))
-        for name, f in (("pareto", plot.draw_pareto), ("training", plot.PLOTS["training_curves"]), ("usage", plot.draw_usage)):
+        for name, f in (("pareto", plot.draw_pareto), ("training", plot.PLOTS["training_curves"]), ("usage", plot.PLOTS["feature_usage"])):
             f(caches, plot.looks(runs), name)
     return kept
 
@@ -163,7 +163,7 @@ def test_gaps_are_words(here):
 def test_nothing_evaluated_still_draws(here):
     run(here, "baseline", log=False)
     text, rows = draw(png=True)
-    assert rows["baseline"]["guards"] == "not evaluated" and "plots/pareto.png: drawn" in text and "plots/training_curves.png: no run logs it" in text
+    assert rows["baseline"]["guards"] == "not evaluated" and "plots/pareto.png: drawn" in text and "plots/training_curves.png: nothing to show" in text
 
 
 def test_controls_stand_in_the_table_and_are_drawn_hollow(here):
@@ -258,7 +258,7 @@ def analysed(folder, seed=0, others=(), level=0.0, language=True):
             "sparse_probing": {"eval_result_metrics": {"sae": {f"sae_top_{k}_test_accuracy": 0.7 + 0.01 * k + jitter for k in (1, 5, 20)},
                                                        "llm": {f"llm_top_{k}_test_accuracy": 0.65 + 0.01 * k for k in (1, 5, 20)}},
                                "eval_result_details": [{"dataset_name": "one", **{f"sae_top_{k}_test_accuracy": 0.7 + jitter for k in (1, 5, 20)}}]},
-            "unlearning": {"eval_result_metrics": {"unlearning": {"unlearning_score": 0.05 + jitter}}, "eval_result_details": None}}
+            "unlearning": {"eval_result_metrics": {"unlearning": {"unlearning_score": 0.05 + jitter}}, "eval_result_unstructured": {"settings": 16}}}
     for name, content in files.items():
         write_json(folder / "eval" / f"{name}.json", said | content)
 
@@ -309,7 +309,7 @@ def test_every_plot_is_drawn_where_everything_was_measured(here):
 
 def test_a_missing_evaluation_is_named_and_no_file_is_left(here):
     run(here, "baseline", log=False)
-    for name in set(plot.PLOTS) - {"pareto", "feature_usage"}:
+    for name in set(plot.PLOTS) - {"pareto"}:
         why, figure = drawn(name, here)
         assert figure is None and ("03_eval.py --eval" in why or "02_train.py --sweep" in why or "log" in why), name
     assert drawn("feature_stability", here)[0] == "not measured: 03_eval.py --eval stability with two seeds or more"
