@@ -5,7 +5,7 @@
     python 03_eval.py --controls                                 also what has learned nothing: untrained, random, PCA, mean
 
 Reads runs/NAME/{config.json, sae.safetensors, metrics.jsonl} (02_train.py), acts/NAME/{meta.json, val.safetensors} and the start of its
-first shard (01_cache_acts.py), and the language model. Writes
+first shard (01_cache_acts.py), the language model, and for SAEBench on models of the hub labelled/NAME/SPLIT.jsonl. Writes
     runs/NAME/eval/core.json           reconstruction, sparsity, the model's loss with the SAE spliced in, the truth if known, guards
     runs/NAME/eval/rates.safetensors   how often each latent fires
     runs/NAME/eval/features.json       for some latents the contexts in which they fire most

@@ -687,3 +687,22 @@ def test_saebenchs_own_data_sets_are_those_we_name():
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
     assert list(ev.HUB_TASKS["sparse_probing"]) == SparseProbingEvalConfig().dataset_names
     assert list(ev.HUB_TASKS["scr"]) == list(ev.HUB_TASKS["tpp"]) == ScrAndTppEvalConfig().dataset_names
+
+
+def test_data_sets_in_the_labelled_folder_are_used_and_their_content_is_the_key(world, bench, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from sae_bench.sae_bench_utils import dataset_utils
+    folder = Path("labelled/fancyzhx/ag_news")
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": f"{split} {i}", "label": i % 4}) + "\n" for i in range(40)))
+    acts = Acts("acts/toy")
+    acts.meta["data"] = {"name": "of/the/hub"}
+    settings = ev.BENCH["sparse_probing"].settings(acts)
+    assert settings["tasks"] == ["fancyzhx/ag_news"] and settings["config"] == {}
+    with ev.labelled_tasks(bench, settings) as data, bench.seams(ev.SEED, data):
+        train, test = dataset_utils.get_multi_label_train_test_data("fancyzhx/ag_news", 16, 8, 42)
+    assert sorted(train) == ["0", "1", "2", "3"] and len(train["0"]) == 8 and all(text.startswith("test") for text in test["3"])
+    with open(folder / "test.jsonl", "a") as f:
+        f.write(json.dumps({"text": "more", "label": 0}) + "\n")
+    assert ev.BENCH["sparse_probing"].settings(acts)["data"] != settings["data"]
