@@ -1038,7 +1038,7 @@ def announce(source, caches):
 def seconds_per_context(source, layers):
     """Measured on a few contexts, the second time (the first one warms up)."""
     on_cpu = source.ctx > 1 and source.device.type == "cpu"                           # where a whole batch would take minutes, and is no faster
-    held = [[0] * source.ctx] * (max(1, min(source.batch, 2048 // source.ctx)) if on_cpu else source.batch) if source.ctx > 1 else range(4096)
+    held = [[0] * source.ctx] * (max(1, min(source.batch, 512 // source.ctx)) if on_cpu else source.batch) if source.ctx > 1 else range(4096)
     for _ in range(2):
         start = time.perf_counter()
         source.rows(held, 0, layers)

@@ -48,8 +48,8 @@ DEFAULT_VARIANTS = ["baseline", "topk", "batch_topk", "matryoshka",
                     "contrastive_r2", "adaptive_ortho_r1", "topk_ortho_r1", "zscore_r1", "hierarchical_r2"]      # an idea of each study
 SAMPLE_ROWS = 16_384          # rows that init_from_data sees ...
 SAMPLE_PRE = 2 ** 28          # ... fewer where they would have more pre-activations than this
-STEP_COPIES = 7               # [batch, d_sae] floats that a step of the base holds at its peak; measured
-SAMPLE_COPIES = 4             # ... and init_from_data, of its rows
+COPIES = {"relu": (5.2, 4.4), "topk": (5.2, 1.6), "batch_topk": (5.2, 4.1), "jumprelu": (10, 4.4)}      # how often a step of the base holds
+                              # [batch, d_sae] floats at its peak, and init_from_data [rows, d_sae]; measured on a CPU at d_in 512, d_sae 8,192
 TIMED_STEPS = 3, 10           # the time that training will take is told after the second, from those after the first
 REFUSED_IN_A_ROW = 10         # steps; then the run has failed
 SPIKE = 20                    # times the usual length: a step on such a row is refused. 01_cache_acts.py keeps rows of up to 10 x the median <= 20 x the mean
@@ -414,24 +414,29 @@ def wait_for_others(runs):
 # ---- what a call needs -----------------------------------------------------------------------------------------------------------
 
 
-def announce(runs, acts, batch_size, device):
-    """Say what memory and disk the runs need, by the sizes of the base SAE, and refuse what can't fit. Bytes of a parameter: 16 with its
-    gradient and Adam's moments; a checkpoint has 12 of them, and is in memory twice while it is written."""
-    sizes = [(2 * acts.d_in * run.config["settings"]["d_sae"], run.config["settings"]["d_sae"]) for run in runs]
-    weights, widest = sum(16 * n for n, _ in sizes), max(n for n, _ in sizes)
+def needs(runs, acts, batch_size, device):
+    """Bytes of memory, how many of them are weights, gradients and moments, bytes of disk that stay, and of checkpoints; by the sizes of the base
+    SAE: a parameter has 4 bytes, 16 with its gradient and Adam's moments, 12 in a checkpoint, which a CPU has in memory twice while writing it."""
+    parameters = [2 * acts.d_in * run.config["settings"]["d_sae"] for run in runs]
+    working = 0
+    for s in (run.config["settings"] for run in runs):
+        step, start = COPIES[s["activation"]]
+        working = max(working, 4 * s["d_sae"] * max(step * batch_size / s["micro_batches"], start * min(sample_rows(s["d_sae"]), acts.sizes[0])))
     shards = 2 * max(acts.sizes) * acts.d_in * 2                           # one in use, one read ahead, mostly in bfloat16
-    working = max(4 * d_sae * max(STEP_COPIES * batch_size // run.config["settings"]["micro_batches"], SAMPLE_COPIES * sample_rows(d_sae))
-                  for run, (_, d_sae) in zip(runs, sizes))
-    saving = 24 * widest
-    need = weights + shards + (max(working, saving) if device.type == "cpu" else working)
-    final, checkpoints = sum(4 * n * (1 + len(run.snapshots)) for run, (n, _) in zip(runs, sizes)), sum(12 * n for n, _ in sizes)
-    print(f"{len(runs)} runs need about {need / 1e9:,.2f} GB of {device.type} memory ({weights / 1e9:,.2f} of them weights, gradients and moments), "
+    weights, saving = 16 * sum(parameters), 24 * max(parameters) if device.type == "cpu" else 0
+    return (weights + shards + max(working, saving), weights, sum(4 * n * (1 + len(run.snapshots)) for run, n in zip(runs, parameters)),
+            12 * sum(parameters))
+
+
+def announce(runs, acts, batch_size, device):
+    """Say what memory and disk the runs need, and refuse what can't fit."""
+    memory, weights, final, checkpoints = needs(runs, acts, batch_size, device)
+    print(f"{len(runs)} runs need about {memory / 1e9:,.2f} GB of {device.type} memory ({weights / 1e9:,.2f} of them weights, gradients and moments), "
           f"{final / 1e9:,.2f} GB of disk, {checkpoints / 1e9:,.2f} more for checkpoints while they train: by the sizes of the base SAE, not measured")
-    for free, wanted, what, code in ((free_memory(device), need, f"{device.type} memory", 4),
-                                     (shutil.disk_usage(".").free, final + checkpoints, "disk", 4)):
+    for free, wanted, what in ((free_memory(device), memory, f"{device.type} memory"), (shutil.disk_usage(".").free, final + checkpoints, "disk")):
         if wanted > free:
             raise Refuse(f"{free / 1e9:,.2f} GB of {what} are free, about {wanted / 1e9:,.2f} are needed: "
-                         "train fewer runs in a call, or --set micro_batches= for less memory", code)
+                         "train fewer runs in a call, with fewer --snapshots, or --set micro_batches= for less memory", 4)
 
 
 def free_memory(device):

@@ -601,12 +601,18 @@ class SAE(nn.Module):
     @functools.cache
     def code_checksum(cls):
         """Changes when the code of the class chain does, not when a comment or docstring does."""
-        trees = [ast.parse(textwrap.dedent(inspect.getsource(c))) for c in cls.chain() + [JumpReLU, Step, Codes, Product, Pick, Encode, bag, bag_transposed, above]]
-        for node in (n for tree in trees for n in ast.walk(tree)):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-                node.body = body[1:]
-        return checksum("\n".join(map(ast.dump, trees)).encode())
+        return checksum("\n".join(code_of(c) for c in cls.chain() + [JumpReLU, Step, Codes, Product, Pick, Encode, bag, bag_transposed, above]).encode())
+
+
+@functools.cache
+def code_of(part):
+    """The code of a class or function as a syntax tree in text, without comments and docstrings."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            node.body = body[1:]
+    return ast.dump(tree)
 
 
 def load_variant(name):

@@ -1,14 +1,15 @@
 """Promises about runs at full size: a ring of shards gives the same bits as the whole cache, several processes divide the labour, estimates hold, and
 every command of variants/README.md parses and passes its pre-flight on models of the full shape."""
 import importlib
-import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,12 @@ import transformers
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from sae import Acts, Refuse, load_variant, read_json  # noqa: E402
+from sae import Acts, Refuse, read_json, run_script  # noqa: E402
 from test_cache import WORDS, save, texts, tokenizer, write_jsonl  # noqa: E402
 
 cache, train_py, plot = (importlib.import_module(name) for name in ("01_cache_acts", "02_train", "04_plot"))
 
 SMALL = ["--variant", "topk", "baseline", "--set", "d_sae=32", "l0=3", "batch_size=32", "--device", "cpu"]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def call(monkeypatch, module, *argv):
@@ -32,23 +32,49 @@ def call(monkeypatch, module, *argv):
     return module.main()
 
 
-def script(folder, name, *argv, torchrun=0):
-    """A script in a process of its own, or in as many as torchrun starts."""
-    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun), "--master-port", "0"] if torchrun else []
-    return subprocess.Popen([sys.executable, *start, str(ROOT / name), *map(str, argv)], cwd=folder, env=ENV, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+class Script:
+    """A script in a fork of this process, which need not import everything again; `env`: what torchrun would set."""
+
+    def __init__(self, folder, module, *argv, **env):
+        sys.stdout.flush()
+        self.said = Path(folder) / f"said_{len(list(Path(folder).glob('said_*')))}.txt"
+        self.said.touch()
+        self.pid, self.code = os.fork(), None
+        if not self.pid:
+            os.chdir(folder)
+            os.dup2(os.open(self.said, os.O_WRONLY | os.O_CREAT), 1)
+            os.dup2(1, 2)
+            sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+            os.environ.update(env)
+            sys.argv = [module.__name__, *map(str, argv)]
+            try:
+                run_script(module.main)
+            except SystemExit as e:
+                os._exit(e.code)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
+
+    def poll(self):
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def kill(self, how=signal.SIGKILL):
+        os.kill(self.pid, how)
+
+    def ended(self, code=0, seconds=300):
+        """What it said, once it has ended with this code."""
+        until(lambda: self.poll() is not None, seconds=seconds)
+        assert self.code == code, self.said.read_text()[-3000:]
+        return self.said.read_text()
 
 
-def ended(process, code=0):
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == code, err[-3000:]
-    return out + err
-
-
-def until(condition, *processes, seconds=240):
+def until(condition, *alive, seconds=300):
     stop = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < stop and all(p.poll() is None for p in processes), [p.communicate() for p in processes if p.poll() is not None]
+        assert time.monotonic() < stop and all(p.poll() is None for p in alive), [p.said.read_text()[-2000:] for p in alive if p.poll() is not None]
         time.sleep(0.02)
 
 
@@ -68,8 +94,8 @@ SYNTHETIC = ["--model", "synthetic", "--tokens", TOKENS, "--rows-per-shard", SHA
 def kept(tmp_path_factory):
     """A cache in windows that keeps its shards, and the runs trained on it."""
     folder = tmp_path_factory.mktemp("kept")
-    ended(script(folder, "01_cache_acts.py", *SYNTHETIC, "--window", 5 * SHARD))
-    ended(script(folder, "02_train.py", "--acts", "synthetic", *SMALL))
+    Script(folder, cache, *SYNTHETIC, "--window", 5 * SHARD).ended()
+    Script(folder, train_py, "--acts", "synthetic", *SMALL).ended()
     return folder
 
 
@@ -98,45 +124,45 @@ def test_windows_have_shards_of_one_size_each_shuffled_over_its_own_window(kept)
 
 
 def test_a_ring_smaller_than_the_data_gives_the_bits_of_the_whole_cache(kept, tmp_path):
-    producer = script(tmp_path, "01_cache_acts.py", *SYNTHETIC, "--window", 5 * SHARD, "--ring", f"{RING / 1e3:.3f}KB")
+    producer = Script(tmp_path, cache, *SYNTHETIC, "--window", 5 * SHARD, "--ring", f"{RING / 1e3:.3f}KB")
     folder, most = tmp_path / "acts" / "synthetic", 0
     until(lambda: (folder / "meta.json").exists() and read_json(folder / "meta.json")["shards"], producer)
     assert RING < TOKENS * WIDTH / 2
-    consumer = script(tmp_path, "02_train.py", "--acts", "synthetic", *SMALL)
+    consumer = Script(tmp_path, train_py, "--acts", "synthetic", *SMALL)
     while producer.poll() is None or consumer.poll() is None:
         most = max(most, disk(folder))
         time.sleep(0.005)
-    ended(producer), ended(consumer)
+    producer.ended(), consumer.ended()
     assert most <= RING + 12 * 1000                                  # headers of the files apart
     assert weights(tmp_path) == weights(kept)
     for name in weights(kept):
         config, whole = (read_json(f / "runs" / name / "config.json") for f in (tmp_path, kept))
         assert config["identity"] == whole["identity"] and config["ring"] == int(RING) and whole["ring"] is None and config["window"] == whole["window"]
     assert [p.name for p in folder.glob("train_*")] == ["train_00000.safetensors"]      # read and deleted, but for the first
-    again = script(tmp_path, "02_train.py", "--acts", "synthetic", *SMALL, "--seed", "1")
-    assert "can be read once" in ended(again, 3)
+    again = Script(tmp_path, train_py, "--acts", "synthetic", *SMALL, "--seed", "1")
+    assert "can be read once" in again.ended(3)
 
 
 def test_killed_at_any_time_producer_and_consumer_go_on_to_the_same_bits(kept, tmp_path):
     folder = tmp_path / "acts" / "synthetic"
-    cached = lambda: script(tmp_path, "01_cache_acts.py", *SYNTHETIC, "--window", 5 * SHARD, "--ring", f"{RING / 1e3:.3f}KB")
-    train = lambda: script(tmp_path, "02_train.py", "--acts", "synthetic", *SMALL)
+    cached = lambda: Script(tmp_path, cache, *SYNTHETIC, "--window", 5 * SHARD, "--ring", f"{RING / 1e3:.3f}KB")
+    train = lambda: Script(tmp_path, train_py, "--acts", "synthetic", *SMALL)
     listed = lambda: len(read_json(folder / "meta.json")["shards"]) if (folder / "meta.json").exists() else 0
     producer = cached()
     until(lambda: listed() >= 10, producer)                             # the ring is full
     producer.kill()
-    assert producer.wait() == -9
+    producer.ended(-9)
     consumer = train()
     until(lambda: (folder / "reader_0" / "read.json").exists() and read_json(folder / "reader_0" / "read.json")["shards"] == 10, consumer)
     time.sleep(1)
-    consumer.send_signal(signal.SIGINT)                                 # it waits for shards that no producer makes: stops at once
-    assert "interrupted" in ended(consumer, 130)
+    consumer.kill(signal.SIGINT)                                 # it waits for shards that no producer makes: stops at once
+    assert "interrupted" in consumer.ended(130)
     producer, consumer = cached(), train()
     until(lambda: listed() >= 20, producer, consumer)
     consumer.kill(), producer.kill()
-    assert consumer.wait() == producer.wait() == -9
+    consumer.ended(-9), producer.ended(-9)
     producer, consumer = cached(), train()
-    ended(producer), ended(consumer)
+    producer.ended(), consumer.ended()
     assert weights(tmp_path) == weights(kept)
 
 
@@ -152,3 +178,325 @@ def test_a_ring_refuses_in_one_line_what_it_cannot_do(kept, tmp_path, monkeypatc
         call(monkeypatch, train_py, "--acts", "synthetic", *SMALL, "--epochs", 2)
     with pytest.raises(Refuse, match="was made with window 1024, not 2048"):
         call(monkeypatch, cache, *ask, "9MB", "--tokens", 2000)
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------------------
+
+
+TEXT = ["--model", "m", "--layer", 0, 1, "--data", "t.jsonl", "--ctx", 8, "--rows-per-shard", 64, "--tokens", 1600, "--val-tokens", 64,
+        "--dtype", "float32", "--device", "cpu"]
+
+
+def two(folder, module, *argv):
+    """The two processes that `torchrun --nproc-per-node 2` starts."""
+    return [Script(folder, module, *argv, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+
+
+def in_order(folder):
+    """All rows of a cache, by context and position."""
+    acts = Acts(folder)
+    shards = [acts.shard(i) for i in range(len(acts.shards))]
+    rows = {k: torch.cat([s[k] for s in shards]) for k in shards[0]}
+    order = (rows["context"].long() * 100 + rows["position"]).argsort()
+    return {k: v[order] for k, v in rows.items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "m")
+    write_jsonl(tmp_path / "t.jsonl", texts())
+    return tmp_path
+
+
+def test_two_processes_share_the_contexts_and_make_one_cache_of_them(here, monkeypatch):
+    call(monkeypatch, cache, *TEXT, "--name", "one")
+    for part in two(here, cache, *TEXT, "--name", "two"):
+        part.ended()
+    for layer in (0, 1):
+        one, both = Acts(f"acts/one_l{layer}"), Acts(f"acts/two_l{layer}")
+        assert same(in_order(one.folder), in_order(both.folder))
+        assert same(one.val(), both.val())
+        assert both.meta["processes"] == 2 and both.meta["dropped"] == one.meta["dropped"]
+        assert both.scale == pytest.approx(one.scale, rel=1e-12) and both.meta["gamma"] == pytest.approx(one.meta["gamma"], rel=1e-9)
+        for i in range(len(both.shards) - 1):                           # each process' shards are a sample of its own parts, and come in turn
+            assert set((both.shard(i)["context"] // 8 % 2).tolist()) == {i % 2}
+        assert not list(both.folder.glob("process_*"))
+    for part in two(here, cache, *TEXT, "--name", "two"):
+        assert "is complete" in part.ended()
+    with pytest.raises(Refuse, match="by several processes can't be extended"):
+        call(monkeypatch, cache, *TEXT, "--name", "two", "--tokens", 2000)
+
+
+def test_processes_that_were_killed_go_on_to_the_same_bytes(here, monkeypatch):
+    for part in two(here, cache, *TEXT, "--name", "whole"):
+        part.ended()
+    parts = two(here, cache, *TEXT, "--name", "killed")
+    until(lambda: list(here.glob("acts/killed_l1/process_*/scratch/00000.raw")))
+    for part in parts:
+        part.kill()
+        part.ended(-9)
+    with pytest.raises(Refuse, match="begun by another number of processes"):
+        call(monkeypatch, cache, *TEXT, "--name", "killed")
+    for part in two(here, cache, *TEXT, "--name", "killed"):
+        part.ended()
+    for layer in (0, 1):
+        shards = [[(s["file"], s["checksum"]) for s in Acts(f"acts/{name}_l{layer}").shards] for name in ("whole", "killed")]
+        assert shards[0] == shards[1]
+
+
+def test_two_processes_divide_the_runs_and_give_the_bits_of_one(here, monkeypatch):
+    call(monkeypatch, cache, *TEXT, "--name", "a")
+    ask = ["--acts", "a_l1", *SMALL, "--seed", 0, 1, 2]
+    (here / "alone" / "acts").mkdir(parents=True)
+    shutil.copytree("acts/a_l1", "alone/acts/a_l1")
+    Script(here / "alone", train_py, *ask).ended()
+    first, second = (part.ended() for part in two(here, train_py, *ask))
+    assert "3 runs" in first and "3 runs" in second
+    trained = [set(re.findall(r"^(\S+-s\d) ", said, re.M)) for said in (first, second)]
+    assert not trained[0] & trained[1] and len(trained[0] | trained[1]) == 6
+    assert weights(here) == weights(here / "alone") and len(weights(here)) == 6
+    with pytest.raises(Refuse, match="--resume: processes"):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        call(monkeypatch, train_py, "--acts", "a_l1", "--resume")
+
+
+def test_two_processes_read_one_ring(kept, tmp_path):
+    producer = Script(tmp_path, cache, *SYNTHETIC, "--window", 5 * SHARD, "--ring", f"{RING / 1e3:.3f}KB")
+    meta = tmp_path / "acts" / "synthetic" / "meta.json"
+    until(lambda: meta.exists() and read_json(meta)["shards"], producer)
+    for part in two(tmp_path, train_py, "--acts", "synthetic", *SMALL):
+        part.ended()
+    producer.ended()
+    assert weights(tmp_path) == weights(kept)
+
+
+@pytest.mark.slow
+def test_torchrun_divides_the_labour(here, monkeypatch):
+    """The same under torchrun itself; a second call on the same runs is refused while the first one trains."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = lambda *argv: subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+                                             *map(str, argv)], cwd=here, env=env, capture_output=True, text=True)
+    call(monkeypatch, cache, *TEXT, "--name", "one")
+    done = torchrun(ROOT / "01_cache_acts.py", *TEXT, "--name", "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert same(in_order("acts/one_l1"), in_order("acts/two_l1"))
+    done = torchrun(ROOT / "02_train.py", "--acts", "two_l1", *SMALL, "--seed", 0, 1)
+    assert done.returncode == 0 and len(weights(here)) == 4, done.stderr[-3000:]
+    blocked = train_py.take_lock(here / "runs" / next(iter(weights(here))))
+    done = torchrun(ROOT / "02_train.py", "--acts", "two_l1", *SMALL, "--seed", 0, 1, "--steps", 5)
+    assert done.returncode != 0 and "in use by another process" in done.stderr
+    blocked.close()
+
+
+# ---- hub data sets: configurations, gates, and the cache without a network -------------------------------------------------------
+
+
+def test_a_configuration_of_a_data_set_is_asked_for_and_recorded(monkeypatch, tmp_path):
+    import datasets
+    asked = []
+    monkeypatch.setattr(cache.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(cache.huggingface_hub.HfApi, "dataset_info", lambda self, name: type("Info", (), {"sha": "abc"}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [{"text": "w1 w2"}])
+    args = type("Args", (), dict(column="text", split="train", trust_remote_code=False, config="wikitext-103-raw-v1"))
+    text = cache.Text(args, "Salesforce/wikitext")
+    assert list(text.train()) == ["w1 w2"] and asked[0][0] == ("Salesforce/wikitext", "wikitext-103-raw-v1")
+    assert text.description["config"] == "wikitext-103-raw-v1" and text.description["revision"] == "abc"
+
+
+def test_without_a_network_the_hubs_cache_is_read(here, monkeypatch):
+    """As `hf download` leaves it; a split and a configuration are told by the files' names."""
+    import pyarrow.parquet
+    snapshot = here / "hub" / "datasets--Salesforce--wikitext" / "snapshots" / "0123abc"
+    (snapshot.parent.parent / "refs").mkdir(parents=True)
+    (snapshot.parent.parent / "refs" / "main").write_text("0123abc")
+    for config, split, word in (("wikitext-103-raw-v1", "train", "w1"), ("wikitext-103-raw-v1", "test", "w2"), ("wikitext-2-raw-v1", "train", "w3")):
+        (snapshot / config).mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["", f"{word} " * 40, ""] * 60}), snapshot / config / f"{split}-00000-of-00001.parquet")
+    monkeypatch.setattr(cache.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(cache.huggingface_hub.constants, "HF_HUB_CACHE", str(here / "hub"))
+    ask = ["--model", "m", "--data", "Salesforce/wikitext", *TEXT[7:], "--layer", 0, "--config"]
+    call(monkeypatch, cache, *ask, "wikitext-103-raw-v1")
+    meta = Acts("acts/m_l0").meta
+    assert set(in_order("acts/m_l0")["tokens"].tolist()) == {4 + WORDS.index("w1")} and meta["data"]["revision"] == "0123abc"
+    assert meta["dropped"]["bos"] < meta["contexts"]                    # one EOS after 40 words, none for the empty lines
+    with pytest.raises(Refuse, match="no .txt, .jsonl or .parquet file of split train and config nothing"):
+        call(monkeypatch, cache, *ask, "nothing")
+
+
+def test_a_gated_model_says_where_to_accept_what():
+    import requests
+    from huggingface_hub.errors import GatedRepoError
+    for kind, name, page in (("model", "google/gemma-2-2b", "google/gemma-2-2b"), ("data set", "cais/wmdp", "datasets/cais/wmdp")):
+        with pytest.raises(Refuse) as e, cache.hub_errors(kind, name):
+            raise GatedRepoError("x", response=requests.Response())
+        assert f"https://huggingface.co/{page}, then `hf auth login` or set HF_TOKEN" in str(e.value) and e.value.code == 4
+
+
+# ---- published figures -----------------------------------------------------------------------------------------------------------
+
+
+def planted(folder, model, layer, **metrics):
+    """A finished and evaluated TopK run of SAEBench's shape."""
+    from sae import write_json
+    settings = {"activation": "topk", "d_sae": 16384, "l0": 80.0}
+    config = {"status": "done", "name": folder.name, "variant": "topk", "seed": 0, "settings": settings, "acts": "a", "model": {"name": model},
+              "layer": layer, "final": {"tokens": 500_000_000}}
+    write_json(folder / "config.json", config)
+    return type("Run", (), dict(folder=folder, config=config, settings=settings, variant="topk", core={"metrics": metrics}, get=lambda self, k: metrics.get(k)))()
+
+
+def test_saebenchs_figure_stands_beside_a_run_of_its_shape_and_of_no_other(tmp_path):
+    rows = lambda *runs: plot.saebench(list(runs))[-1]
+    run = planted(tmp_path / "r", "google/gemma-2-2b", 12, l0=80.0, ce_recovered=0.985)
+    assert rows(run)[0][3:] == ["0.9850", "0.9880", "-0.0030"]          # TopK 16k: 80:.988
+    between = planted(tmp_path / "r", "models/gemma-2-2b", 12, l0=(80 * 160) ** 0.5, ce_recovered=0.99)
+    assert rows(between)[0][4:] == ["0.9900", "+0.0000"]                # half way in log L0 between .988 and .992
+    assert rows(planted(tmp_path / "r", "google/gemma-2-2b", 12, l0=900.0, ce_recovered=0.99))[0][4:] == ["L0 20 to 640 only", "-"]
+    assert rows(planted(tmp_path / "r", "google/gemma-2-2b", 19, l0=80.0, ce_recovered=0.99))[0][5] == "-"
+    for kinds in plot.SAEBENCH.values():
+        for points in [p for lines in kinds.values() for p in lines]:
+            numbers = [tuple(map(float, p.split(":"))) for p in points.split()]
+            assert numbers == sorted(numbers) and all(0.9 < score < 1 for _, score in numbers)
+
+
+def test_note_004s_figures_stand_beside_the_runs_own(tmp_path):
+    run = planted(tmp_path / "r", "google/gemma-2-2b", 19, l0=320.0, explained_variance=0.8, explained_variance_zero=-1.0, ce_recovered=0.98)
+    plot.write_file(tmp_path / "r" / "eval" / "x.json", b"")
+    from sae import write_json
+    write_json(tmp_path / "r" / "eval" / "x.json", {"result": {"mean": {"mean_full_absorption_score": 0.0123}}})
+    table = {row[0]: row[1:] for row in plot.note004([run])[-1]}
+    assert table["L0"] == ["320", "320.0000"] and table["absorption, full (24 letters)"] == ["0.00876", "0.0123"]
+    assert table["explained variance about the mean"] == ["-", "0.8000"]
+    assert [v for k, v in table.items() if k.startswith("explained variance about zero")] == [["-", "0.9000"]]      # 1 - 0.2 / 2
+    assert table["CE recovered"] == ["0.99", "0.9800"] and table["KL recovered"] == ["0.99", "-"]
+
+
+# ---- recipes and estimates -------------------------------------------------------------------------------------------------------
+
+
+README = (ROOT / "variants" / "README.md").read_text()
+COMMANDS = list(dict.fromkeys(line for block in re.findall(r"```\n(.*?)```", README, re.S) for line in block.splitlines() if line.startswith("python")))
+CACHING, TRAINING = ([c for c in COMMANDS if name in c] for name in ("01_cache_acts", "02_train"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Gemma-2-2B with 2 of its 26 layers and Pythia-70M, at their full shapes but for the vocabulary, with random weights."""
+    folder, vocabulary = tmp_path_factory.mktemp("models"), dict(vocab_size=204, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    gemma = transformers.Gemma2Config(hidden_size=2304, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
+                                      intermediate_size=9216, max_position_embeddings=8192, **vocabulary)
+    pythia = transformers.GPTNeoXConfig(hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048, rotary_pct=0.25, **vocabulary)
+    for name, config in (("gemma-2-2b", gemma), ("pythia-70m", pythia)):
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
+        tokenizer(bos=name == "gemma-2-2b").save_pretrained(folder / name)
+    write_jsonl(folder / "texts" / "a.jsonl", texts(60, 300))
+    return folder
+
+
+def test_the_readme_has_the_five_studies_and_the_two_references():
+    for study in ("contrastive", "adaptive_ortho", "topk_ortho", "zscore", "hierarchical"):
+        assert any(study in c.split() for c in TRAINING), study
+    assert {"04_plot.py --reference note004", "04_plot.py --reference saebench"} <= {c.removeprefix("python ") for c in COMMANDS}
+    note, = [c for c in TRAINING if "--steps 4882" in c]
+    assert "--variant topk" in note and {"d_sae=65536", "l0=320", "lr=1e-4"} < set(note.split())
+    assert any("--ring" in c for c in CACHING) and any("--config" in c for c in CACHING)
+
+
+@pytest.mark.parametrize("command", [c if "pythia" in c else pytest.param(c, marks=pytest.mark.slow) for c in CACHING])
+def test_a_caching_recipe_runs_on_a_model_of_the_full_shape(command, models, tmp_path, monkeypatch, capsys):
+    """The hub's model and data stand in as folders, and there are as many tokens as fill a few contexts; every other flag is as written."""
+    monkeypatch.chdir(tmp_path)
+    argv = shlex.split(command)[2:]
+    at = {flag: argv.index(flag) + 1 for flag in argv if flag.startswith("--")}
+    name, ctx = argv[at["--model"]].split("/")[-1], int(argv[at["--ctx"]])
+    argv[at["--model"]], argv[at["--data"]] = str(models / name), str(models / "texts")
+    if name == "gemma-2-2b":
+        first = at["--layer"]
+        layers = [a for a in argv[first:] if a.isdigit()][:3 if argv[first + 1].isdigit() else 1]
+        argv[first:first + len(layers)] = ["0", "1"][:len(layers)]
+    argv[argv.index("--tokens") + 1] = str(3 * ctx)
+    call(monkeypatch, cache, *argv, "--rows-per-shard", 64, "--val-tokens", ctx, "--device", "cpu")
+    said = capsys.readouterr().out
+    assert re.search(r"about [\d,]+ s, measured on a few contexts; the disk has", said)
+    for folder in Path("acts").iterdir():
+        acts = Acts(folder)
+        assert acts.d_in == {"gemma-2-2b": 2304, "pythia-70m": 512}[name] and acts.rows > ctx and acts.meta["dtype"] == "bfloat16"
+        if not acts.ring:                                               # the rows that are counted have exactly the bytes that were said
+            assert sum(s["bytes"] - header(folder / s["file"]) for s in acts.shards) == acts.rows * (2 * acts.d_in + 10)
+            assert f"up to {3 * ctx:,} rows of {acts.d_in} bfloat16, {3 * ctx * (2 * acts.d_in + 10) / 1e6:,.0f} MB" in said
+
+
+def header(path):
+    with open(path, "rb") as f:
+        return 8 + int.from_bytes(f.read(8), "little")
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    """A cache of a shard for each name that the README trains on, of the width of its model."""
+    from toys import write_cache
+    folder = tmp_path_factory.mktemp("caches")
+    for name in {re.search(r"--acts (\S+)", c)[1] for c in TRAINING}:
+        write_cache(folder / "acts" / name, torch.randn(2100 + 64, 2304 if "gemma" in name else 512), rows_per_shard=2100, val=64)
+    return folder
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_a_training_recipe_parses_and_passes_its_pre_flight(command, caches, monkeypatch, capsys):
+    """On a machine with a GPU's 80 GB of memory; and on a small one it is refused."""
+    monkeypatch.chdir(caches)
+    argv = shlex.split(command.replace("--steps 4882", "--steps 1"))[2:]
+    gpu = lambda device: 80e9
+    monkeypatch.setattr(train_py, "free_memory", gpu)
+    assert not call(monkeypatch, train_py, *argv, "--estimate", "--device", "cpu")
+    assert re.search(r"\d+ runs need about [\d.]+ GB of cpu memory", capsys.readouterr().out)
+    monkeypatch.setattr(train_py, "free_memory", lambda device: 1e8)
+    with pytest.raises(Refuse, match="of cpu memory are free, about"):
+        call(monkeypatch, train_py, *argv, "--estimate", "--device", "cpu")
+    assert not Path("runs").exists()
+
+
+def test_the_other_recipes_lines_parse(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    others = [c for c in COMMANDS if c not in CACHING + TRAINING]
+    for command in others:
+        module = importlib.import_module(shlex.split(command)[1].removesuffix(".py"))
+        with pytest.raises(Refuse, match="no runs under runs/"):        # all that is wrong is that there are none here
+            call(monkeypatch, module, *shlex.split(command)[2:])
+    assert len(others) == 5
+
+
+def peak(folder, *argv):
+    """(what 02_train.py said, bytes that it took at its peak beyond what the process had), in a fork."""
+    pid = os.fork()
+    if not pid:
+        status = lambda key: 1024 * int(re.search(key + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        os.chdir(folder)
+        sys.stdout = sys.stderr = open("said.txt", "w")
+        Path("/proc/self/clear_refs").write_text("5")                   # the peak is counted from here
+        before, sys.argv, code = status("VmRSS"), ["02_train.py", *map(str, argv)], 1
+        try:
+            code = train_py.main()
+        finally:
+            sys.stdout.flush()
+            Path("peak.txt").write_text(str(status("VmHWM") - before))
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0, Path(folder, "said.txt").read_text()
+    return Path(folder, "said.txt").read_text(), int(Path(folder, "peak.txt").read_text())
+
+
+@pytest.mark.parametrize("variant, d_sae", [("topk", 6144), ("baseline", 6144), ("batch_topk", 3072)])
+def test_memory_and_disk_are_what_was_said(tmp_path, variant, d_sae):
+    """Memory within 30 %, a run's file within 1 %: biases and buffers are not counted."""
+    from toys import write_cache
+    write_cache(tmp_path / "acts" / "a", torch.randn(9_000, 512), rows_per_shard=8192, val=64)
+    said, took = peak(tmp_path, "--acts", "a", "--variant", variant, "--set", f"d_sae={d_sae}", "l0=32", "--device", "cpu", "--steps", 4, "--snapshots", 0)
+    memory, disk = (float(re.search(words, said)[1]) * 1e9 for words in (r"about ([\d.]+) GB of cpu memory", r"moments\), ([\d.]+) GB of disk"))
+    assert memory / 1.3 < took < memory * 1.3, (memory, took)
+    file, = (tmp_path / "runs").glob("*/sae.safetensors")
+    assert file.stat().st_size == pytest.approx(8 * 512 * d_sae, rel=0.01) and file.stat().st_size == pytest.approx(disk, abs=5.1e6)
