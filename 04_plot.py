@@ -1242,10 +1242,11 @@ def draw_losses(caches, look, path):
             if lines:
                 axis.errorbar(left, y, xerr=sd([sum(line.get(t) or 0.0 for t in terms) for line in lines]), color="#222222", elinewidth=1, capsize=2)
             else:
-                axis.annotate(gap([r for r in caches[acts][0] if r.name == list(groups)[y]]), (0.01, y), xycoords=("axes fraction", "data"), va="center",
-                              fontsize=6.5, color="#888888")
+                absent = [r for r in caches[acts][0] if r.name == list(groups)[y]]
+                axis.annotate(gap(absent), (0.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=6.5, color="#888888")
         axis.set_yticks(range(len(groups)), groups, fontsize=7)
-        axis.set(ylim=(len(groups) - 0.4, -0.6), xlabel="loss at the end, by term (fractions of E||x||^2 / d_in); sums of different terms can't be compared")
+        axis.set(ylim=(len(groups) - 0.4, -0.6),
+                 xlabel="loss at the end, by term (fractions of E||x||^2 / d_in); sums of different terms can't be compared")
         axis.set_title(acts, fontsize=8)
     bars = [plt.Rectangle((0, 0), 1, 1, fc=COLOURS[i % len(COLOURS)], hatch=hatches[i % len(hatches)], ec="white") for i in range(len(terms))]
     figure.legend(bars, [t.removeprefix("loss_") for t in terms], loc="outside right upper", fontsize=7.5)
@@ -1374,6 +1375,7 @@ def at_least(run):
     return [sum(l0 >= x for l0 in look_up(run, "geometry/metrics/l0_of_rows")) / 101 for x in l0_grid(run)]
 
 
+SHAPE, NULL, RANDOM = "geometry/metrics/", "geometry/null/", "null: random directions"
 STAGE, STAGES = "training/stages/*/", {"x": "training/stages/*/tokens"}
 EFFECTS = ("explained_variance", "ce_recovered|mcc", "absorption_full|absorption", "decoder_max_cosine", "l0")
 EV = Panel("log/*/explained_variance", "explained variance (training)")
@@ -1399,25 +1401,27 @@ NOTES = {
                                       "dimensions of the projection")
                                 for key, label in (("error_sd", "cosine error (standard deviation)"), ("recall", "recall of the closest pairs"),
                                                    ("reconstruction", "squared length kept (share)")))),
-    "activation_sparsity": draw_curves(Panel(at_least, "rows with at least so many (share)", x=l0_grid, x_label="active latents of a row"),
-                                       *(Panel(f"geometry/metrics/tenths/{key}", label, x="geometry/metrics/tenths/norm", x_label="norm of the row (mean of a tenth)")
-                                         for key, label in (("l0", "L0 (active latents per row)"), ("explained_variance", "explained variance")))),
+    "activation_sparsity": draw_curves(
+        Panel(at_least, "rows with at least so many (share)", x=l0_grid, x_label="active latents of a row"),
+        *(Panel(f"geometry/metrics/tenths/{key}", label, x="geometry/metrics/tenths/norm", x_label="norm of the row (mean of a tenth)")
+          for key, label in (("l0", "L0 (active latents per row)"), ("explained_variance", "explained variance")))),
     "sparsity_indices": draw_dots(Panel("geometry/metrics/hoyer", "Hoyer index of a row's activations (1: one latent)"),
                                   Panel("geometry/metrics/gini", "Gini index of the firing rates (0: all alike)"),
                                   Panel("dead", "dead latents (share)"), Panel("dense", "latents firing on > 10 % of rows (share)")),
     "condition_numbers": draw_dots(*CONDITION),
-    "coherence": draw_dots(*(Panel(f"geometry/metrics/{key}", label, f"geometry/null/{null or key}", said or "null: random directions") for key, label, null, said in (
-        ("mean_max_cosine", "cosine with the nearest other decoder row (mean)", None, None),
-        ("mean_square_cosine", "squared cosine (mean over pairs)", "welch", "Welch's lower bound"),
-        ("effective_rank", "effective rank of the decoder", None, None), ("frame_ratio", "frame ratio: largest / d_in-th singular value", None, None)))),
+    "coherence": draw_dots(
+        Panel(SHAPE + "mean_max_cosine", "cosine with the nearest other decoder row (mean)", NULL + "mean_max_cosine", RANDOM),
+        Panel(SHAPE + "mean_square_cosine", "squared cosine (mean over pairs)", NULL + "welch", "Welch's lower bound"),
+        Panel(SHAPE + "effective_rank", "effective rank of the decoder", NULL + "effective_rank", RANDOM),
+        Panel(SHAPE + "frame_ratio", "frame ratio: largest / d_in-th singular value", NULL + "frame_ratio", RANDOM)),
     "alpha_ablation": functools.partial(draw_ablation, keys=".*(alpha|coef|(ortho|ortsae|con)_(weight|share))", metrics=EFFECTS),
     "topk_ablation": functools.partial(draw_ablation, keys="pair_", metrics=EFFECTS),
     "tau_ablation": functools.partial(draw_ablation, keys=".*tau", metrics=EFFECTS),
     "unlearning": draw_dots(Panel("unlearning", "unlearning score (higher is better)")),
-    "feature_usage": draw_curves(Panel(lambda run: [rate for _, rate in usage(run)], "firing rate (share of rows)", x=lambda run: [place for place, _ in usage(run)],
-                                       x_label="latents, most frequent first (% of the dictionary)", scale="log"),
-                                 Panel(density, "latents (%; silent ones left out)", x=density_at, x_label="log10 firing rate"),
-                                 beside={"random": "--", "untrained": ":"}),
+    "feature_usage": draw_curves(
+        Panel(lambda run: [rate for _, rate in usage(run)], "firing rate (share of rows)", x=lambda run: [place for place, _ in usage(run)],
+              x_label="latents, most frequent first (% of the dictionary)", scale="log"),
+        Panel(density, "latents (%; silent ones left out)", x=density_at, x_label="log10 firing rate"), beside={"random": "--", "untrained": ":"}),
     "sparsity_evolution": draw_curves(Panel(share_of_zeros, "activations that are 0 (share)")),
     "feature_correlations": draw_dots(Panel("geometry/metrics/correlation", "correlation of two latents' activations (mean absolute)",
                                             "geometry/null/correlation", "null: activations shifted in time"),
@@ -1426,10 +1430,12 @@ NOTES = {
     "tau_fixed_adaptive": draw_curves(Panel(tau_of, "threshold tau of a pair's cosine"), Panel("log/*/pair_cos", "mean cosine of the selected pairs"),
                                       Panel("log/*/ratio_ortho", "penalty / reconstruction error", scale="log"), EV,
                                       pick=lambda runs: [r for r in runs if look_up(r, "log/-1/pair_cos") is not None]),
-    "pair_stability": draw_curves(*(Panel(f"geometry/pairs/coactivation/{key}", label, x="geometry/pairs/rows", x_label="rows in a batch, by co-activation")
-                                    for key, label in (("jaccard", "pairs of successive batches (Jaccard)"), ("rbo", "the same (rank-biased overlap)"))),
-                                  Panel("geometry/pairs/preact/jaccard", "pairs by pre-activation (Jaccard)", x="geometry/pairs/rows", x_label="rows in a batch"),
-                                  Panel(STAGE + "pairs", "pairs now and at the end (Jaccard)", **STAGES)),
+    "pair_stability": draw_curves(
+        *(Panel(f"geometry/pairs/{rule}/{key}", label, x="geometry/pairs/rows", x_label=f"rows in a batch, pairs by {words}")
+          for rule, words, key, label in (("coactivation", "co-activation", "jaccard", "pairs of successive batches (Jaccard)"),
+                                          ("coactivation", "co-activation", "rbo", "the same (rank-biased overlap)"),
+                                          ("preact", "pre-activation", "jaccard", "pairs of successive batches (Jaccard)"))),
+        Panel(STAGE + "pairs", "pairs now and at the end (Jaccard)", **STAGES)),
     "absorption_efficiency": draw_efficiency,
     "explained_variance_evolution": draw_curves(EV), "mse_evolution": draw_curves(MSE), "l0_evolution": draw_curves(L0), "l1_evolution": draw_curves(L1),
     "kl_div_score_evolution": draw_curves(KL), "ce_loss_score_evolution": draw_curves(CE),
@@ -1439,14 +1445,16 @@ NOTES = {
                                 Panel(STAGE + "survived", "revived by then, firing at the end (share)", **STAGES),
                                 Panel(STAGE + "effective_rank", "effective rank of the decoder", **STAGES),
                                 Panel(STAGE + "mean_max_cosine", "cosine with the nearest row (mean)", **STAGES), pick=with_and_without),
-    "metrics_comparison": draw_dots(Panel("explained_variance", "explained variance (higher is better)"), Panel("kl_sae", "KL divergence (nats per token; lower is better)"),
-                                    Panel("l0", "L0 (active latents per row)"), Panel("l1", "L1 (sum of a row's activations)"), columns=2),
+    "metrics_comparison": draw_dots(
+        Panel("explained_variance", "explained variance (higher is better)"), Panel("kl_sae", "KL divergence (nats per token; lower is better)"),
+        Panel("l0", "L0 (active latents per row)"), Panel("l1", "L1 (sum of a row's activations)"), columns=2),
     "absorption_rates": draw_dots(Panel("absorption_full", "full absorption (share of words; lower is better)"),
                                   Panel("absorption_fraction", "absorption fraction (lower is better)"),
                                   Panel("absorption", "true absorption, synthetic data (lower is better)"),
                                   Panel("parent_recall", "true parents found, synthetic data (share)")),
-    "probing_accuracy": draw_dots(*(Panel(f"probe_{k}", f"top-{k} probing accuracy", f"sparse_probing/eval_result_metrics/llm/llm_top_{k}_test_accuracy",
-                                          f"top {k} of the model's own dimensions") for k in (1, 5, 20))),
+    "probing_accuracy": draw_dots(
+        *(Panel(f"probe_{k}", f"top-{k} probing accuracy", f"sparse_probing/eval_result_metrics/llm/llm_top_{k}_test_accuracy",
+                f"top {k} of the model's own dimensions") for k in (1, 5, 20))),
     "feature_stability": draw_dots(Panel("stability/others/*/matched", "cosine of matched decoder rows of two seeds (mean)", "stability/null/matched",
                                          "null: random directions"),
                                    Panel("stability/others/*/again/0.7", "matched above 0.7 (share of latents)"),
