@@ -9,6 +9,8 @@ import json
 import os
 import random
 import string
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy
@@ -456,6 +458,12 @@ def test_a_result_that_is_not_sound_is_refused(world, monkeypatch, what):
     monkeypatch.setattr(ev, "core_result", spoilt)
     failures = evaluate(world, [run], "saebench_core", force=True)
     assert (run.folder, "saebench_core") in failures and not (run.folder / "eval" / "saebench_core.json").exists()
+
+
+def test_our_own_evaluations_import_no_sae_bench():
+    late = "import importlib, sys; importlib.import_module('03_eval'); print(sorted({'sae_bench', 'sae_lens', 'transformer_lens'} & set(sys.modules)))"
+    said = subprocess.run([sys.executable, "-c", late], cwd=Path(ev.__file__).parent, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"
 
 
 def test_what_does_not_fit_is_said_and_left_out(world, capsys):
