@@ -2,10 +2,11 @@
 
     python 04_plot.py                                    all runs under runs/
     python 04_plot.py runs/topk-s0 runs/baseline-s0 --out plots/two
+    python 04_plot.py --metric absorption_full           verdicts about this metric, not explained variance
 
 Reads runs/NAME/{config.json, metrics.jsonl, eval/*} and the controls beside them, runs/controls-ACTS/KIND/eval/core.json. Writes
     plots/report.html             all of it on one page, with a sortable table and what latents fire on; needs no network
-    plots/results.md              one row per variant and setting: mean +- sd over seeds, paired differences, guards; also printed
+    plots/results.md              one row per variant and setting: mean +- sd over seeds, paired differences, verdict, guards; also printed
     plots/verdicts.png            the differences to the baseline and to the parent with their intervals
     plots/pareto.png              explained variance and recovered loss against L0
     plots/ablation.png            quality against each swept setting
