@@ -1029,7 +1029,7 @@ class Acts:
             raise Refuse(f"{path} has shape {list(acts.shape)} of {acts.dtype}, not {[entry['rows'], self.d_in]} of {self.meta['dtype']}: cache again")
         if acts.dtype == torch.int8:
             tensors["acts"] = acts = acts * tensors["row_scale"][:, None] * tensors["dim_std"] + tensors["dim_mean"]
-        low, high = torch.aminmax(acts.float())
+        low, high = torch.aminmax(acts)
         if not (low.isfinite() and high.isfinite()):
             raise Refuse(f"{path} has activations that are not finite: cache again, in bfloat16 or float32")
         return tensors

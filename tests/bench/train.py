@@ -1,19 +1,20 @@
 """What a training step costs here and with the peers, and what is reached: the same rows, sizes, learning rate and seed, in turns.
 
     pip install --no-deps --target PEERS dictionary-learning==0.1.0 eai-sparsify==1.3.3 natsort simple-parsing docstring-parser schedulefree
-    python tests/bench/train.py [CASES ...] --peers PEERS [--steps 6] [--seed 0] [--small] [--json FILE]
+    python tests/bench/train.py [CASES ...] --peers PEERS [--steps 6] [--seed 0] [--small] [--big-pages] [--json FILE]
 
 Cases: relu-cold (1 latent in 8 fires), relu (L0 64), topk, batch_topk, jumprelu, matryoshka, topk-large; --small: all at 96 x 1,024, l0 16,
 batch 512, for long runs. Every trainer is a process of its own with one thread, and takes one step at its turn, so that a machine that slows
 down slows all of them down. Printed: CPU and wall time of a step as ratios to ours (median over the turns but the first, and the range), peak
 memory above that after imports and data, and explained variance and L0 on held-out rows after the last step. `floor`: the encoder's product
 alone at this machine's own rate (relu-cold: all five), the least that a step can cost. dictionary_learning gets rows of mean square norm 1, as
-its own pipeline does, all others rows of norm sqrt(d_in). Nothing is warmed up or decayed, no latent counts as dead.
+its own pipeline does, all others rows of norm sqrt(d_in). Ours runs with torch's big pages, which 02_train.py switches on; the peers run as
+they come, or with --big-pages have them too. Nothing is warmed up or decayed, no latent counts as dead.
 """
 import argparse
 import json
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # as in 02_train.py; for all trainers
 import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -163,6 +163,11 @@ def floor(case):
     return min(times) * (5 if l0 >= 0.05 * d_sae else 1)
 
 
+def memory(kind):
+    """Bytes: VmRSS, what the process has now, or VmHWM, the most it had."""
+    return 1024 * int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def worker(trainer, case, path, steps, seed):
     """Build the trainer, then take a step for every line of standard input; at the end say what was reached."""
     torch.set_num_threads(1)
@@ -171,7 +176,10 @@ def worker(trainer, case, path, steps, seed):
     x = read_tensors(path)[0]["x"]
     held_out, x = x[:HELD_OUT], x[HELD_OUT:]
     batch = case[5]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tiny = TRAINERS[trainer]((*case[:2], 8, 64, 2, 16, []), torch.randn(16, 8), 2, 0)       # so that what it imports is not counted
+    tiny.step(0, torch.randn(16, 8))
+    Path("/proc/self/clear_refs").write_text("5")                                           # the peak is counted from here
+    before = memory("VmRSS")
     t = TRAINERS[trainer](case, x[:batch], steps, seed)
     print("READY", flush=True)
     for i, line in enumerate(sys.stdin):
@@ -181,11 +189,11 @@ def worker(trainer, case, path, steps, seed):
         cpu, wall = time.process_time(), time.perf_counter()
         t.step(i, x[at:at + batch])
         print("READY", json.dumps([time.process_time() - cpu, time.perf_counter() - wall]), flush=True)
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    used = memory("VmHWM") - before
     with torch.no_grad():
         x_hat, l0 = t.reconstruct(held_out)
     ev = 1 - (held_out - x_hat).pow(2).sum() / (held_out - held_out.mean(0)).pow(2).sum()
-    print("READY", json.dumps({"memory": memory, "explained_variance": float(ev), "l0": l0}), flush=True)
+    print("READY", json.dumps({"memory": used, "explained_variance": float(ev), "l0": l0}), flush=True)
 
 
 def answer(process):
@@ -205,10 +213,10 @@ def compare(name, args):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
         write_tensors(path, {"x": rows(HELD_OUT + BATCHES * case[5], case[2])})
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        env = {t: {**os.environ, "OMP_NUM_THREADS": "1", **({"THP_MEM_ALLOC_ENABLE": "1"} if t == "ours" or args.big_pages else {})} for t in trainers}
         processes = {t: subprocess.Popen([sys.executable, __file__, name, "--worker", t, "--data", path, "--steps", str(args.steps), "--seed", str(args.seed),
                                           *(["--peers", args.peers] if args.peers else []), *(["--small"] if args.small else [])],
-                                         env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for t in trainers}
+                                         env=env[t], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for t in trainers}
         times = {t: [] for t in trainers}
         for p in processes.values():
             answer(p)
@@ -241,6 +249,7 @@ def main():
     p.add_argument("--steps", type=int, default=6, help="of every trainer (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--small", action="store_true", help="96 x 1,024, for runs long enough to compare what is reached")
+    p.add_argument("--big-pages", action="store_true", help="for the peers too")
     p.add_argument("--json", help="write all figures here")
     p.add_argument("--worker", help=argparse.SUPPRESS)
     p.add_argument("--data", help=argparse.SUPPRESS)
