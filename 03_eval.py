@@ -998,7 +998,7 @@ def hooked_transformer(acts, device):
     cfg.model_name = f"{meta['model']['name'].replace('/', '_')}-{weights[:8]}"
     model = transformer_lens.HookedTransformer(cfg, transformers.AutoTokenizer.from_pretrained(meta["model"]["path"]))
     model.load_and_process_state_dict(state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False)
-    model.to(device).eval().requires_grad_(False)
+    model.to(device, print_details=False).eval().requires_grad_(False)
     with torch.no_grad():
         kept = {}
         handle = original.point.register_forward_hook(lambda module, args, out: kept.update(x=first(out)))
@@ -1195,8 +1195,8 @@ def bench_core(bench, runs, settings, failures):
     saes = {run: BenchSAE(bench, run) for run in runs}
     shared.splice(saes, failures)
     n = settings["batches"]
-    config = CoreEvalConfig(model_name=bench.name, llm_dtype=bench.dtype, batch_size_prompts=settings["batch_size_prompts"], n_eval_reconstruction_batches=n,
-                            n_eval_sparsity_variance_batches=n, dataset=str(bench.acts.folder), context_size=settings["context_size"], compute_kl=True,
+    config = CoreEvalConfig(model_name=bench.name, llm_dtype=bench.dtype, batch_size_prompts=settings["batch_size_prompts"],
+                            n_eval_reconstruction_batches=n, n_eval_sparsity_variance_batches=n, dataset=str(bench.acts.folder), context_size=settings["context_size"], compute_kl=True,
                             compute_ce_loss=True, compute_l2_norms=True, compute_sparsity_metrics=True, compute_variance_metrics=True,
                             compute_featurewise_density_statistics=True, compute_featurewise_weight_based_metrics=True,
                             exclude_special_tokens_from_reconstruction=True)
@@ -1228,11 +1228,11 @@ def core_result(bench, run, sae, shared, config):
 
 def core_guards(m):
     """What makes a core result void."""
-    lost = [k for k, v in m.items() if not math.isfinite(v)]
+    lost, ce, kl = [k for k, v in m.items() if not math.isfinite(v)], m["ce_loss_score"], m["kl_div_score"]
     found = [("G01", m["l0"] == 0, "degenerate: L0 0"),
              ("G03", m["l2_ratio"] < 0.1, f"zero output: l2 ratio {m['l2_ratio']:.3f}"),
              ("G04", lost, f"not finite: {', '.join(lost)} (SAEBench writes -1)"),
-             ("G34", min(m["ce_loss_score"], m["kl_div_score"]) < 0, f"worse than zero ablation: CE score {m['ce_loss_score']:.3f}, KL score {m['kl_div_score']:.3f}")]
+             ("G34", min(ce, kl) < 0, f"worse than zero ablation: CE score {ce:.3f}, KL score {kl:.3f}")]
     return [{"id": guard, "level": "fatal", "message": message} for guard, bad, message in found if bad]
 
 
@@ -1369,7 +1369,8 @@ def bench_absorption(bench, runs, settings, failures):
     config = AbsorptionEvalConfig(model_name=bench.name, random_seed=settings["random_seed"], f1_jump_threshold=settings["f1_jump"],
                                   max_k_value=settings["max_k"], prompt_template=settings["prompt_template"], llm_dtype=bench.dtype,
                                   prompt_token_pos=settings["prompt_token_pos"], min_GT_probe_f1=settings["min_probe_f1"],
-                                  min_feats_for_eval=settings["min_letters"], k_sparse_probe_batch_size=settings["probe_batch"], precalc_k_sparse_probe_sae_acts=True)
+                                  min_feats_for_eval=settings["min_letters"], k_sparse_probe_batch_size=settings["probe_batch"],
+                                  precalc_k_sparse_probe_sae_acts=True)
     letters["valid"] = [a for a in letters["rows_y"].unique().tolist()
                         if letter_f1(letters["scores"][:, a], letters["test_y"] == a) > config.min_GT_probe_f1]
     if len(letters["valid"]) < 2:
@@ -1387,12 +1388,14 @@ def read_prompts(bench, settings):
     from sae_bench.evals.absorption import common, feature_absorption_calculator
     model, hook, template, pos = bench.model, bench.hook_name, settings["prompt_template"], settings["prompt_token_pos"]
     stopping = functools.partial(model.run_with_cache, stop_at_layer=bench.layer + 1)       # no later layer is read
-    with tempfile.TemporaryDirectory() as folder, replaced(model, "run_with_cache", stopping), replaced(common, "get_alpha_tokens", alpha_tokens):
+    faster, ordered = replaced(model, "run_with_cache", stopping), replaced(common, "get_alpha_tokens", alpha_tokens)
+    with tempfile.TemporaryDirectory() as folder, faster, ordered:
         where = {"layer": bench.layer, "probes_dir": folder, "dtype": torch.float32}
         probe = common.load_or_train_probe(model, template, pos, device=str(bench.device), **where)
         splits = {split: common.load_probe_data_split(model, split=split, device="cpu", **where) for split in ("train", "test")}
         rng = torch.get_rng_state()                                             # from which SAEBench trains its first SAE's k-sparse probes
-        found = letter_tensors(probe, {k: v[0] for k, v in splits.items()}, {k: torch.tensor([y for _, y in v[1]]) for k, v in splits.items()})
+        labels = {k: torch.tensor([y for _, y in words]) for k, (_, words) in splits.items()}
+        found = letter_tensors(probe, {k: x for k, (x, _) in splits.items()}, labels)
         calculator = feature_absorption_calculator.FeatureAbsorptionCalculator(
             model, alpha_tokens(model.tokenizer), max_icl_examples=10, base_template=template, word_token_pos=pos)
         rows = [torch.zeros(0, model.cfg.d_model)]
@@ -1400,7 +1403,8 @@ def read_prompts(bench, settings):
             words = [splits["test"][1][i][0] for i in (found["hit"] & (found["test_y"] == letter)).nonzero().flatten().tolist()]
             prompts = calculator._build_prompts(words)
             calculator._validate_prompts_are_same_length(prompts)
-            rows += [stopping([p.base for p in part], names_filter=[hook])[1][hook][:, pos].cpu() for part in batched(prompts, max(1, int(64 * bench.share)))]
+            rows += [stopping([p.base for p in part], names_filter=[hook])[1][hook][:, pos].cpu()
+                     for part in batched(prompts, max(1, int(64 * bench.share)))]
     return {**found, "rows": torch.cat(rows), "rows_y": found["test_y"][found["hit"]].sort(stable=True).values, "rng": rng}
 
 
@@ -1441,8 +1445,8 @@ def read_words(bench, settings):
     labels = {k: y[:, None].expand(v.shape[:2]).flatten() for k, v in parts.items()}
     parts = {k: v.flatten(0, 1) for k, v in parts.items()}
     with torch.enable_grad():
-        probe = probing.train_multi_probe(parts["train"].to(bench.device), torch.nn.functional.one_hot(labels["train"], LETTERS), batch_size=64, num_epochs=50,
-                                          lr=1e-2, weight_decay=1e-4, device=bench.device)
+        probe = probing.train_multi_probe(parts["train"].to(bench.device), torch.nn.functional.one_hot(labels["train"], LETTERS), batch_size=64,
+                                          num_epochs=50, lr=1e-2, weight_decay=1e-4, device=bench.device)
     found = letter_tensors(probe, parts, labels)
     return {**found, "rows": parts["again"][found["hit"]], "rows_y": found["test_y"][found["hit"]], "rng": torch.get_rng_state()}
 
@@ -1470,8 +1474,8 @@ def absorption_result(bench, run, letters, config):
     for a in valid:
         fraction, full = absorption_scores(sae, letters["rows"][letters["rows_y"] == a], letters["weight"][a], ids[a])
         n, hits = len(full), int(full.sum())
-        details.append(schema.AbsorptionResultDetail(first_letter=chr(97 + a), mean_absorption_fraction=fraction.double().mean().item(), full_absorption_rate=hits / n,
-                                                     num_full_absorption=hits, num_probe_true_positives=n, num_split_features=len(ids[a])))
+        details.append(schema.AbsorptionResultDetail(first_letter=chr(97 + a), mean_absorption_fraction=fraction.double().mean().item(),
+                                                     full_absorption_rate=hits / n, num_full_absorption=hits, num_probe_true_positives=n, num_split_features=len(ids[a])))
         found["interval"].append(wilson(hits, n))
         found["fraction"].append(details[-1].mean_absorption_fraction)
         found["full"].append(details[-1].full_absorption_rate)
@@ -1499,9 +1503,9 @@ def split_latents(sae, letters, config):
     acts = encode_rows(sae, rows) if precalc else rows
     torch.set_rng_state(letters["rng"])
     with torch.enable_grad():
-        probe = train_sparse_multi_probe(acts, torch.nn.functional.one_hot(y, LETTERS), l1_decay=config.k_sparse_probe_l1_decay, batch_size=config.k_sparse_probe_batch_size,
-                                         num_epochs=config.k_sparse_probe_num_epochs, device=sae.device, map_acts=None if precalc else sae.encode,
-                                         probe_dim=sae.cfg.d_sae)
+        probe = train_sparse_multi_probe(acts, torch.nn.functional.one_hot(y, LETTERS), l1_decay=config.k_sparse_probe_l1_decay,
+                                         batch_size=config.k_sparse_probe_batch_size, num_epochs=config.k_sparse_probe_num_epochs,
+                                         device=sae.device, map_acts=None if precalc else sae.encode, probe_dim=sae.cfg.d_sae)
     best = probe.weights.detach().topk(config.max_k_value).indices                        # [26, max_k]
     used, place = best.unique(return_inverse=True)
     train, test = (encode_rows(sae, letters[k], used).cpu().float() for k in ("train", "test"))
@@ -1545,7 +1549,8 @@ def absorption_scores(sae, rows, direction, main):
     acts, whole = sae.encode(rows), rows @ direction
     gives = acts * cosine
     mains = gives[:, main].sum(-1)
-    able = (cosine >= at.ABSORPTION_FRACTION_PROBE_COS_THRESHOLD) & ~torch.isin(torch.arange(len(cosine), device=cosine.device), torch.tensor(main, device=cosine.device))
+    able = cosine >= at.ABSORPTION_FRACTION_PROBE_COS_THRESHOLD
+    able[main] = False
     others = (gives * able).clamp_min(0).topk(min(at.ABSORPTION_FRACTION_MAX_ABSORBING_LATENTS, gives.shape[1])).values.sum(-1)
     stand_in = torch.minimum(others, whole - mains)
     fraction = torch.where(mains <= 0, 1.0, (stand_in / (stand_in + mains)).clamp(0, 1))
