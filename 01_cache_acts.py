@@ -43,8 +43,8 @@ import xxhash
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-from sae import (FORMAT, Parser, Refuse, blocks_of, check_name, files_checksum, generator, hook_point, language_model, model_checksum, number,
-                 pick_device, read_json, run_script, share, shorten, whole, write_file, write_json, write_tensors)
+from sae import (FORMAT, Parser, Refuse, blocks_of, check_name, files_checksum, generator, hook_point, language_model, loads, model_checksum,
+                 number, pick_device, read_json, run_script, share, shorten, whole, write_file, write_json, write_tensors)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HOOKS = ("resid_post", "mlp_out", "attn_out")
@@ -282,6 +282,7 @@ class Synthetic:
         return dict(source="synthetic", model=model, layer=None, hook=None, hook_name="synthetic", d_in=self.d_in, ctx=1, pack=False,
                     data={"name": "synthetic"}, val_tokens=self.n_val)
 
+    @loads("sae_lens")
     def load(self):
         from sae_lens.synthetic import HierarchyConfig, LowRankCorrelationConfig, SyntheticModel, SyntheticModelConfig
         from sae_lens.synthetic import ZipfianFiringProbabilityConfig

@@ -48,7 +48,7 @@ import xxhash
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
-from sae import (SAE, Acts, Parser, Refuse, blocks_of, checksum, generator, hook_point, is_out_of_memory, language_model, load_run,
+from sae import (SAE, Acts, Parser, Refuse, blocks_of, checksum, generator, hook_point, is_out_of_memory, language_model, load_run, loads,
                  model_checksum, pick_device, read_json, read_log, read_tensors, run_folders, run_script, take_lock, unit, whole, write_file,
                  write_json, write_tensors)
 
@@ -1084,6 +1084,7 @@ class BenchSAE(torch.nn.Module):
         return self
 
 
+@loads("SAEBench")
 def evaluate_saebench(acts, runs, names, force, device, failures):
     """Make SAEBench's results that are not there yet, each checked and written as soon as it is made. Of runs, not of controls."""
     runs = [r for r in runs if "control" not in r.config]

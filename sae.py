@@ -797,6 +797,21 @@ def run_script(main):
     sys.exit(code)
 
 
+@contextlib.contextmanager
+def loads(name):
+    """Decorates a function that imports the library `name`: an import that fails is one line with its first cause."""
+    try:
+        yield
+    except (ImportError, RuntimeError) as e:
+        cause = e
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__
+        if not isinstance(e, ImportError) and "torchvision" not in str(cause):
+            raise
+        raise Refuse(f"{name} does not load ({type(cause).__name__}: {str(cause).splitlines()[0]}): install requirements.txt again; "
+                     f"torchvision must be built for torch {torch.__version__}", 4) from e
+
+
 def is_out_of_memory(e):
     """Whether an exception says so; torch raises a plain RuntimeError where the CPU's memory ends."""
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)

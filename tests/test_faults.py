@@ -667,6 +667,15 @@ def test_a_language_model_that_changed_after_caching_is_not_evaluated_with(tmp_p
         eval_py.LanguageModel(meta, CPU)
 
 
+def test_a_torchvision_of_another_torch_is_one_line(tmp_path):
+    """It breaks transformer_lens and sae_lens deep inside; the line names the first cause."""
+    write_file(tmp_path / "torchvision" / "__init__.py", b'raise RuntimeError("operator torchvision::nms does not exist")\n')
+    done = subprocess.run([sys.executable, ROOT / "01_cache_acts.py", "--model", "synthetic", "--tokens", "2000"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 4 and done.stderr.count("\n") == 1, done.stderr[-2000:]
+    assert done.stderr.startswith("error: sae_lens does not load (RuntimeError: operator torchvision::nms") and "torchvision must be built for torch" in done.stderr
+
+
 def test_a_scratch_file_damaged_between_two_runs_is_noticed(tmp_path, monkeypatch, capsys):
     """What an interrupted caching had appended already is checked before it becomes a shard."""
     monkeypatch.chdir(tmp_path)
