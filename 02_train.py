@@ -52,7 +52,7 @@ COPIES = {"relu": (5.2, 4.4), "topk": (5.2, 1.6), "batch_topk": (5.2, 4.1), "jum
                               # [batch, d_sae] floats at its peak, and init_from_data [rows, d_sae]; measured on a CPU at d_in 512, d_sae 8,192
 TIMED_STEPS = 3, 10           # the time that training will take is told after the second, from those after the first
 REFUSED_IN_A_ROW = 10         # steps; then the run has failed
-SPIKE = 20                    # times the usual length: a step on such a row is refused. 01_cache_acts.py keeps rows of up to 10 x the median <= 20 x the mean
+SPIKE = 20                    # times the usual length: a step on such a row is refused; a cache has rows of up to 10 x the median <= 20 x the mean
 
 
 class Run:
