@@ -143,6 +143,7 @@ def kill(peace, kills, rng):
                 lost.append(f"{name}: exit {code}: {said[-500:]}")
         if not peace.is_reached(name):
             lost += [name] * (tried[name] - before)
+        print(f"{sum(tried.values())} of {kills} kills, {len(lost)} lost", file=sys.stderr)
     return {"tried": tried, "lost": lost}
 
 
