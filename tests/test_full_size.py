@@ -500,3 +500,38 @@ def test_memory_and_disk_are_what_was_said(tmp_path, variant, d_sae):
     assert memory / 1.3 < took < memory * 1.3, (memory, took)
     file, = (tmp_path / "runs").glob("*/sae.safetensors")
     assert file.stat().st_size == pytest.approx(8 * 512 * d_sae, rel=0.01) and file.stat().st_size == pytest.approx(disk, abs=5.1e6)
+
+
+def like_gemma(rows, seed=0):
+    """Rows [n, 2304] with the statistics of Gemma-2-2B's layer 19: mean norm 308, gamma 0.89 (the mean's length over the deviation's), two dimensions
+    far larger than the others; sums of about 60 of 4,096 directions."""
+    from sae import generator, unit
+    g = generator("gemma", seed)
+    directions = unit(torch.randn(4096, 2304, generator=g))
+    p = (torch.arange(4096) + 10.0) ** -0.8
+    x = ((torch.rand(rows, 4096, generator=g) < (p * 60 / p.sum()).clamp(max=0.9)) * (1 + torch.rand(rows, 4096, generator=g))) @ directions
+    x = x - x.mean(0)
+    mean = torch.randn(2304, generator=g)
+    mean[:2] = 30.0                                                     # outlier dimensions
+    x = x / x.square().sum(1).mean().sqrt() + 0.89 * mean / mean.norm()
+    return x * 308 / x.norm(dim=1).mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("d_sae, l0", [(2304, 80), (16384, 80), (65536, 320)])
+def test_full_width_trains_within_20_gb_and_takes_what_was_said(tmp_path, d_sae, l0):
+    from toys import write_cache
+    batch, steps = 128, 200
+    write_cache(tmp_path / "acts" / "a", like_gemma(batch * steps + 64), rows_per_shard=batch * 40, val=64)
+    before = time.monotonic()
+    said, took = peak(tmp_path, "--acts", "a", "--variant", "topk", "--set", f"d_sae={d_sae}", f"l0={l0}", f"batch_size={batch}", "lr=1e-3",
+                      "--device", "cpu", "--snapshots", 0, "--checkpoint", 20)
+    seconds = time.monotonic() - before
+    told = float(re.search(r"about ([\d,]+) s for", said)[1].replace(",", ""))
+    memory = float(re.search(r"about ([\d.]+) GB of cpu memory", said)[1]) * 1e9
+    folder, = (tmp_path / "runs").iterdir()
+    config = read_json(folder / "config.json")
+    print(f"d_sae {d_sae}: told {told:.0f} s and {memory / 1e9:.2f} GB, took {seconds:.0f} s and {took / 1e9:.2f} GB, {config['final']}")
+    assert config["status"] == "done" and took < 20e9 and took < 1.3 * memory
+    assert config["final"]["l0"] == pytest.approx(l0, rel=0.05) and config["final"]["explained_variance"] > 0.2
+    assert told / 1.3 < config["seconds"] < told * 1.3 or os.getloadavg()[0] > os.cpu_count()      # on a busy machine no time can be told
