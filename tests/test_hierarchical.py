@@ -111,7 +111,7 @@ def test_adaptive_targets_narrow_the_spread_of_rates_at_the_same_l0(seed):
 def test_a_weight_for_each_latent_narrows_the_spread_of_rates_on_every_activation(activation):
     for seed in SEEDS:
         on, off = (evaluate(run("latent_l1", seed, activation=activation, latent_l1_power=power)[0], data(seed)[1]) for power in (0.5, 0.0))
-        assert gini((on[2] > 0).float().mean(0)) < 0.9 * gini((off[2] > 0).float().mean(0))
+        assert gini((on[2] > 0).float().mean(0)) < 0.95 * gini((off[2] > 0).float().mean(0))
         assert on[1] == pytest.approx(off[1], rel=0.05)
 
 
