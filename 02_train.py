@@ -52,7 +52,6 @@ COPIES = {"relu": (5.2, 4.4), "topk": (5.2, 1.6), "batch_topk": (5.2, 4.1), "jum
                               # [batch, d_sae] floats at its peak, and init_from_data [rows, d_sae]; measured on a CPU at d_in 512, d_sae 8,192
 TIMED_STEPS = 3, 10           # the time that training will take is told after the second, from those after the first
 REFUSED_IN_A_ROW = 10         # steps; then the run has failed
-SPIKE = 20                    # times the usual length: a step on such a row is refused; a cache has rows of up to 10 x the median <= 20 x the mean
 
 
 class Run:
@@ -269,7 +268,7 @@ def train_step(sae, opt, x, check=False):
             torch.cuda.empty_cache()
         print(f"note: out of memory: {type(sae).__module__.split('.')[-1]} goes on with micro_batches={sae.micro_batches}", file=sys.stderr)
     out, terms = done
-    stepped = is_usual(x) and sae.accept(sum(terms.values()))
+    stepped = sae.accept(sum(terms.values())) and bool(sae.usual(x).all())
     if stepped:
         for group in opt.param_groups:
             group["lr"] = group.setdefault("base_lr", group["lr"]) * sae.lr_scale()
@@ -280,11 +279,6 @@ def train_step(sae, opt, x, check=False):
         with torch.no_grad():
             sae.after_step(opt, out)
     return out, terms, stepped
-
-
-def is_usual(x):
-    """Whether no normalised row [B, d_in] is a spike (or not finite)."""
-    return bool(x.norm(dim=-1).amax() < SPIKE * x.shape[1] ** 0.5)
 
 
 def backward(sae, opt, x, check):
@@ -333,7 +327,7 @@ def check_losses(terms):
 def sample(acts, sae):
     """Normalised rows for init_from_data, the same for every run of a width: the start of the first shard, without spikes."""
     x = acts.shard(0)["acts"][:sample_rows(sae.d_sae)].to(sae.scale.device).float() * sae.scale
-    return x[x.norm(dim=-1) < SPIKE * acts.d_in ** 0.5]
+    return x[sae.usual(x)]
 
 
 def sample_rows(d_sae):

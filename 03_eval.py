@@ -1388,6 +1388,8 @@ def read_prompts(bench, settings):
     (of each letter the test words that its probe finds), by SAEBench's code and in its order of random numbers."""
     from sae_bench.evals.absorption import common, feature_absorption_calculator
     model, hook, template, pos = bench.model, bench.hook_name, settings["prompt_template"], settings["prompt_token_pos"]
+    if len({word.strip()[0].lower() for word in alpha_tokens(model.tokenizer)}) < 2:
+        raise Unfit("the tokenizer's vocabulary has no words of two first letters")
     stopping = functools.partial(model.run_with_cache, stop_at_layer=bench.layer + 1)       # no later layer is read
     faster, ordered = replaced(model, "run_with_cache", stopping), replaced(common, "get_alpha_tokens", alpha_tokens)
     with tempfile.TemporaryDirectory() as folder, faster, ordered:

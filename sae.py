@@ -261,6 +261,7 @@ class SAE(nn.Module):
     lr_warmup = 0.05          # fraction of the run
     lr_decay = 0.2            # fraction of the run over which lr falls linearly to 0, at its end
     clip = 1.0                # gradient norm
+    spike = 20.0              # a step on a row this many times the usual length is refused; a cache keeps rows of up to 10 x the median
     batch_size = 2048         # rows
     micro_batches = 1         # a batch is worked on in this many parts, to save memory
     sparsity_start = 1.0      # training starts at this multiple of `l0` ...
@@ -440,6 +441,10 @@ class SAE(nn.Module):
 
     # ---- tools for variants ----------------------------------------------------------------------------------------------------
 
+    def usual(self, x):
+        """Which normalised rows x [n, d_in] are no spikes, and finite [n]."""
+        return x.norm(dim=-1) < self.spike * self.d_in ** 0.5
+
     def sparse_pays(self, pre):
         """Whether so few latents fire that Codes are faster than dense products: by measurement, on a CPU (SPARSE_BELOW)."""
         if pre.is_cuda or self.activation == "jumprelu":
@@ -580,8 +585,9 @@ class SAE(nn.Module):
     def check(settings):
         """Refuse settings that no run can have; `settings` has them all."""
         for name, low, high in (("d_sae", 1, 2**24), ("l0", 0, settings["d_sae"]), ("lr", 0, None), ("batch_size", 1, 2**24), ("clip", 0, None),
-                                ("micro_batches", 1, settings["batch_size"]), ("sparsity_start", 0, None), ("lr_warmup", 0, 1), ("lr_decay", 0, 1), ("dead_after", 0, 1)):
-            value, above = settings[name], name in ("l0", "lr", "clip", "sparsity_start")
+                                ("spike", 0, None), ("micro_batches", 1, settings["batch_size"]), ("sparsity_start", 0, None),
+                                ("lr_warmup", 0, 1), ("lr_decay", 0, 1), ("dead_after", 0, 1)):
+            value, above = settings[name], name in ("l0", "lr", "clip", "spike", "sparsity_start")
             if value < low or (above and value == low) or (high is not None and value > high):
                 raise Refuse(f"--set {name}={value}: want {'above' if above else 'at least'} {low}" + ("" if high is None else f" and at most {high}"), 2)
         if settings["activation"] not in ("relu", "topk", "batch_topk", "jumprelu"):

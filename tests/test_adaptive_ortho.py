@@ -188,8 +188,8 @@ def test_r2_starts_where_most_rows_are_and_takes_every_step():
     for s in SEEDS:
         x, far = with_outliers(s)
         middle = x[:8192][~far[:8192]].mean(0)
-        fixed, opt = build(f"{R}2", x, 40, seed=s)
-        plain, _ = build(f"{R}1", x, 40, seed=s)
+        fixed, opt = build(f"{R}2", x, 40, seed=s, spike=1e6)
+        plain, _ = build(f"{R}1", x, 40, seed=s, spike=1e6)
         assert torch.allclose(fixed.pre_acts(x), plain.pre_acts(x), atol=1e-2)                  # the biases follow
         assert (fixed.b_dec - middle).norm() < 0.5 * (plain.b_dec - middle).norm()
         log = []
@@ -222,7 +222,7 @@ def spiked(seed):
 def test_r3_no_spike_reaches_the_weights_and_each_is_counted():
     for s in SEEDS:
         x, bad = spiked(s)
-        sae, opt = build(f"{R}3", x, 120, seed=s)
+        sae, opt = build(f"{R}3", x, 120, seed=s, spike=1e6)                  # the base, which looks at the rows, lets them pass
         before, held = [sae.W_enc.detach().clone()], []
 
         def each(sae, out, terms):
@@ -237,7 +237,7 @@ def test_r3_no_spike_reaches_the_weights_and_each_is_counted():
 def test_r3_under_spikes_keeps_its_l0_and_its_latents():
     """Unguarded, a spike throws the controller of L0 off (relu) and puts the threshold out of every latent's reach (batch_topk)."""
     def at(name, activation):
-        return functools.cache(lambda seed: evaluate(train(name, spiked(seed)[0], 120, seed=seed, activation=activation), rows(seed)[1]))
+        return functools.cache(lambda seed: evaluate(train(name, spiked(seed)[0], 120, seed=seed, activation=activation, spike=1e6), rows(seed)[1]))
     off_target = lambda ev, l0, acts: abs(l0 - 4.0)
     assert falls(off_target, at(f"{R}3", "relu"), at(f"{R}2", "relu"))
     assert rises(lambda ev, l0, acts: ev, at(f"{R}3", "batch_topk"), at(f"{R}2", "batch_topk"))
