@@ -398,9 +398,14 @@ def release(acts, shards):
 
 
 def wait_for_others(runs):
-    """Until the other processes' runs have ended: torchrun stops all processes when one ends with an error, as a failed run does."""
+    """Until the other processes' runs have ended: torchrun stops all processes when one ends with an error, as a failed run does. When one of
+    them was killed, it stops this one too."""
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, signal.default_int_handler)                      # train() would go on to its next checkpoint
     identities = {run.folder / "config.json": run.identity for run in runs}
     ended = lambda c, identity: c.get("identity") == identity and c["status"] in ("done", "failed")
+    if runs:
+        print(f"waiting for {len(runs)} runs of the other processes", flush=True)
     while not all(path.exists() and ended(read_json(path), identity) for path, identity in identities.items()):
         time.sleep(0.5)
 

@@ -1021,13 +1021,18 @@ class Acts:
     waiting = False                               # 02_train.py: whether it waits for such a shard
 
     def wait_for(self, i):
-        """Until 01_cache_acts.py has written shard i of a ring."""
+        """Until 01_cache_acts.py has written shard i of a ring; a wait of more than 10 s is told once."""
+        tell = time.monotonic() + 10
         while i >= len(self.shards):
             self.meta = read_json(self.folder / "meta.json")
             self.shards = self.meta["shards"]
             if i >= len(self.shards) and (self.stopped or self.meta["complete"]):
                 raise Refuse(f"{self.folder}: the text ended after {sum(s['rows'] for s in self.shards):,} of {self.rows:,} rows: "
                              "delete that folder and give 01_cache_acts.py so many --tokens")
+            if time.monotonic() > tell:
+                print(f"\nwaiting for shard {i + 1} of {len(self.sizes)} of {self.folder}: "
+                      "if 01_cache_acts.py, which makes it, was stopped, start the same command again", flush=True)
+                tell = float("inf")
             time.sleep(0.2 if i >= len(self.shards) else 0)
 
     def ends_window(self, i):

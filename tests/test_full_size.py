@@ -154,9 +154,11 @@ def test_killed_at_any_time_producer_and_consumer_go_on_to_the_same_bits(kept, t
     producer.ended(-9)
     consumer = train()
     until(lambda: (folder / "reader_0" / "read.json").exists() and read_json(folder / "reader_0" / "read.json")["shards"] == 10, consumer)
+    until(lambda: "waiting for shard 11 of 31" in consumer.said.read_text(), consumer)      # which no producer makes
     time.sleep(1)
-    consumer.kill(signal.SIGINT)                                 # it waits for shards that no producer makes: stops at once
-    assert "interrupted" in consumer.ended(130)
+    consumer.kill(signal.SIGINT)                                        # it stops at once
+    said = consumer.ended(130)
+    assert "interrupted" in said and said.count("waiting for shard") == 1
     producer, consumer = cached(), train()
     until(lambda: listed() >= 20, producer, consumer)
     consumer.kill(), producer.kill()
@@ -260,6 +262,36 @@ def test_two_processes_divide_the_runs_and_give_the_bits_of_one(here, monkeypatc
     trained = [set(re.findall(r"^(\S+-s\d) ", said, re.M)) for said in (first, second)]
     assert not trained[0] & trained[1] and len(trained[0] | trained[1]) == 6
     assert weights(here) == weights(here / "alone") and len(weights(here)) == 6
+
+
+def test_a_process_whose_run_failed_waits_for_the_others_and_ends_when_it_is_told_to(here, monkeypatch):
+    """torchrun stops all processes when one ends with an error, and stops the others by SIGTERM when one was killed."""
+    (here / "variants").mkdir()
+    for name in ("sae.py", "02_train.py"):
+        shutil.copy(ROOT / name, here / name)
+    (here / "variants" / "fails.py").write_text('''"""fails = baseline + a mistake."""
+from sae import SAE
+class Variant(SAE):
+    def activate(self, pre):
+        raise ValueError("no")
+''')
+    call(monkeypatch, cache, *TEXT, "--name", "a")
+    ask = [sys.executable, "02_train.py", "--acts", "a_l1", "--variant", "baseline", "fails", *SMALL[3:]]
+    start = lambda rank: subprocess.Popen(ask, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                          env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"})
+    says = lambda process, words: any(words in line for line in process.stdout)
+    for end in (signal.SIGTERM, None):
+        failed = start(1)
+        assert says(failed, "waiting for 1 runs of the other processes")
+        if end:                                                         # the other process was killed: its run never ends
+            failed.send_signal(end)
+            assert "interrupted" in failed.communicate(timeout=60)[0] and failed.returncode == 130
+        else:
+            time.sleep(2)
+            assert failed.poll() is None
+            assert start(0).wait(timeout=300) == 0
+            assert failed.wait(timeout=60) == 5
+    assert list(weights(here)) == ["baseline-a_l1-batch_size=32-d_sae=32-l0=3.0-s0"]
     with pytest.raises(Refuse, match="--resume: processes"):
         monkeypatch.setenv("WORLD_SIZE", "2")
         call(monkeypatch, train_py, "--acts", "a_l1", "--resume")
