@@ -747,7 +747,7 @@ NOTE004 = [
     ("explained variance, mean of ratios (SAEBench before, 'legacy')", 0.824, "explained_variance_legacy"),
     ("squared error, mean over dimensions", 4.6875, lambda m: m["mse"]),
     ("cosine", 0.945, lambda m: m["cosine"]),
-    ("||x_hat|| / ||x||", 0.949, lambda m: m["l2_ratio"]),
+    ("norm ratio, x_hat to x", 0.949, lambda m: m["l2_ratio"]),
     ("CE with the SAE, nats", 3.031, lambda m: m["ce_sae"]),
     ("CE recovered", 0.990, lambda m: m["ce_recovered"]),
     ("KL from the clean model, nats", 0.1035, lambda m: m["kl_sae"]),

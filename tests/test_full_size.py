@@ -463,6 +463,19 @@ def test_a_caching_recipe_runs_on_a_model_of_the_full_shape(command, models, tmp
             assert f"up to {3 * ctx:,} rows of {acts.d_in} bfloat16, {3 * ctx * (2 * acts.d_in + 10) / 1e6:,.0f} MB" in said
 
 
+def test_the_time_told_for_caching_is_what_it_takes(models, tmp_path, monkeypatch, capsys):
+    """Within 30 %, in CPU seconds, so that the machine's other work does not count: for the whole command but for loading the model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "perf_counter", time.process_time)        # the clock that the script tells time by
+    write_jsonl(tmp_path / "t.jsonl", texts(500, 300))
+    loaded, load = [], cache.LanguageModel.load
+    monkeypatch.setattr(cache.LanguageModel, "load", lambda self: (load(self), loaded.append(time.process_time()))[0])
+    call(monkeypatch, cache, "--model", models / "pythia-70m", "--layer", 3, "--ctx", 128, "--data", "t.jsonl", "--tokens", 60_000, "--device", "cpu")
+    took = time.process_time() - loaded[0]
+    told = float(re.search(r"about ([\d,]+) s, measured", capsys.readouterr().out)[1].replace(",", ""))
+    assert told / 1.3 < took < told * 1.3 and told > 5
+
+
 def header(path):
     with open(path, "rb") as f:
         return 8 + int.from_bytes(f.read(8), "little")
@@ -509,6 +522,7 @@ def peak(folder, *argv):
     if not pid:
         status = lambda key: 1024 * int(re.search(key + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
         os.chdir(folder)
+        time.perf_counter = time.process_time                           # times are told in CPU seconds: the machine's other work does not count
         sys.stdout = sys.stderr = open("said.txt", "w")
         Path("/proc/self/clear_refs").write_text("5")                   # the peak is counted from here
         before, sys.argv, code = status("VmRSS"), ["02_train.py", *map(str, argv)], 1
@@ -550,20 +564,18 @@ def like_gemma(rows, seed=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("d_sae, l0", [(2304, 80), (16384, 80), (65536, 320)])
-def test_full_width_trains_within_20_gb_and_takes_what_was_said(tmp_path, d_sae, l0):
+@pytest.mark.parametrize("d_sae, l0, batch, lr", [(2304, 80, 128, 1e-3), (16384, 80, 32, 3e-4), (65536, 320, 16, 1e-4)])
+def test_full_width_trains_within_20_gb_and_takes_what_was_said(tmp_path, d_sae, l0, batch, lr):
     from toys import write_cache
-    batch, steps = 128, 200
+    steps = 200
     write_cache(tmp_path / "acts" / "a", like_gemma(batch * steps + 64), rows_per_shard=batch * 40, val=64)
-    before = time.monotonic()
-    said, took = peak(tmp_path, "--acts", "a", "--variant", "topk", "--set", f"d_sae={d_sae}", f"l0={l0}", f"batch_size={batch}", "lr=1e-3",
-                      "--device", "cpu", "--snapshots", 0, "--checkpoint", 20)
-    seconds = time.monotonic() - before
+    said, took = peak(tmp_path, "--acts", "a", "--variant", "topk", "--set", f"d_sae={d_sae}", f"l0={l0}", f"batch_size={batch}", f"lr={lr}",
+                      "--device", "cpu", "--snapshots", 0)
     told = float(re.search(r"about ([\d,]+) s for", said)[1].replace(",", ""))
     memory = float(re.search(r"about ([\d.]+) GB of cpu memory", said)[1]) * 1e9
     folder, = (tmp_path / "runs").iterdir()
     config = read_json(folder / "config.json")
-    print(f"d_sae {d_sae}: told {told:.0f} s and {memory / 1e9:.2f} GB, took {seconds:.0f} s and {took / 1e9:.2f} GB, {config['final']}")
+    print(f"d_sae {d_sae}: told {told:.0f} s and {memory / 1e9:.2f} GB, took {config['seconds']:.0f} s and {took / 1e9:.2f} GB, {config['final']}")
     assert config["status"] == "done" and took < 20e9 and took < 1.3 * memory
     assert config["final"]["l0"] == pytest.approx(l0, rel=0.05) and config["final"]["explained_variance"] > 0.2
-    assert told / 1.3 < config["seconds"] < told * 1.3 or os.getloadavg()[0] > os.cpu_count()      # on a busy machine no time can be told
+    assert told / 1.3 < config["seconds"] < told * 1.3
