@@ -1,6 +1,6 @@
-"""Kill the four stages at random moments, fill their disk, start them twice at once: after the same command again, are the files the same?
+"""Kill and stop the four stages at random moments, fill their disk, start them twice: after the same command again, are the files the same?
 
-    python tests/kills.py --kills 200 --seed 0
+    python tests/kills.py --kills 200 --stops 40 --seed 0
 
 Makes a small language model and text in a temporary folder, runs every stage once undisturbed, then disturbs one stage after another. Each
 attempt is a fork of this process, which has imported torch already. Prints one JSON object: how many of each disturbance were tried, and which
@@ -29,7 +29,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import torch
 
 import test_cache
-from sae import run_script
+from sae import read_json, read_tensors, run_script
 
 STAGES = {
     "01_cache_acts": ["--model", "m", "--layer", "1", "--data", "t.jsonl", "--ctx", "16", "--tokens", "12_000", "--val-tokens", "800",
@@ -40,18 +40,22 @@ STAGES = {
     "04_plot": []}
 WRITES = {"01_cache_acts": "acts", "02_train": "runs", "03_eval": "runs", "04_plot": "plots"}
 STAGE = {name: importlib.import_module(name) for name in STAGES}
+STOPS = signal.SIGINT, signal.SIGTERM
 
 
-def start(name, limit=None, fill=None):
-    """Fork a child that runs a stage; limit: no file may grow larger (bytes); fill: called when the stage begins to write. -> (pid, its stderr)"""
+def start(name, *more, limit=None, fill=None):
+    """Fork a child that runs a stage (`more`: further arguments); limit: no file may grow larger (bytes); fill: called when it begins to write.
+    -> (pid, its stderr)"""
     read, write = os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)                           # in the child until run_script has set its handlers
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         os.close(write)
         return pid, read
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(write, 2)
-    sys.argv = [f"{name}.py", *STAGES[name]]
+    sys.argv = [f"{name}.py", *more, *STAGES[name]]
     if limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -60,8 +64,12 @@ def start(name, limit=None, fill=None):
         STAGE[name].announce = lambda *a: (announce(*a), fill())
     elif fill:
         fill()
+
+    def main():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        return STAGE[name].main()
     try:
-        run_script(STAGE[name].main)
+        run_script(main)
     except SystemExit as e:
         os._exit(e.code)
     except BaseException:
@@ -69,13 +77,14 @@ def start(name, limit=None, fill=None):
     os._exit(1)
 
 
-def end(child, kill_after=None):
-    """Wait for a child, or kill -9 it after so many seconds -> (exit code, what it said)."""
+def end(child, after=300.0, sign=signal.SIGKILL):
+    """Wait for a child, to which a signal is sent after so many seconds (and kill -9 after 300 more) -> (exit code, what it said)."""
     pid, read = child
-    said, until = b"", time.monotonic() + (kill_after if kill_after is not None else 300)
+    said, until = b"", time.monotonic() + after
     while True:
         if not select.select([read], [], [], max(0, until - time.monotonic()))[0]:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, sign)
+            sign, until = signal.SIGKILL, time.monotonic() + 300
         part = os.read(read, 65536)
         said += part
         if not part:
@@ -129,21 +138,24 @@ class Undisturbed:
         return not code and not differs
 
 
-def kill(peace, kills, rng):
-    """kill -9 at random moments, up to four times in a row, then once undisturbed."""
+def kill(peace, kills, rng, signs=(signal.SIGKILL,)):
+    """Signals at random moments, up to four times in a row, then once undisturbed. Ctrl-C and SIGTERM end in one line with code 130."""
     tried, lost = dict.fromkeys(STAGES, 0), []
     while sum(tried.values()) < kills:
         name = min(tried, key=tried.get)
         peace.prepare(name)
         before = tried[name]
         for _ in range(rng.randint(1, 4)):
-            code, said = end(start(name), kill_after=rng.uniform(0, peace.seconds[name]))
-            tried[name] += code == -9
-            if code not in (0, -9):
-                lost.append(f"{name}: exit {code}: {said[-500:]}")
+            sign = signs[tried[name] % len(signs)]
+            code, said = end(start(name), rng.uniform(0, peace.seconds[name]), sign)
+            stopped = code == (-9 if sign == signal.SIGKILL else 130)
+            tried[name] += stopped
+            if code and not stopped or code == 130 and ("Traceback" in said or not said.splitlines()[-1].startswith("interrupted: ")):
+                lost.append(f"{name}: {sign.name}, exit {code}: {said[-1500:]}")
+                print(lost[-1], file=sys.stderr)
         if not peace.is_reached(name):
             lost += [name] * (tried[name] - before)
-        print(f"{sum(tried.values())} of {kills} kills, {len(lost)} lost", file=sys.stderr)
+        print(f"{sum(tried.values())} of {kills} {' '.join(s.name for s in signs)}, {len(lost)} lost", file=sys.stderr)
     return {"tried": tried, "lost": lost}
 
 
@@ -209,12 +221,22 @@ def twice(peace, rng):
                 lost.append(f"{name}: {ends}")
             elif not peace.is_reached(name):
                 lost.append(name)
+    for _ in range(3):                                                        # of different runs, but both write the files of the controls
+        peace.prepare("03_eval")
+        ends = [end(child) for child in [start("03_eval", str(run), "--force") for run in sorted(Path("runs").glob("*-s0"))]]
+        whole = [read_json(path) if path.suffix == ".json" else read_tensors(path) for path in Path("runs").glob("controls-*/*/eval/*")]
+        tried += 1
+        if [code for code, _ in ends] != [0, 0] or len(whole) != 8:
+            lost.append(f"controls: {len(whole)} files, {ends}")
+        elif not peace.is_reached("03_eval"):
+            lost.append("controls")
     return {"tried": tried, "lost": lost, "refused": refused}
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--kills", type=int, default=0)
+    p.add_argument("--kills", type=int, default=0, help="kill -9")
+    p.add_argument("--stops", type=int, default=0, help="Ctrl-C and SIGTERM in turn")
     p.add_argument("--rooms", type=int, nargs="*", default=[], help="KiB left on a full tmpfs")
     p.add_argument("--limits", type=int, nargs="*", default=[], help="bytes that a file may have")
     p.add_argument("--twice", action="store_true", help="two processes at once")
@@ -231,6 +253,8 @@ def main():
         said = {"seconds": peace.seconds}
         if args.kills:
             said["kills"] = kill(peace, args.kills, rng)
+        if args.stops:
+            said["stops"] = kill(peace, args.stops, rng, STOPS)
         if args.rooms or args.limits:
             said["disks"] = fill_up(peace, args.rooms, args.limits)
         if args.twice:

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 import sae
 import test_cache
+import test_eval
 from sae import (ROOT, SAE, Acts, Refuse, load_run, parse_settings, read_json, read_log, read_tensors, run_script, take_lock, whole, write_file,
                  write_json)
 from toys import build, mixture, steps, train_py, write_cache
@@ -64,23 +65,27 @@ def here(tmp_path, monkeypatch):
 
 
 def test_killed_without_room_or_started_twice_every_stage_ends_with_the_same_bytes(tell):
-    said, err = kills("--kills", 16, "--limits", 300, "--rooms", 8, "--twice")
+    said, err = kills("--kills", 8, "--stops", 8, "--limits", 300, "--rooms", 8, "--twice")
     report(tell, said)
-    assert not said["kills"]["lost"] + said["disks"]["lost"] + said["twice"]["lost"], err + json.dumps(said)
-    assert said["twice"]["refused"] >= 4 and sum(said["kills"]["tried"].values()) >= 16
+    assert not lost(said), err + json.dumps(said)
+    assert said["twice"]["refused"] >= 4 and all(sum(said[k]["tried"].values()) >= 8 for k in ("kills", "stops"))
 
 
 @pytest.mark.slow
 def test_two_hundred_kills_at_random_moments(tell):
-    said, err = kills("--kills", 200, "--limits", 100, 300, 3000, 20_000, "--rooms", 0, 4, 16, 40, 100, "--twice", "--seed", 1)
+    said, err = kills("--kills", 200, "--stops", 40, "--limits", 100, 300, 3000, 20_000, "--rooms", 0, 4, 16, 40, 100, "--twice", "--seed", 1)
     report(tell, said)
-    assert not said["kills"]["lost"] + said["disks"]["lost"] + said["twice"]["lost"], err + json.dumps(said)
+    assert not lost(said), err + json.dumps(said)
+
+
+def lost(said):
+    return [what for k in ("kills", "stops", "disks", "twice") for what in said[k]["lost"]]
 
 
 def report(tell, said):
-    tried = said["kills"]["tried"]
-    tell(f"kill -9 at random moments: {sum(tried.values())} tried ({', '.join(f'{k} {v}' for k, v in tried.items())}), "
-         f"{len(said['kills']['lost'])} lost")
+    for key, what in (("kills", "kill -9"), ("stops", "Ctrl-C and SIGTERM")):
+        tried = said[key]["tried"]
+        tell(f"{what} at random moments: {sum(tried.values())} tried ({', '.join(f'{k} {v}' for k, v in tried.items())}), {len(said[key]['lost'])} lost")
     tell(f"full disks (file size limit{', tmpfs' if said['disks']['tmpfs'] else '; no tmpfs: mounting is not allowed here'}): "
          f"{said['disks']['tried']} tried, {len(said['disks']['lost'])} lost")
     tell(f"two processes at once: {said['twice']['tried']} tried, {said['twice']['refused']} second ones refused, {len(said['twice']['lost'])} lost")
@@ -365,7 +370,9 @@ def test_a_spike_refuses_the_step_and_leaves_every_state_alone():
 VOID = '"""mute = baseline + no latent ever fires."""\nfrom sae import SAE\n\n\nclass Variant(SAE):\n    aux_weight = 0.0\n\n    def activate(self, pre):\n        return pre * 0\n'
 
 
-def test_a_void_run_is_marked_in_every_stage(here):
+def test_a_void_run_is_marked_in_every_stage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    test_eval.truth_cache(tmp_path / "acts" / "tiny")
     for name in ("sae.py", "02_train.py", "03_eval.py", "04_plot.py"):
         shutil.copy(ROOT / name, name)
     write_file("variants/mute.py", VOID.encode())
@@ -376,8 +383,12 @@ def test_a_void_run_is_marked_in_every_stage(here):
     assert trained.returncode == 5 and "VOID: no latent fires" in trained.stdout, trained.stdout + trained.stderr
     config = read_json(next(Path("runs").glob("mute*/config.json")))
     assert config["status"] == "done" and config["void"][0] == "no latent fires"
+    evaluated = script("03_eval.py", "--eval", "core", "--device", "cpu")
+    assert "invalid, G36 void since training: no latent fires" in evaluated.stdout, evaluated.stdout + evaluated.stderr
+    (result,) = (read_json(path) for path in Path("runs").glob("mute*/eval/core.json"))
+    assert ("G36", "fatal") in [(g["id"], g["level"]) for g in result["guards"]]
     script("04_plot.py")
-    assert "void: no latent fires" in Path("plots/results.md").read_text()
+    assert "G36" in Path("plots/results.md").read_text() and "void since training: no latent fires" in Path("plots/results.md").read_text()
     again = script("02_train.py", "--variant", "mute", *TOY)
     assert again.returncode == 5 and "finished already" in again.stdout
 
@@ -441,7 +452,6 @@ def test_out_of_memory_in_a_training_step_falls_back_to_micro_batches_with_the_s
 
 
 def test_out_of_memory_in_an_evaluation_halves_its_batches(tmp_path, monkeypatch, capsys):
-    import test_eval
     test_eval.language_cache(tmp_path / "acts" / "toy")
     acts = Acts(tmp_path / "acts" / "toy")
     run = test_eval.as_run(test_eval.some_sae(acts))

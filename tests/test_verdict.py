@@ -499,7 +499,7 @@ class Page(html.parser.HTMLParser):
             self.cells[-1] += data
 
 
-EVIL = "</script><img src=x onerror=alert(1)> & <<token>> '\"\u2028"
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)> & <<token>> '\"\u2028"
 
 
 @pytest.fixture
@@ -509,8 +509,8 @@ def page(tmp_path, monkeypatch):
     seeds(runs, "baseline", [0.0] * 3)
     seeds(runs, "good", [0.020, 0.022, 0.019])
     seeds(runs, "void", [0.5] * 3, guards=["G02"])
-    run(runs, "odd", 0, config={"parents": [EVIL]}, explained_variance=0.7)
-    for name, said in (("good-s0", "good-s0"), ("good-s1", "of other weights")):
+    run(runs, "odd", 0, config={"parents": [EVIL], "name": EVIL}, explained_variance=0.7)
+    for name, said in (("good-s0", "good-s0"), ("good-s1", "of other weights"), ("odd-s0", "odd-s0")):
         write_json(runs / name / "eval" / "features.json", {"sae_checksum": said, "latents": [
             {"latent": 3, "rate": 0.01, "why": ["random"], "promotes": [EVIL], "neighbours": [{"latent": 1, "cosine": 0.5}],
              "contexts": [{"activation": 1.5, "token": EVIL, "text": f"before <<{EVIL}>> after"}]}]})
@@ -529,7 +529,7 @@ def test_the_page_needs_no_network_and_no_text_in_it_is_code(page):
     assert len(seen.scripts) == 2 and sum(tag == "img" for tag, _ in seen.tags) >= 4
     assert EVIL in seen.cells                      # as text
     latents = json.loads(seen.scripts[0])
-    assert list(latents) == ["good-s0"] and latents["good-s0"][0]["contexts"][0]["token"] == EVIL      # a stale one is not shown
+    assert sorted(latents) == [EVIL, "good-s0"] and latents["good-s0"][0]["contexts"][0]["token"] == EVIL      # a stale one is not shown
 
 
 def test_the_page_has_the_table_the_plots_and_what_keeps_invalid_runs_out_of_its_ranking(page):
