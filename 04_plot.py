@@ -245,7 +245,7 @@ def swept(runs):
         mine = [r for r in runs if r.variant == variant]
         for key in dict.fromkeys(k for r in mine for k in overridden(r)):
             rest = {}
-            for r in mine:
+            for r in (r for r in mine if key in r.settings):                  # a run from before the setting was added has no value
                 rest.setdefault(tuple(sorted((k, v) for k, v in overridden(r).items() if k != key)), []).append(r)
             series = max(rest.values(), key=lambda rs: len({r.settings[key] for r in rs}))
             values = sorted({r.settings[key] for r in series}, key=lambda v: (isinstance(v, str), v))
@@ -859,6 +859,10 @@ def say(axis, words):
     axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center", color="#777777")
 
 
+def footnote(figure, words):
+    figure.supxlabel(words, fontsize=8, color="#555555")
+
+
 def save(figure, path):
     png = io.BytesIO()
     figure.savefig(png, format="png")
@@ -868,10 +872,12 @@ def save(figure, path):
 
 def draw_pareto(caches, look, path):
     """Quality against sparsity: a marker per group with the seeds' standard deviation; settings of a variant that differ in l0 are joined."""
-    figure, axes = panels(len(caches), 2)
+    rows = [(acts, title, [r for members in groups.values() for r in members], controls)
+            for acts, (runs, controls) in caches.items() for title, groups in studies([r for r in runs if r.valid] or runs)]
+    figure, axes = panels(len(rows), 2)
     handles = {}
-    for row, (acts, (runs, controls)) in zip(axes, caches.items()):
-        language = any("ce_recovered" in r.core["metrics"] for r in runs if r.core)
+    for row, (acts, title, runs, controls) in zip(axes, rows):
+        language = any("ce_recovered" in r.core["metrics"] for r in caches[acts][0] if r.core)
         for axis, (metric, label) in zip(row, [("explained_variance", "explained variance"),
                                                ("ce_recovered", "cross-entropy recovered") if language else ("mcc", "MCC with the true features")]):
             lines = {}
@@ -888,12 +894,13 @@ def draw_pareto(caches, look, path):
                 handles.setdefault(series[0][4], line)
             if not lines:
                 say(axis, "no valid run with this metric")
-            axis.set(xscale="log", xlabel="L0 (active latents per row)", ylabel=label, title=f"{acts}: {label}")
+            axis.set(xscale="log", xlabel="L0 (active latents per row)", ylabel=label, title=": ".join(filter(None, (acts, title, label))))
             if lines:
                 points = [(y - e, y + e) for series in lines.values() for _, y, _, e, _ in series]
                 draw_controls(axis, controls, metric, min(low for low, _ in points), max(high for _, high in points), handles)
                 plain_ticks(axis, [x for series in lines.values() for x, *_ in series])
     legend(figure, handles)
+    footnote(figure, "mean over seeds; bars: standard deviation, where there are several")
     save(figure, path)
 
 
@@ -914,7 +921,7 @@ def draw_controls(axis, controls, metric, low, high, handles):
     axis.set_ylim(low - margin * (2.5 if below else 1), high + margin)
     if below:
         words = ", ".join(f"{c.folder.name} {c.get(metric):.2f}" for c in below)
-        axis.text(0.02, 0.02, f"controls below: {words}", transform=axis.transAxes, fontsize=7.5, color="#777777")
+        axis.text(0.02, 0.02, f"controls below: {words}", transform=axis.transAxes, fontsize=6.5, color="#777777")
 
 
 def plain_ticks(axis, xs):
@@ -974,8 +981,8 @@ def draw_verdicts(caches, compared, primary, path):
             axis.set_yticks(range(len(names)), names if axis is row[0] else [""] * len(names), fontsize=7.5)
             axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
             axis.grid(axis="y", visible=False)
-    figure.supxlabel("line: 95 % interval (it may leave the panel); ticks below it: seeds; grey band: too small to matter",
-                     fontsize=8, color="#555555")
+    footnote(figure, "line: 95 % interval of this one difference (it may leave the panel); ticks below it: seeds; grey band: too small to matter; "
+                     "the words are after Holm's correction")
     save(figure, path)
 
 
@@ -1004,12 +1011,14 @@ def draw_ablation(caches, look, path, keys="(?!l0$)", metrics=("explained_varian
                 say(axis, "no valid run with this metric")
             base = [r.get(metric) for r in runs if r.variant == "baseline" and not overridden(r) and r.valid and r.get(metric) is not None]
             if base:
-                handles.setdefault("baseline", axis.axhline(statistics.mean(base), color=look["baseline"][0], lw=1))
+                handles.setdefault("baseline (grey: its seeds)", axis.axhline(statistics.mean(base), color=look["baseline"][0], lw=1))
                 axis.axhspan(min(base), max(base), color="#DDDDDD", zorder=0)
             label = next(m.title for m in METRICS if m.key == metric)
-            axis.set(xlabel=key, ylabel=label, title=f"{variant}" if axis is row[0] else "", xlim=(-0.5, len(values) - 0.5))
+            axis.set(xlabel=key, ylabel=label, title=f"{acts}: {variant}" if axis is row[0] else "", xlim=(-0.5, len(values) - 0.5))
             axis.set_xticks(range(len(values)), [f"{v:g}" if isinstance(v, float) else str(v) for v in values], fontsize=7.5)
+            axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
     legend(figure, handles)
+    footnote(figure, "mean over seeds; bars: standard deviation; dots: seeds; steps on the x axis are not to scale")
     save(figure, path)
 
 
@@ -1076,11 +1085,13 @@ def lacking(specs):
     """In a word why a figure has nothing to show."""
     paths = [s.y.split("/") for s in specs if isinstance(s.y, str)]
     names = dict.fromkeys(keys[0] if len(keys) > 1 else BENCHMARKS.get(keys[0], ["core"])[0] for keys in paths if keys[0] != "log")
-    return f"not measured: 03_eval.py --eval {' '.join(names)}{''.join(NEEDS.get(n, '') for n in names)}" if names else "nothing to show: not evaluated, or not logged in training"
+    asked = " ".join(names) + "".join(NEEDS.get(n, "") for n in names)
+    return f"not measured: 03_eval.py --eval {asked}" if names else "nothing to show: not evaluated, or not logged in training"
 
 
-def draw_dots(*specs, columns=4):
-    """A row per variant and setting, a panel per spec; hollow dots are seeds, the full one their mean, bars their standard deviation."""
+def draw_dots(*specs, columns=4, lines=("baseline",)):
+    """A row per variant and setting, a panel per spec; hollow dots are seeds, the full one their mean, bars their standard deviation.
+    lines: variants whose mean is a line through the panel."""
     def draw(caches, look, path):
         shown = [s for s in specs if any(look_up(r, s.y) is not None for runs, _ in caches.values() for r in runs)]
         if not shown:
@@ -1091,16 +1102,17 @@ def draw_dots(*specs, columns=4):
                                     height_ratios=heights, sharey="row")
         for row, (acts, groups, part) in zip(axes, blocks):
             for axis, spec in zip(row, part):
-                dots(axis, groups, look, spec, acts)
+                dots(axis, groups, look, spec, acts, lines)
             row[0].set_yticks(range(len(groups)), groups, fontsize=7)
             row[0].set_ylim(len(groups) - 0.4, -0.6)
             for axis in row[len(part):]:
                 axis.set_axis_off()
+        footnote(figure, f"hollow: seeds; full: mean, bars: standard deviation\nline: mean of {'; dashed: of '.join(lines)}")
         save(figure, path)
     return draw
 
 
-def dots(axis, groups, look, spec, acts):
+def dots(axis, groups, look, spec, acts, lines):
     drawn, null = False, None
     for y, members in enumerate(groups.values()):
         values = [v for v in (look_up(r, spec.y) for r in members if r.valid) if v is not None]
@@ -1113,11 +1125,19 @@ def dots(axis, groups, look, spec, acts):
         nulls = [v for v in (look_up(r, spec.null) for r in members if r.valid and spec.null) if v is not None]
         if nulls:
             null, = axis.plot(statistics.mean(nulls), y, "|", color="#777777", ms=9, mew=1.5)
+    for name, style in zip(lines, STYLES):
+        one = min((m for m in groups.values() if m[0].variant == name), key=lambda m: len(overridden(m[0])), default=[])
+        values = [v for v in (look_up(r, spec.y) for r in one if r.valid) if v is not None]
+        if values:
+            axis.axvline(statistics.mean(values), color=look[name][0], ls=style, lw=1, zorder=1)
     axis.set(xscale=spec.scale if drawn else "linear", xlabel=spec.label)
+    axis.xaxis.label.set_size(8)
     axis.set_title(acts, fontsize=8)
     if null:
         axis.legend([null], [spec.null_label], fontsize=7, loc="lower right", bbox_to_anchor=(1, 0.995), borderpad=0, handletextpad=0.2)
     axis.tick_params(axis="x", labelsize=7)
+    if drawn and spec.scale == "linear":
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     if not drawn:
         axis.set_xticks([])
 
@@ -1151,6 +1171,7 @@ def draw_curves(*specs, pick=lambda runs: runs, beside=None):
             for axis in row[len(specs):]:
                 axis.set_axis_off()
             row[wide - 1].legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=7, handlelength=2.4)
+        footnote(figure, "mean over seeds, band: standard deviation" + "; the start may leave the panel" * ("tokens" in specs[0].x_label))
         save(figure, path)
     return draw
 
@@ -1175,13 +1196,18 @@ def curve(members, spec, path):
 
 
 def curves(axis, groups, look, spec, handles):
-    late, spread = [], []
+    late, spread, drawn = [], [], []
     for name, members in groups.items():
         x, y, width = curve(members, spec, spec.y)
+        drawn.append(members[0].variant)
         if x:
             colour, marker, style = look[members[0].variant]
+            which = drawn.count(members[0].variant) - 1                       # a variant's further settings: paler, each with a mark of its own
+            colour = matplotlib.colors.to_hex([1 - (1 - c) * 0.85 ** which for c in matplotlib.colors.to_rgb(colour)])
+            marker = MARKERS[(MARKERS.index(marker) + which) % len(MARKERS)]
             low, high = [a - b for a, b in zip(y, width)], [a + b for a, b in zip(y, width)]
-            handles[name], = axis.plot(x, y, color=colour, ls=style, lw=1.2, alpha=0.9, marker=marker if len(x) < 12 else None, ms=3.5)
+            handles[name], = axis.plot(x, y, color=colour, ls=style, lw=1.2, alpha=0.9, marker=marker if len(x) < 12 or which else None, ms=3.5,
+                                       markevery=max(1, len(x) // 10))
             if any(width):
                 axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
             late += y[len(y) // 20:] if "tokens" in spec.x_label else y       # the start of training may leave the panel
@@ -1205,6 +1231,7 @@ def curves(axis, groups, look, spec, handles):
         low, high = min(late + spread), max(late + spread)
         margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
         axis.set_ylim(low - margin if low < 0 or low > margin else -0.05 * margin, high + margin)
+        axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))      # as many at any size, so that labels keep their place
     axis.set(xlabel=spec.x_label, ylabel=spec.label)
     axis.yaxis.label.set_size(8)
     format_x = matplotlib.ticker.EngFormatter(sep="") if "tokens" in spec.x_label else matplotlib.ticker.FormatStrFormatter("%g")
@@ -1217,7 +1244,7 @@ def curves(axis, groups, look, spec, handles):
         axis.set_xticks(xs, [matplotlib.ticker.EngFormatter(sep="", places=0)(x) if "tokens" in spec.x_label else f"{x:g}" for x in xs])
         axis.minorticks_off()
     else:
-        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
         axis.xaxis.set_major_formatter(format_x)
 
 
@@ -1247,7 +1274,7 @@ def draw_losses(caches, look, path):
                 axis.annotate(gap(absent), (0.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=6.5, color="#888888")
         axis.set_yticks(range(len(groups)), groups, fontsize=7)
         axis.set(ylim=(len(groups) - 0.4, -0.6),
-                 xlabel="loss at the end, by term (fractions of E||x||^2 / d_in); sums of different terms can't be compared")
+                 xlabel="loss at the end, by term (fractions of E||x||^2 / d_in)\nsums of different terms can't be compared; bar's end: standard deviation over seeds")
         axis.set_title(acts, fontsize=8)
     bars = [plt.Rectangle((0, 0), 1, 1, fc=COLOURS[i % len(COLOURS)], hatch=hatches[i % len(hatches)], ec="white") for i in range(len(terms))]
     figure.legend(bars, [t.removeprefix("loss_") for t in terms], loc="outside right upper", fontsize=7.5)
@@ -1261,9 +1288,12 @@ def draw_letters(caches, look, path):
     """Full absorption by first letter, mean over seeds: a heat map of variants by letters; under each letter how many words it rests on."""
     blocks = {}
     for acts, (runs, _) in caches.items():
-        for name, members in grouped([r for r in runs if r.valid]).items():
-            for d in [d for r in members for d in descend(result(r, "absorption"), ["eval_result_details"]) or []]:
-                blocks.setdefault(acts, {}).setdefault(name, {}).setdefault(d["first_letter"], []).append(d)
+        groups = {name: {} for name in grouped(runs)}
+        for r in [r for r in runs if r.valid]:
+            for d in descend(result(r, "absorption"), ["eval_result_details"]) or []:
+                groups[r.name].setdefault(d["first_letter"], []).append(d)
+        if any(groups.values()):
+            blocks[acts] = groups
     if not blocks:
         return lacking([Panel("absorption/x", "")])
     heights = [1.2 + 0.19 * len(groups) for groups in blocks.values()]
@@ -1274,8 +1304,11 @@ def draw_letters(caches, look, path):
         rates = [[statistics.mean(d["full_absorption_rate"] for d in found[c]) if c in found and
                   statistics.mean(d["num_probe_true_positives"] for d in found[c]) >= FEW else math.nan for c in letters] for found in groups.values()]
         image = axis.imshow(np.ma.masked_invalid(rates), cmap="cividis", aspect="auto", vmin=0)
-        for y, row in enumerate(rates):
-            for x, rate in enumerate(row):
+        for y, (row, (name, found)) in enumerate(zip(rates, groups.items())):
+            if not found:
+                why = gap([r for r in caches[acts][0] if r.name == name], "absorption_full")
+                axis.text(-0.4, y, why, va="center", fontsize=6.5, color="#888888")
+            for x, rate in enumerate(row if found else []):
                 axis.text(x, y, "-" if math.isnan(rate) else f"{rate:.2f}".removeprefix("0"), ha="center", va="center", fontsize=5.5,
                           color="#666666" if math.isnan(rate) else "white" if rate < image.get_clim()[1] * 0.6 else "black")
         axis.set_xticks(range(len(letters)), [f"{c}\n{words[c]:.0f}" for c in letters], fontsize=7)
@@ -1311,6 +1344,7 @@ def draw_efficiency(caches, look, path):
             if not said:
                 plane.annotate("", (100 * ev.mean, absorbed.mean), (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1})
                 plane.plot(100 * ev.mean, absorbed.mean, marker, color=colour, ms=4)
+                bars.plot(1.02, y, marker, color=colour, ms=4, transform=bars.get_yaxis_transform(), clip_on=False)   # the arrow's mark
                 ratios = [-b / level / (-100 * a) for a, b in zip(ev.deltas, absorbed.deltas) if a < 0] if level > 0 else []
                 said = "" if len(ratios) == len(ev.deltas) and ratios else "costs no explained variance" if level > 0 else "the baseline has none"
                 if not said:
@@ -1325,7 +1359,7 @@ def draw_efficiency(caches, look, path):
         plane.set_title(f"{acts}: down is less absorption, right is better reconstruction", fontsize=8)
         bars.axvline(0, color="#222222", lw=0.8)
         bars.set_yticks(range(len(deltas)), deltas, fontsize=7)
-        bars.set(ylim=(len(deltas) - 0.4, -0.6), xlabel="reduction (% of the baseline's) per point lost")
+        bars.set(ylim=(len(deltas) - 0.4, -0.6), xlabel="reduction (% of the baseline's) per point lost\nright edge: marks of the arrows")
         bars.set_title(f"{acts}: {title} removed per point of explained variance", fontsize=8)
     save(figure, path)
 
@@ -1418,7 +1452,7 @@ NOTES = {
     "alpha_ablation": functools.partial(draw_ablation, keys=".*(alpha|coef|(ortho|ortsae|con)_(weight|share))", metrics=EFFECTS),
     "topk_ablation": functools.partial(draw_ablation, keys="pair_", metrics=EFFECTS),
     "tau_ablation": functools.partial(draw_ablation, keys=".*tau", metrics=EFFECTS),
-    "unlearning": draw_dots(Panel("unlearning", "unlearning score (higher is better)")),
+    "unlearning": draw_dots(Panel("unlearning", "unlearning score (higher is better)"), lines=("baseline", "fixed_ortho")),
     "feature_usage": draw_curves(
         Panel(lambda run: [rate for _, rate in usage(run)], "firing rate (share of rows)", x=lambda run: [place for place, _ in usage(run)],
               x_label="latents, most frequent first (% of the dictionary)", scale="log"),
