@@ -1244,7 +1244,7 @@ def curves(axis, groups, look, spec, handles):
         axis.set_xticks(xs, [matplotlib.ticker.EngFormatter(sep="", places=0)(x) if "tokens" in spec.x_label else f"{x:g}" for x in xs])
         axis.minorticks_off()
     else:
-        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axis.xaxis.set_major_formatter(format_x)
 
 
