@@ -1416,7 +1416,7 @@ EFFECTS = ("explained_variance", "ce_recovered|mcc", "absorption_full|absorption
 EV = Panel("log/*/explained_variance", "explained variance (training)")
 MSE = Panel("log/*/mse", "mse (fraction of E||x||^2 / d_in)", scale="log")
 L0 = Panel("log/*/l0", "L0 (active latents per row)", scale="log")
-L1 = Panel("log/*/l1", "L1 (sum of a row's activations)", scale="log")
+L1 = Panel("log/*/l1", "L1 (row's activations, of scaled data)", scale="log")
 DEAD = Panel("log/*/dead", "dead latents (share)")
 RECON = Panel("log/*/loss_recon", "reconstruction loss", scale="log")
 CE = Panel(STAGE + "ce_recovered", "cross-entropy recovered (held-out)", **STAGES)
@@ -1482,7 +1482,7 @@ NOTES = {
                                 Panel(STAGE + "mean_max_cosine", "cosine with the nearest row (mean)", **STAGES), pick=with_and_without),
     "metrics_comparison": draw_dots(
         Panel("explained_variance", "explained variance (higher is better)"), Panel("kl_sae", "KL divergence (nats per token; lower is better)"),
-        Panel("l0", "L0 (active latents per row)"), Panel("l1", "L1 (sum of a row's activations)"), columns=2),
+        Panel("l0", "L0 (active latents per row)"), Panel("l1", "L1 (row's activations, in units of the data)"), columns=2),
     "absorption_rates": draw_dots(Panel("absorption_full", "full absorption (share of words; lower is better)"),
                                   Panel("absorption_fraction", "absorption fraction (lower is better)"),
                                   Panel("absorption", "true absorption, synthetic data (lower is better)"),
