@@ -785,7 +785,9 @@ class Refuse(Exception):
 def run_script(main):
     """Run a script's main(); what it refuses, or what the machine lacks, ends in one line on stderr and an exit code that is not 0.
     SIGTERM is Ctrl-C. Anything else is a bug and shows its traceback."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for sign in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(sign, signal.default_int_handler)
+    sys.unraisablehook = deliver_again
     try:
         code, said = main() or 0, None
     except Refuse as e:
@@ -801,6 +803,14 @@ def run_script(main):
     if said:
         print(" ".join(said.split()), file=sys.stderr)
     sys.exit(code)
+
+
+def deliver_again(dropped):
+    """Python drops what is raised in a destructor; a Ctrl-C that met one comes once more, a tenth of a second later."""
+    if dropped.exc_type is KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 @contextlib.contextmanager
