@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -493,8 +494,9 @@ def caches(tmp_path_factory):
 
 @pytest.mark.parametrize("command", TRAINING)
 def test_a_training_recipe_parses_and_passes_its_pre_flight(command, caches, monkeypatch, capsys):
-    """On a machine with a GPU's 80 GB of memory; and on a small one it is refused."""
+    """On a machine with a GPU's 80 GB of memory and a disk of a terabyte; and on a small one it is refused."""
     monkeypatch.chdir(caches)
+    monkeypatch.setattr(train_py.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e12))
     argv = shlex.split(command.replace("--steps 4882", "--steps 1"))[2:]
     gpu = lambda device: 80e9
     monkeypatch.setattr(train_py, "free_memory", gpu)
@@ -516,24 +518,28 @@ def test_the_other_recipes_lines_parse(tmp_path, monkeypatch):
     assert len(others) == 5
 
 
+MEASURED = """
+import importlib, re, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+sys.path[:0] = [sys.argv.pop(1)]
+train = importlib.import_module("02_train")
+status = lambda key: 1024 * int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+time.perf_counter = time.process_time          # times are told in CPU seconds: the machine's other work does not count
+Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+before = status("VmRSS")
+code = train.main()
+Path("peak.txt").write_text(str(status("VmHWM") - before))
+sys.exit(code)
+"""
+
+
 def peak(folder, *argv):
-    """(what 02_train.py said, bytes that it took at its peak beyond what the process had), in a fork."""
-    pid = os.fork()
-    if not pid:
-        status = lambda key: 1024 * int(re.search(key + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
-        os.chdir(folder)
-        time.perf_counter = time.process_time                           # times are told in CPU seconds: the machine's other work does not count
-        sys.stdout = sys.stderr = open("said.txt", "w")
-        Path("/proc/self/clear_refs").write_text("5")                   # the peak is counted from here
-        before, sys.argv, code = status("VmRSS"), ["02_train.py", *map(str, argv)], 1
-        try:
-            code = train_py.main()
-        finally:
-            sys.stdout.flush()
-            Path("peak.txt").write_text(str(status("VmHWM") - before))
-            os._exit(code)
-    assert os.waitpid(pid, 0)[1] == 0, Path(folder, "said.txt").read_text()
-    return Path(folder, "said.txt").read_text(), int(Path(folder, "peak.txt").read_text())
+    """(what 02_train.py said, bytes that it took at its peak beyond what its imports had), in a process of its own: one that has
+    worked before holds memory that it uses again."""
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(ROOT), *map(str, argv)], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, int(Path(folder, "peak.txt").read_text())
 
 
 @pytest.mark.parametrize("variant, d_sae", [("topk", 6144), ("baseline", 6144), ("batch_topk", 3072)])
