@@ -717,3 +717,27 @@ def test_a_hostile_environment_changes_nothing(tmp_path):
         done = subprocess.run([sys.executable, ROOT / argv[0], *argv[1:]], cwd=tmp_path, env=env, umask=0o077, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "plots" / "results.md").stat().st_mode & 0o077 == 0
+
+
+def test_a_ctrl_c_that_meets_a_destructor_is_not_lost():
+    """Python drops what is raised there; the script must end all the same, in one line."""
+    code = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from sae import run_script
+
+class Dropped:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+def main():
+    Dropped()
+    time.sleep(20)
+    print("went on")
+
+run_script(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done
+    assert done.stderr.startswith("interrupted:")

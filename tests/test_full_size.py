@@ -20,7 +20,7 @@ import transformers
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from sae import Acts, Refuse, read_json, run_script  # noqa: E402
-from test_cache import WORDS, save, texts, tokenizer, write_jsonl  # noqa: E402
+from test_cache import WORDS, here, save, texts, tokenizer, write_jsonl  # noqa: E402, F401
 
 cache, train_py, plot = (importlib.import_module(name) for name in ("01_cache_acts", "02_train", "04_plot"))
 
@@ -206,14 +206,6 @@ def in_order(folder):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save(tmp_path / "m")
-    write_jsonl(tmp_path / "t.jsonl", texts())
-    return tmp_path
 
 
 def test_two_processes_share_the_contexts_and_make_one_cache_of_them(here, monkeypatch):
