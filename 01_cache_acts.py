@@ -43,8 +43,8 @@ import xxhash
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-from sae import (FORMAT, Parser, Refuse, blocks_of, check_name, files_checksum, generator, hook_point, language_model, loads, model_checksum,
-                 number, pick_device, read_json, run_script, share, shorten, whole, write_file, write_json, write_tensors)
+from sae import (FORMAT, Parser, Refuse, blocks_of, check_name, files_checksum, generator, hook_point, hub_errors, language_model, loads,
+                 model_checksum, number, pick_device, read_json, run_script, share, shorten, whole, write_file, write_json, write_tensors)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HOOKS = ("resid_post", "mlp_out", "attn_out")
@@ -350,7 +350,8 @@ class Text:
         else:
             self.files = None
             with hub_errors("data set", data):
-                self.description["revision"] = huggingface_hub.HfApi().dataset_info(data).sha
+                self.description["revision"] = huggingface_hub.HfApi().dataset_info(data, timeout=10).sha
+                huggingface_hub.HfApi().file_exists(data, "README.md", repo_type="dataset")      # said of what is gated as well, its files are not given
 
     def held_out_files(self):
         """The files named val.* of a folder."""
@@ -471,6 +472,8 @@ class LanguageModel:
         self.extra = dict(trust_remote_code=args.trust_remote_code)
         with hub_errors("model", path):
             self.config = transformers.AutoConfig.from_pretrained(path, **self.extra)
+            if not local:
+                self.extra["revision"] = self.config._commit_hash               # of all that is fetched from now on
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **self.extra)
         sizes = self.config.get_text_config()
         self.d_in, self.n_layers = sizes.hidden_size, sizes.num_hidden_layers
@@ -495,6 +498,7 @@ class LanguageModel:
 
     def load(self):
         """Load the weights; returns what is known of the model only then."""
+        next(self.text.train(), None)                                            # a wrong column or split is said before weights are fetched
         with hub_errors("model", self.path):
             model = language_model(self.path, DTYPES[self.model_dtype], **self.extra)
         self.model = model.base_model.to(self.device).eval()
@@ -586,41 +590,6 @@ def check_layers(layers, n_layers, name):
     for layer in layers:
         if not 0 <= layer < n_layers:
             raise Refuse(f"--layer {shorten(str(layer))}: {name} has layers 0 to {n_layers - 1}", 2)
-
-
-HUB_ERRORS = {       # class in the chain of causes -> (what to say, exit code); the first that fits
-    "GatedRepoError": ("is gated: accept its terms on its page, https://huggingface.co/{page}, then `hf auth login` or set HF_TOKEN", 4),
-    "OfflineModeIsEnabled": ("is not in the local cache and HF_HUB_OFFLINE is set: unset it, or give a local folder", 4),
-    "RepositoryNotFoundError": ("is neither on the hub (or it is private: set HF_TOKEN) nor a folder here", 2),
-    "DatasetNotFoundError": ("is neither on the hub (or it is private: set HF_TOKEN) nor a file or folder here", 2),
-    "HFValidationError": ("is neither a name on the hub nor a folder here", 2),
-    "LocalEntryNotFoundError": ("is not in the local cache and the hub is not reachable: check the network, or give a local folder", 4),
-    "ConnectionError": ("cannot be fetched, the hub is not reachable: check the network, or give a local folder", 4),
-    "TransportError": ("cannot be fetched, the hub is not reachable: check the network, or give a local folder", 4),
-    "Timeout": ("cannot be fetched, the hub does not answer: check the network, or give a local folder", 4),
-    "EntryNotFoundError": ("lacks a file that is needed", 3),
-}
-
-
-@contextlib.contextmanager
-def hub_errors(kind, name):
-    """Turns what transformers, datasets and the hub raise into one line, by the classes in the chain of causes."""
-    try:
-        yield
-    except (Refuse, GeneratorExit):
-        raise
-    except Exception as e:
-        chain, cause = [], e
-        while cause:
-            chain += [c.__name__ for c in type(cause).__mro__]
-            cause = cause.__cause__ or cause.__context__
-        said, code = next((HUB_ERRORS[c] for c in HUB_ERRORS if c in chain), (f"does not load: {type(e).__name__}: {first_line(e)}", 3))
-        page = f"datasets/{name}" if kind == "data set" else name
-        raise Refuse(f"{kind} {name} {said.replace('{page}', page)}", code) from e
-
-
-def first_line(error):
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
 # ---- rows -> shuffled shards --------------------------------------------------------------------------------------------------------

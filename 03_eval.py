@@ -48,8 +48,8 @@ import xxhash
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
-from sae import (SAE, Acts, Parser, Refuse, blocks_of, checksum, generator, hook_point, is_out_of_memory, language_model, load_run, loads,
-                 model_checksum, pick_device, read_json, read_log, read_tensors, run_folders, run_script, take_lock, unit, whole, write_file,
+from sae import (SAE, Acts, Parser, Refuse, blocks_of, checksum, generator, hook_point, hub_errors, is_out_of_memory, language_model, load_run,
+                 loads, model_checksum, pick_device, read_json, read_log, read_tensors, run_folders, run_script, take_lock, unit, whole, write_file,
                  write_json, write_tensors)
 
 VERSION = 1                      # of the evaluations here; results of another one are made again
@@ -87,14 +87,19 @@ class LanguageModel:
         local = Path(path).exists()
         if local and meta["model"]["revision"] not in (None, model_checksum(path)):
             raise Refuse(f"the language model in {path} has changed since its activations were cached: put it back, or cache again")
-        try:
-            self.model = language_model(path, torch.float32, **({} if local else {"revision": meta["model"]["revision"]})).to(device)
-        except (OSError, ValueError) as e:
-            raise Refuse(f"the language model {path} does not load: {str(e).strip().splitlines()[0]}", 4) from e
+        self.extra = {} if local else {"revision": meta["model"]["revision"]}
+        with hub_errors("model", path):
+            self.model = language_model(path, torch.float32, **self.extra)
+        self.model.to(device)
         blocks = blocks_of(self.model.base_model, meta["model"]["n_layers"], path)
         self.point = hook_point(blocks[meta["layer"]], meta["hook"], path)
         self.earlier = list(blocks[:meta["layer"]])
         self.path, self.vocab = path, self.model.get_output_embeddings().weight.shape[0]
+
+    def tokenizer(self):
+        import transformers
+        with hub_errors("model", self.path):
+            return transformers.AutoTokenizer.from_pretrained(self.path, **self.extra)
 
     @torch.no_grad()
     def read(self, tokens, mask, logits=True):
@@ -444,8 +449,7 @@ def evaluate_features(held_out, runs, failures, n_latents=20, n_contexts=8, befo
     runs = [r for r in runs if "control" not in r.config]
     if not held_out.model or not runs:
         return {}
-    import transformers
-    tokenizer = transformers.AutoTokenizer.from_pretrained(held_out.model.path)
+    tokenizer = held_out.model.tokenizer()
     chosen, reasons, rates, best, where = {}, {}, {}, {}, {}
     for run in runs:
         with blamed(run, failures):
@@ -976,7 +980,6 @@ def hooked_transformer(acts, device):
 
     Checked against the Hugging Face model on held-out contexts: the activations at the hook and the log-probabilities."""
     import transformer_lens
-    import transformers
     from transformer_lens import loading_from_pretrained as loading
     meta, tokens = acts.meta, acts.val()["tokens"][:2].long()
     original = LanguageModel(meta, torch.device("cpu"))         # beside the other one it would take a GPU's memory twice
@@ -996,7 +999,7 @@ def hooked_transformer(acts, device):
     except (ValueError, KeyError, NotImplementedError, AttributeError) as e:
         raise Unfit(f"TransformerLens has no {config.architectures}, which SAEBench needs ({type(e).__name__}: {e})") from e
     cfg.model_name = f"{meta['model']['name'].replace('/', '_')}-{weights[:8]}"
-    model = transformer_lens.HookedTransformer(cfg, transformers.AutoTokenizer.from_pretrained(meta["model"]["path"]))
+    model = transformer_lens.HookedTransformer(cfg, original.tokenizer())
     model.load_and_process_state_dict(state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False)
     model.to(device, print_details=False).eval().requires_grad_(False)
     with torch.no_grad():

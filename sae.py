@@ -730,6 +730,50 @@ def language_model(path, dtype, **extra):
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **extra).eval()
 
 
+HUB_ERRORS = {       # class in the chain of causes, or HTTP status -> (what to say, exit code); the first that fits
+    "GatedRepoError": ("is gated: accept its terms on its page, https://huggingface.co/{page}, then `hf auth login` or set HF_TOKEN to a token "
+                       "of the account that accepted them", 4),
+    "OfflineModeIsEnabled": ("is not in the local cache and HF_HUB_OFFLINE is set: unset it, or give a local folder", 4),
+    "RepositoryNotFoundError": ("is neither on the hub (or it is private: set HF_TOKEN) nor a folder here", 2),
+    "DatasetNotFoundError": ("is neither on the hub (or it is private: set HF_TOKEN) nor a file or folder here", 2),
+    "HFValidationError": ("is neither a name on the hub nor a folder here", 2),
+    "LocalEntryNotFoundError": ("is not in the local cache and the hub is not reachable (or HF_HUB_OFFLINE is set): check the network, "
+                                "`hf download` it where there is one, or give a local folder", 4),
+    "ConnectionError": ("cannot be fetched, the hub is not reachable: check the network, set HF_HUB_OFFLINE=1 if it was fetched before, or give a local folder", 4),
+    "TransportError": ("cannot be fetched, the hub is not reachable: check the network, or give a local folder", 4),
+    "Timeout": ("cannot be fetched, the hub does not answer: check the network, set HF_HUB_OFFLINE=1 if it was fetched before, or give a local folder", 4),
+    "RevisionNotFoundError": ("no longer has the revision that was cached: cache again", 3),
+    "EntryNotFoundError": ("lacks a file that is needed", 3),
+    "HTTP 401": ("cannot be fetched, the hub does not know the token: `hf auth login` again, or correct HF_TOKEN", 4),
+    "HfHubHTTPError": ("cannot be fetched: the hub answers {status}: try again later", 4),
+}
+
+
+@contextlib.contextmanager
+def hub_errors(kind, name):
+    """Turns what transformers, datasets and the hub raise into one line, by the classes in the chain of causes."""
+    try:
+        yield
+    except (Refuse, GeneratorExit):
+        raise
+    except Exception as e:
+        if is_out_of_memory(e):
+            raise
+        chain, cause, status = [], e, None
+        while cause:
+            status = getattr(getattr(cause, "response", None), "status_code", status)
+            chain += [*(c.__name__ for c in type(cause).__mro__), f"HTTP {status}"]
+            cause = cause.__cause__ or cause.__context__
+        choose = "; --config and --split choose a part of it" if kind == "data set" else ""
+        said, code = next((HUB_ERRORS[c] for c in HUB_ERRORS if c in chain), (f"does not load: {type(e).__name__}: {first_lines(e)}{choose}", 3))
+        page = f"datasets/{name}" if kind == "data set" else name
+        raise Refuse(f"{kind} {name} {said.replace('{page}', page).replace('{status}', str(status))}", code) from e
+
+
+def first_lines(error):
+    return " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2]) or "no message"
+
+
 def blocks_of(model, n_layers, name):
     """The decoder layers: the outermost ModuleList with one entry per layer."""
     lists = [(path.count("."), path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]

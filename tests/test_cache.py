@@ -522,7 +522,8 @@ def test_hub_failures_are_told_apart_by_class(monkeypatch, tmp_path):
     import datasets
     import huggingface_hub.errors as hub
     import requests
-    response = requests.Response()
+    response, busy = requests.Response(), requests.Response()
+    busy.status_code = 503
     for error, code, words in [
             (hub.GatedRepoError("x", response=response), 4, "is gated"),
             (hub.RepositoryNotFoundError("x", response=response), 2, "neither on the hub"),
@@ -531,6 +532,7 @@ def test_hub_failures_are_told_apart_by_class(monkeypatch, tmp_path):
             (hub.HFValidationError("x"), 2, "neither a name on the hub"),
             (requests.exceptions.ConnectionError("x"), 4, "not reachable"),
             (datasets.exceptions.DatasetNotFoundError("x"), 2, "neither on the hub"),
+            (hub.HfHubHTTPError("x", response=busy), 4, "the hub answers 503: try again later"),
             (ValueError("line one\nline two"), 3, "ValueError: line one")]:
         with pytest.raises(sae.Refuse, match=re.escape(words)) as e, cache.hub_errors("model", "a/b"):
             try:

@@ -321,18 +321,6 @@ def test_torchrun_divides_the_labour(here, monkeypatch):
 # ---- hub data sets: configurations, gates, and the cache without a network -------------------------------------------------------
 
 
-def test_a_configuration_of_a_data_set_is_asked_for_and_recorded(monkeypatch, tmp_path):
-    import datasets
-    asked = []
-    monkeypatch.setattr(cache.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(cache.huggingface_hub.HfApi, "dataset_info", lambda self, name: type("Info", (), {"sha": "abc"}))
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [{"text": "w1 w2"}])
-    args = type("Args", (), dict(column="text", split="train", trust_remote_code=False, config="wikitext-103-raw-v1"))
-    text = cache.Text(args, "Salesforce/wikitext")
-    assert list(text.train()) == ["w1 w2"] and asked[0][0] == ("Salesforce/wikitext", "wikitext-103-raw-v1")
-    assert text.description["config"] == "wikitext-103-raw-v1" and text.description["revision"] == "abc"
-
-
 def test_without_a_network_the_hubs_cache_is_read(here, monkeypatch):
     """As `hf download` leaves it; a split and a configuration are told by the files' names."""
     import pyarrow.parquet

@@ -1,0 +1,216 @@
+"""Promises about the Hugging Face hub, kept against a small one on this machine (hub.py): models and data sets come by name, only what is needed
+of them, at one revision; what is gated, missing or out of reach ends in one line; and what was fetched once serves offline."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from hub import Hub  # noqa: E402
+from sae import Acts, read_json  # noqa: E402
+from test_cache import contents, save, texts, write_jsonl  # noqa: E402
+
+FILES, PER_FILE = 6, 400
+ASK = ["--model", "toys/words", "--layer", "1", "--data", "toys/stories", "--column", "story", "--ctx", "8", "--rows-per-shard", "64", "--tokens", "640",
+       "--val-tokens", "64", "--dtype", "float32", "--device", "cpu"]
+
+FORKS = """
+import importlib, json, os, sys
+sys.path.insert(0, sys.argv[1])
+from sae import run_script
+scripts = {name: importlib.import_module(name) for name in ("01_cache_acts", "02_train", "03_eval")}
+import datasets, torch, transformers
+transformers.GPT2LMHeadModel, transformers.PreTrainedTokenizerFast
+torch.set_num_threads(1)
+for line in sys.stdin:
+    name, argv, env, said = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1), os.dup2(1, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        os.environ.update(env)
+        sys.argv = [name, *argv]
+        code = 1
+        try:
+            run_script(scripts[name].main)
+        except SystemExit as e:
+            code = e.code
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=sys.__stdout__, flush=True)
+"""
+
+
+class Machine:
+    """A working folder and an environment, in which the scripts run as forks of one process: their imports take most of the time."""
+
+    def __init__(self, folder, **env):
+        self.folder = folder
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        self.process = subprocess.Popen([sys.executable, "-c", FORKS, str(ROOT)], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env={**clean, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf"), **env})
+
+    def run(self, script, *argv, code=0, **env):
+        """What the script said; it must end with this exit code."""
+        self.process.stdin.write(json.dumps([script, [str(a) for a in argv], env, str(self.folder / "said.txt")]) + "\n")
+        self.process.stdin.flush()
+        ended, said = int(self.process.stdout.readline()), (self.folder / "said.txt").read_text()
+        assert ended == code, said
+        return said
+
+    def refuses(self, code, *argv, script="01_cache_acts", **env):
+        """The one line in which the script refuses; nothing is left of the try."""
+        before = contents(self.folder / "acts") if (self.folder / "acts").exists() else {}
+        said = self.run(script, *argv, code=code, **env)
+        lines = [line for line in said.splitlines() if line.strip()]
+        assert len(lines) == 1 and lines[0].startswith("error: ") and lines[0].isascii(), said
+        assert contents(self.folder / "acts") == before and not [p for p in (self.folder / "acts").glob("*") if not any(p.iterdir())]
+        return lines[0]
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def parquet(path, documents, column):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(len(documents)), column: documents}), path)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    save(folder / "models" / "toys" / "words")
+    shutil.copytree(folder / "models" / "toys" / "words", folder / "models" / "toys" / "gated")
+    documents = texts(FILES * PER_FILE)
+    for i in range(FILES):
+        parquet(folder / "datasets" / "toys" / "stories" / "data" / f"train-{i:05d}-of-{FILES:05d}.parquet", documents[i * PER_FILE:][:PER_FILE], "story")
+    parquet(folder / "datasets" / "toys" / "stories" / "data" / "test-00000-of-00001.parquet", ["w0 " * 30] * 9, "story")
+    for config, word in (("en", "w1"), ("de", "w2")):
+        write_jsonl(folder / "datasets" / "toys" / "letters" / config / "train.jsonl", [f"{word} " * 30] * 80)
+    (folder / "datasets" / "toys" / "letters" / "README.md").write_text(
+        "---\nconfigs:\n" + "".join(f"- config_name: {c}\n  data_files: {c}/train.jsonl\n" for c in ("en", "de")) + "---\n# Letters\n")
+    shutil.copytree(folder / "datasets" / "toys" / "letters", folder / "datasets" / "toys" / "secret")
+    with Hub(folder, gated={"toys/gated", "toys/secret"}, accepted={"hf_anna": {"toys/gated", "toys/secret"}, "hf_bob": set()}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def online(hub, tmp_path_factory):
+    machine = Machine(tmp_path_factory.mktemp("online"), HF_ENDPOINT=hub.url)
+    yield machine
+    machine.end()
+
+
+@pytest.fixture(scope="module")
+def offline(hub, online, tmp_path_factory):
+    """Another working folder on the machine that was online before: the hub's cache is there."""
+    machine = Machine(tmp_path_factory.mktemp("offline"), HF_ENDPOINT=hub.url, HF_HOME=str(online.folder / "hf"), HF_HUB_OFFLINE="1")
+    yield machine
+    machine.end()
+
+
+def shards(folder):
+    return [(s["file"], s["rows"], s["checksum"]) for s in Acts(folder).shards]
+
+
+def test_a_model_and_a_data_set_come_by_name_and_only_what_is_needed_is_fetched(hub, online):
+    online.run("01_cache_acts", *ASK)
+    meta, fetched = Acts(online.folder / "acts" / "words_l1").meta, hub.fetched()
+    assert meta["model"]["revision"] == hub.commit("models/toys/words") and meta["data"]["revision"] == hub.commit("datasets/toys/stories")
+    assert fetched["model.safetensors"] == (hub.folder / "models/toys/words/model.safetensors").stat().st_size           # once
+    assert [name for name in fetched if name.endswith(".parquet")] == [f"train-00000-of-{FILES:05d}.parquet"]
+    shutil.copytree(hub.folder / "models/toys/words", online.folder / "words")
+    shutil.copytree(hub.folder / "datasets/toys/stories/data", online.folder / "texts", ignore=shutil.ignore_patterns("test-*"))
+    hub.log.clear()
+    online.run("01_cache_acts", *ASK, "--model", "words", "--data", "texts", "--name", "folders")
+    assert not hub.log and shards(online.folder / "acts" / "folders") == shards(online.folder / "acts" / "words_l1")
+
+
+def test_a_configuration_of_a_data_set_is_chosen_and_recorded(hub, online):
+    ask = [*ASK, "--data", "toys/letters", "--column", "text", "--name", "letters"]
+    assert "Please pick one among the available configs: ['en', 'de']; --config and" in online.refuses(3, *ask)
+    assert "'fr' not found. Available: ['en', 'de']; --config and" in online.refuses(3, *ask, "--config", "fr")
+    hub.log.clear()
+    online.run("01_cache_acts", *ask, "--config", "de")
+    acts = Acts(online.folder / "acts" / "letters")
+    assert acts.meta["data"]["config"] == "de" and set(acts.shard(0)["tokens"].tolist()) == {4 + 2}
+    assert not [path for method, path, sent in hub.log if path.endswith("en/train.jsonl") and sent]
+
+
+def test_what_is_wrong_with_the_data_is_said_before_weights_are_fetched(hub, online):
+    shutil.rmtree(online.folder / "hf" / "hub" / "models--toys--words", ignore_errors=True)
+    hub.log.clear()
+    for code, words, argv in [(2, "toys/stories: no column 'body', there are id, story: say which with --column", ["--column", "body"]),
+                              (3, "Bad split: nothing. Available splits: ['train', 'test']; --config and --split choose", ["--split", "nothing"]),
+                              (2, "data set toys/nothing is neither on the hub (or it is private: set HF_TOKEN)", ["--data", "toys/nothing"]),
+                              (4, "data set toys/secret is gated", ["--data", "toys/secret", "--config", "en"])]:
+        assert words in online.refuses(code, *ASK, *argv, "--name", "data")
+    assert "model.safetensors" not in hub.fetched() and "config.json" in hub.fetched()
+
+
+def test_what_is_gated_says_what_to_accept_where_and_opens_with_the_token(hub, online):
+    model = [*ASK, "--model", "toys/gated"]
+    data = [*ASK, "--data", "toys/secret", "--column", "text", "--config", "en", "--name", "secret"]
+    for ask, page in ((model, "toys/gated"), (data, "datasets/toys/secret")):
+        for token in ({}, {"HF_TOKEN": "hf_bob"}):                      # nobody, and somebody who was not accepted
+            said = online.refuses(4, *ask, **token)
+            assert f"is gated: accept its terms on its page, https://huggingface.co/{page}, then `hf auth login` or set HF_TOKEN" in said
+        assert "the hub does not know the token: `hf auth login` again, or correct HF_TOKEN" in online.refuses(4, *ask, HF_TOKEN="hf_old")
+    online.run("01_cache_acts", *data, HF_TOKEN="hf_anna")
+    login = online.folder / "hf" / "token"                              # as `hf auth login` leaves it
+    login.write_text("hf_anna")
+    online.run("01_cache_acts", *model)
+    login.unlink()
+    assert Acts(online.folder / "acts" / "gated_l1").meta["model"]["revision"] == hub.commit("models/toys/gated")
+    assert Acts(online.folder / "acts" / "secret").meta["data"]["revision"] == hub.commit("datasets/toys/secret")
+
+
+def test_what_is_missing_or_out_of_reach_is_said_in_one_line(hub, online):
+    for token in ({}, {"HF_TOKEN": "hf_bob"}):
+        assert "model toys/nothing is neither on the hub (or it is private: set HF_TOKEN) nor a folder here" in online.refuses(2, *ASK, "--model", "toys/nothing", **token)
+    online.run("01_cache_acts", *ASK, "--name", "fetched")
+    with hub.closed():
+        said = online.refuses(4, *ASK, "--model", "toys/other")
+        assert "model toys/other is not in the local cache and the hub is not reachable (or HF_HUB_OFFLINE is set): check the network" in said
+        said = online.refuses(4, *ASK, "--name", "again")
+        assert "hub is not reachable" in said and "set HF_HUB_OFFLINE=1 if it was fetched before" in said
+        said = online.refuses(4, *ASK, "--model", "words", "--name", "again")
+        assert "data set toys/stories cannot be fetched, the hub is not reachable" in said
+
+
+def test_offline_the_hubs_cache_gives_the_same_rows(hub, online, offline):
+    hub.log.clear()
+    assert "data set toys/stories is not in the local cache and the hub is not reachable (or HF_HUB_OFFLINE is set)" in offline.refuses(4, *ASK)
+    subprocess.run([Path(sys.executable).with_name("hf"), "download", "toys/stories", "--repo-type", "dataset"], check=True, capture_output=True,
+                   env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(online.folder / "hf"), "HF_HUB_OFFLINE": "0"})
+    hub.log.clear()
+    offline.run("01_cache_acts", *ASK)
+    assert shards(offline.folder / "acts" / "words_l1") == shards(online.folder / "acts" / "words_l1")
+    assert "model toys/other is not in the local cache and the hub is not reachable (or HF_HUB_OFFLINE is set)" in offline.refuses(4, *ASK, "--model", "toys/other")
+    assert not hub.log
+
+
+def test_evaluation_takes_the_model_by_name_at_the_revision_that_was_cached(hub, online, offline):
+    online.run("02_train", "--acts", "words_l1", "--variant", "topk", "--set", "d_sae=32", "l0=3", "batch_size=32", "--snapshots", 0, "--device", "cpu")
+    for folder in ("acts", "runs"):
+        shutil.copytree(online.folder / folder, offline.folder / folder, dirs_exist_ok=True)
+    (hub.folder / "models/toys/words/README.md").write_text("The hub has moved on.")
+    evaluate = ["--eval", "core", "features", "--device", "cpu"]
+    for machine in (online, offline):
+        machine.run("03_eval", *evaluate)
+    results = [read_json(next(m.folder.glob("runs/topk-*/eval/core.json")))["metrics"] for m in (online, offline)]
+    assert results[0] == results[1] and results[0]["explained_variance"] > 0 and results[0]["l0"] == 3
+    shutil.rmtree(online.folder / "hf" / "hub" / "models--toys--words")
+    said = offline.run("03_eval", *evaluate, "--force", code=4)
+    assert "model toys/words is not in the local cache and the hub is not reachable (or HF_HUB_OFFLINE is set)" in said and "Traceback" not in said
+    hub.history.clear()
+    said = online.run("03_eval", *evaluate, "--force", code=3)
+    assert "model toys/words no longer has the revision that was cached: cache again" in said and "Traceback" not in said
