@@ -111,7 +111,8 @@ class Step(torch.autograd.Function):
 class Codes(torch.Tensor):
     """acts [B, d_sae] as their non-zeros: `values` [n] of `latents` [n] in `rows` [n], row after row; row b starts at starts[b].
 
-    `acts @ W` and addmm(b, acts, W) are sparse; every other use as a tensor is one of dense(), which is made once, when asked for.
+    `acts @ W`, addmm(b, acts, W) and acts.split(sizes, 1) are sparse; every other use as a tensor is one of dense(), which is made once,
+    when asked for.
     The tensor underneath is a NaN of the right shape: code that goes round PyTorch's functions gets no wrong zeros."""
 
     def __new__(cls, values, rows, latents, shape):
@@ -140,6 +141,15 @@ class Codes(torch.Tensor):
             return self.times(W[:, None])[:, 0]
         return Product.apply(self.values.to(W.dtype), W, self.rows, self.latents, self.starts)
 
+    def blocks(self, sizes):
+        """The Codes of consecutive blocks of latents, so many in each."""
+        parts, start = [], 0
+        for n in sizes:
+            at = ((self.latents >= start) & (self.latents < start + n)).nonzero()[:, 0]
+            parts.append(Codes(self.values[at], self.rows[at], self.latents[at] - start, torch.Size((len(self), n))))
+            start += n
+        return tuple(parts)
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         a = args[0]
@@ -152,6 +162,8 @@ class Codes(torch.Tensor):
             return a.times(args[1])
         if func is torch.addmm and type(args[1]) is Codes and type(args[2]) is not Codes and not kwargs:
             return a + args[1].times(args[2])
+        if func is torch.Tensor.split and kwargs == {"dim": 1} and isinstance(args[1], list):
+            return a.blocks(args[1])
         dense = lambda v: v.dense() if isinstance(v, Codes) else type(v)(map(dense, v)) if type(v) in (list, tuple) else v
         return func(*dense(args), **{k: dense(v) for k, v in (kwargs or {}).items()})
 
@@ -236,6 +248,17 @@ def above(pre, cut):
     """Flat indices of the entries of pre [B, d_sae] above `cut`, ascending; NaN counts as above, so that it is not overlooked."""
     mask = (pre.detach() <= cut).logical_not_().flatten()
     return mask.nonzero()[:, 0] if mask.is_cuda else torch.from_numpy(mask.numpy().nonzero()[0])      # numpy's is the faster one
+
+
+def highest(pre, k):
+    """The latents of the k highest entries of each row of pre [B, d_sae], in any order [B, k]. Where they are few, they are looked for in the
+    k of d_sae / 8 groups with the highest maxima, where all of them are: 0.5 to 0.8 of the CPU time of topk alone."""
+    if pre.is_cuda or pre.shape[1] % 8 or 64 * k > pre.shape[1]:
+        return pre.topk(k, sorted=False).indices
+    groups = pre.unflatten(1, (8, -1)).amax(1)                                   # group g: latents g, g + d_sae / 8, g + 2 d_sae / 8 ...
+    inside = groups.topk(k, sorted=False).indices[:, :, None] + groups.shape[1] * torch.arange(8)
+    inside = inside.flatten(1)
+    return inside.gather(1, pre.gather(1, inside).topk(k, sorted=False).indices)
 
 
 def nonzeros(acts):
@@ -387,9 +410,12 @@ class SAE(nn.Module):
     def codes(self, pre):
         """What the rest of activate() gives in training, as Codes."""
         if self.activation == "topk":
-            top = pre.detach().topk(round(self.wanted_l0()), sorted=False).indices
+            top = highest(pre.detach(), round(self.wanted_l0()))
             return Codes.of(pre, (top + self.d_sae * torch.arange(len(pre), device=pre.device)[:, None]).flatten(), torch.relu)
-        return Codes.of(pre, above(pre, self.batch_threshold(pre.detach()) if self.activation == "batch_topk" else 0), torch.relu)
+        if self.activation == "batch_topk":
+            cut, at, values = self.batch_cut(pre.detach())
+            return Codes.of(pre, at[(values <= cut).logical_not_()], torch.relu)
+        return Codes.of(pre, above(pre, 0), torch.relu)
 
     def decode(self, acts):
         """acts [B, d_sae] -> [B, d_in]."""
@@ -476,13 +502,18 @@ class SAE(nn.Module):
         self.weight_now.mul_((self.sparsity_gain * change + error / (0.05 * self.steps)).clamp(-0.2, 0.2).exp())
 
     def batch_threshold(self, pre):
-        """The value that round(wanted_l0 * B) entries of pre exceed (0 if fewer are positive). Exact: the carried threshold only
-        narrows the entries that are looked at."""
+        """The value that round(wanted_l0 * B) entries of pre exceed (0 if fewer are positive)."""
+        return self.batch_cut(pre)[0]
+
+    def batch_cut(self, pre):
+        """(batch_threshold, flat indices of entries of pre among which are all above it, these entries). Exact: the carried threshold
+        only narrows the entries that are looked at."""
         keep = min(round(self.wanted_l0() * len(pre)), pre.numel() - 1)
-        near = pre[pre > 0.8 * self.threshold]
-        if len(near) <= keep:
-            near = pre.flatten()
-        return near.kthvalue(len(near) - keep).values.clamp_min(0)
+        at = above(pre, 0.8 * self.threshold)
+        if len(at) <= keep:
+            at = torch.arange(pre.numel(), device=pre.device)
+        near = pre.take(at)
+        return near.kthvalue(len(near) - keep).values.clamp_min(0), at, near
 
     def dead(self):
         """Mask [d_sae] of the latents that have been silent for `dead_after` of the run."""
@@ -607,7 +638,7 @@ class SAE(nn.Module):
     @functools.cache
     def code_checksum(cls):
         """Changes when the code of the class chain does, not when a comment or docstring does."""
-        return checksum("\n".join(code_of(c) for c in cls.chain() + [JumpReLU, Step, Codes, Product, Pick, Encode, bag, bag_transposed, above]).encode())
+        return checksum("\n".join(code_of(c) for c in cls.chain() + [JumpReLU, Step, Codes, Product, Pick, Encode, bag, bag_transposed, above, highest]).encode())
 
 
 @functools.cache

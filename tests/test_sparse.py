@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sae as sae_py
-from sae import ROOT, SAE, Codes, Encode, Pick, above, firing, generator
+from sae import ROOT, SAE, Codes, Encode, Pick, above, firing, generator, highest
 from toys import build, evaluate, mixture, steps, train
 
 KINDS = ["relu", "topk", "batch_topk"]
@@ -98,6 +98,32 @@ def test_the_sparse_product_is_the_dense_one(rows, d_sae, n_out, n, seed):
         assert close(product(codes), product(dense)) and all(map(close, sparse_grads, dense_grads))
 
 
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.integers(1, 9), st.integers(0, 30), st.integers(0, 10**6))
+def test_the_blocks_of_codes_are_the_dense_blocks(sizes, rows, n, seed):
+    """Empty blocks too; the same products and gradients."""
+    codes = random_codes(rows, sum(sizes) + 1, n, seed)
+    W = torch.randn(sum(sizes) + 1, 3, generator=generator("W", seed), dtype=torch.float64, requires_grad=True)
+    sizes, grads = [*sizes, 1], []
+    for whole in (codes, codes.dense()):
+        parts = whole.split(sizes, 1)
+        assert all(isinstance(p, Codes) == isinstance(whole, Codes) for p in parts)
+        products = [p @ w for p, w in zip(parts, W.split(sizes))]
+        grads.append([*products, *torch.autograd.grad(sum((p ** 3).sum() for p in products), [codes.values, W], retain_graph=True)])
+    assert all(map(close, *grads))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 4), st.sampled_from([1, 63, 64, 100, 128, 192, 648, 1024]), st.integers(1, 16), st.booleans(), st.integers(0, 10**6))
+def test_the_highest_are_those_of_topk(rows, d_sae, k, ties, seed):
+    pre = torch.randn(rows, d_sae, generator=generator("pre", seed))
+    pre, k = pre.round() if ties else pre, min(k, d_sae)
+    pre[0, seed % d_sae] = torch.nan
+    at = highest(pre, k)
+    assert all(len(set(row)) == k for row in at.tolist()) and at[0].eq(seed % d_sae).any()
+    assert torch.equal(pre.gather(1, at).sort().values.nan_to_num(9.0), pre.topk(k).values.flip(1).sort().values.nan_to_num(9.0))
+
+
 @pytest.mark.parametrize("k", [1, 3, 17])
 def test_every_row_may_hold_one_code_or_all(k):
     """k = 1 and k = d_sae, against autograd in float64 by finite differences."""
@@ -141,10 +167,10 @@ def test_detached_codes_stay_sparse_and_pass_no_gradient():
     assert not again.dense().requires_grad and codes.dense().requires_grad and torch.equal(again.dense(), codes.dense())
 
 
-@pytest.mark.parametrize("activation", KINDS)
-def test_a_step_of_the_base_never_makes_the_codes_dense(activation, path):
+@pytest.mark.parametrize("variant, activation", [*(("baseline", a) for a in KINDS), ("matryoshka", "batch_topk")])
+def test_a_step_never_makes_the_codes_dense(variant, activation, path):
     path(True)
-    sae, opt = build("baseline", X, activation=activation)
+    sae, opt = build(variant, X, activation=activation)
     made = []
     steps(sae, opt, X, stop=5, each=lambda sae, out, terms: made.append(out.acts))
     assert all(isinstance(a, Codes) and a.whole is None for a in made)
