@@ -10,6 +10,7 @@ first shard (01_cache_acts.py), the language model, and for SAEBench on models o
     runs/NAME/eval/rates.safetensors   how often each latent fires
     runs/NAME/eval/features.json       for some latents the contexts in which they fire most
     runs/NAME/eval/geometry.json       coherence, rank, condition numbers, correlations, random projections, beside a random dictionary
+    runs/NAME/eval/structure.json      what decoder rows are made of, which latents contain which, where thresholds lie, what bfloat16 costs
     runs/NAME/eval/training.json       the same metrics for the snapshots that training kept, on few contexts
     runs/NAME/eval/stability.json      which latents the other seeds of the same settings find again, beside random dictionaries
     runs/NAME/eval/saebench_core.json  and one file for every other evaluation of SAEBench: its own schema, with ours beside it
@@ -736,6 +737,186 @@ def rank_biased_overlap(a, b, p=0.98):
     return ((weight * shared).sum() / weight.sum()).item()
 
 
+# ---- structure: what latents are made of, which contain which, and where they begin to fire ---------------------------------------------------
+
+
+META_STEPS = 1500                # of the SAE that is trained on decoder rows ...
+META_STEPS_SMALL = 500           # ... of up to SMALL latents: within 0.008 of what 1,500 steps explain on the default job's, a third of the time
+FEW_ROWS = 20                    # rows on which a latent must fire for its parents to be looked for
+CONTAINED = 0.8                  # P(parent | child) above chance from which on a latent contains another one
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PRECISION_CONTEXTS = 32          # held-out contexts (rows of synthetic data: 64 times as many) on which rounding is tried
+TREES, TREE = 5, 12              # trees of latents that are kept as examples, and latents of each
+
+
+def evaluate_structure(held_out, runs, failures):
+    """Composition of the decoder, hierarchy and interference of the latents, their thresholds, what rounding to bfloat16 changes, and, of synthetic
+    data, missed parents by depth. `null`: the same of random directions, and of firing shifted against each other. On training rows, which are
+    shuffled over the whole cache: as many held-out ones are of a few contexts, whose means differ. Not of controls."""
+    runs, nulls, results, few = [r for r in runs if "control" not in r.config], {}, {}, copy.copy(held_out)
+    few.n = min(held_out.n, PRECISION_CONTEXTS * (1 if held_out.model else 64))
+    x = held_out.sample[:GEOMETRY_ROWS].to(held_out.device)
+    for run in tqdm(runs, desc="structure", unit="run", disable=None):
+        with blamed(run, failures), torch.no_grad():
+            W, code = unit(run.sae.W_dec.float()), Code(run.sae, x, generator("structure", "latents"))
+            chance = unit(torch.randn(W.shape, generator=generator("structure", "chance"))).to(W)
+            if W.shape not in nulls:
+                nulls[W.shape] = composition(chance)
+            mixed = shifted(code.acts, generator("structure", "shift"))
+            results[run] = {
+                "rows": len(x), "latents": len(code.latents), "composition": {"run": composition(W), "null": nulls[W.shape]},
+                "hierarchy": hierarchy(code.acts > 0, code.latents, W), "hierarchy_null": hierarchy(mixed > 0, code.latents, chance),
+                "interference": interference(code.acts, W[code.latents]) | {"null": interference(mixed, chance[code.latents])},
+                "thresholds": thresholds(code, run.sae.d_sae), "precision": precision(few, run, failures),
+                **({"missed": missed(held_out, run.sae)} if held_out.truth else {})}
+    return results
+
+
+@torch.enable_grad()
+def composition(W):
+    """Explained variance of the unit rows W [n, d] by an SAE that is trained on them (MetaSAE: Leask 2025, Bussmann 2025): n / 4 latents,
+    BatchTopK, 4 of them a row. High: rows are sums of few common parts. None for fewer than 16 rows."""
+    n, d = W.shape
+    if n < 16:
+        return None
+    x, steps = W * d ** 0.5, META_STEPS if n > SMALL else META_STEPS_SMALL
+    sae = SAE(d, steps, 0, activation="batch_topk", d_sae=n // 4, l0=4.0, batch_size=min(n, 2048)).to(W.device)
+    sae.init_from_data(x)
+    opt = sae.make_optimizer()
+    for sae.step in range(steps):
+        out = sae(x[torch.randperm(n, generator=generator("composition", sae.step))[:sae.batch_size].to(x.device)])
+        opt.zero_grad()
+        sum(sae.losses(out).values()).backward()
+        for group in opt.param_groups:
+            group["lr"] = sae.lr * sae.lr_scale()
+        sae.before_step(opt)
+        opt.step()
+        sae.after_step(opt, out)
+    with torch.no_grad():
+        x_hat = torch.cat([sae.eval()(part).x_hat for part in x.split(2048)])
+        return 1 - ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item()
+
+
+def hierarchy(fires, latents, W):
+    """Which latents contain which: fires [rows, m] of `latents` [m], whose decoder rows are among W [d_sae, d].
+
+    i contains j if i fires at least twice as often, and wherever j does: (P(i | j) - P(i)) / (1 - P(i)) > CONTAINED. The rarest latent that
+    contains j is its parent. containment: of each latent that fires on FEW_ROWS rows in whatever contains it most (quantiles); contained: share
+    of these with a parent; asymmetry: mean of P(parent | child) - P(child | parent); cosine: of parent and child, mean; depths: share of the
+    latents that have so many ancestors; by_place: by tenths of the dictionary mean rate and share of the latents that are parents; trees: the
+    largest ones, each latent with its parent, P(parent | it) and rate."""
+    seen = fires.sum(0) >= FEW_ROWS
+    fires, latents = fires[:, seen].float(), latents[seen]
+    m, count = fires.shape[1], fires.sum(0)
+    if m < 2:
+        return None
+    rate, given = count / len(fires), fires.T @ fires / count                  # given[i, j]: P(i | j)
+    above = ((given - rate[:, None]) / (1 - rate[:, None]).clamp_min(1e-9)).masked_fill(count[:, None] < 2 * count, 0.0)
+    best, holds = above.amax(0), above > CONTAINED
+    parent = torch.where(holds.any(0), torch.where(holds, rate[:, None], math.inf).argmin(0), -1)
+    child = (parent >= 0).nonzero().flatten()
+    mean = lambda values: values.double().mean().item() if len(values) else None
+    up, down = given[parent[child], child], given[child, parent[child]]
+    is_parent = torch.zeros(m, dtype=torch.bool, device=fires.device).index_fill(0, parent[child], True)
+    tenths = [(10 * latents // len(W) == t).nonzero().flatten() for t in range(10)]
+    return {"latents": m, "contained": len(child) / m, "parents": mean(is_parent), "containment": quantiles(best), "asymmetry": mean(up - down),
+            "cosine": mean(torch.linalg.vecdot(W[latents[parent[child]]], W[latents[child]])),
+            "depths": (torch.bincount(depths(parent)) / m).tolist(),
+            "by_place": {"rate": [mean(rate[t]) for t in tenths], "parents": [mean(is_parent[t]) for t in tenths]},
+            "trees": trees(parent, latents.tolist(), rate.tolist(), given)}
+
+
+def depths(parent):
+    """How many ancestors each node has; parent [n]: its index, or -1."""
+    depth, up = torch.zeros_like(parent), parent
+    while (up >= 0).any():
+        depth, up = depth + (up >= 0), torch.where(up >= 0, parent[up], -1)
+    return depth
+
+
+def trees(parent, latents, rate, given):
+    """The TREES largest trees, roots first: of each, TREE latents at most as {latent, parent, given: P(parent | latent), rate}."""
+    root = parent.clone()
+    while (parent[root[root >= 0]] >= 0).any():
+        root = torch.where(root >= 0, torch.where(parent[root] >= 0, parent[root], root), -1)
+    found = []
+    for top, _ in Counter(root[root >= 0].tolist()).most_common(TREES):
+        below = sorted((root == top).nonzero().flatten().tolist(), key=lambda j: -rate[j])[:TREE - 1]
+        found.append([{"latent": latents[top], "parent": None, "given": None, "rate": rate[top]},
+                      *({"latent": latents[j], "parent": latents[parent[j]], "given": given[parent[j], j].item(), "rate": rate[j]} for j in below)])
+    return found
+
+
+def interference(acts, W):
+    """What the other latents put on a latent's direction, in units of its own activation: sum over j of |cos(d_i, d_j)| E[f_j] / E[f_i], median in
+    ten equal parts of the latents, rarest first; captured: share of the covariance of acts [rows, m] in its first RANKS directions. W [m, d]: the
+    latents' unit decoder rows."""
+    usual = acts.mean(0)
+    load = (((W @ W.T).abs() @ usual - usual) / usual.clamp_min(1e-12))
+    parts = [part for part in (acts > 0).sum(0).argsort().tensor_split(10) if len(part)]
+    power = torch.linalg.eigvalsh(torch.cov(acts.double().T).reshape(len(usual), len(usual))).flip(0).clamp_min(0)
+    return {"by_rate": [load[part].median().item() for part in parts], "ranks": RANKS,
+            "captured": [(power[:r].sum() / power.sum().clamp_min(1e-30)).item() for r in RANKS]}
+
+
+def thresholds(code, d_sae):
+    """Where latents begin to fire, on the scale of their own pre-activations, and what one z for all (note 003's rule) would make of it.
+
+    threshold: the pre-activation that a latent exceeds as often as it fires, which is its threshold where it has one; z: (threshold - mean) / std,
+    by tenths of the latents, rarest first; rule: mean + z* std with d_sae Q(z*) = L0, Q the normal's tail; ratio: L0 over the sum of Q(z), 1 if
+    pre-activations are normal; kurtosis: their excess kurtosis (quantiles). Threshold and rule of up to 256 latents, of scaled data."""
+    n, fires = len(code.pre), (code.acts > 0).sum(0)
+    some = (fires > 0) & (fires < n)
+    pre, fires = code.pre[:, some].double(), fires[some]
+    if not len(fires):
+        return None
+    falling, mean, std = pre.sort(0, descending=True).values, pre.mean(0), pre.std(0, correction=0).clamp_min(1e-12)
+    at = falling.gather(0, torch.stack([fires - 1, fires])).mean(0)           # between the lowest that fires and the highest that does not
+    z, tail = (at - mean) / std, lambda z: torch.special.erfc(z / 2 ** 0.5) / 2
+    rule = statistics.NormalDist().inv_cdf(1 - min(0.5, max(1e-9, code.l0.mean().item() / d_sae)))
+    every = slice(None, None, math.ceil(len(at) / 256))
+    return {"rule": rule, "ratio": ((fires / n).sum() / tail(z).sum().clamp_min(1e-30)).item(), "z": z.mean().item(),
+            "z_by_rate": [z[part].mean().item() for part in fires.argsort().tensor_split(10) if len(part)],
+            "kurtosis": quantiles(((pre - mean) / std).pow(4).mean(0) - 3),
+            "threshold": at[every].tolist(), "by_rule": (mean + rule * std)[every].tolist()}
+
+
+def precision(few, run, failures):
+    """Core metrics on few contexts in fp32, with weights rounded to bfloat16, and with activations rounded as well; and the recovered share of the
+    loss if only the losses themselves are rounded, as an evaluation in bfloat16 does."""
+    made = {kind: Run(run.folder, copy.deepcopy(run.sae), run.config) for kind in ("fp32", "weights", "weights_acts")}
+    for kind in ("weights", "weights_acts"):
+        for value in made[kind].sae.state_dict().values():
+            value.copy_(value.bfloat16() if value.is_floating_point() else value)
+    rough = made["weights_acts"].sae
+    rough.activate = lambda pre, own=rough.activate: own(pre).bfloat16().float()
+    core = evaluate_core(few, list(made.values()), failures)
+    found = {kind: {k: core[one]["metrics"].get(k) for k in PRECISE if k in core[one]["metrics"]} for kind, one in made.items() if one in core}
+    exact = found["fp32"]
+    if "ce_sae" in exact:
+        clean, zero, ours = (torch.tensor(exact[f"ce_{k}"]).bfloat16().item() for k in ("clean", "zero", "sae"))
+        found["losses"] = {"ce_clean": clean, "ce_zero": zero, "ce_sae": ours, "ce_recovered": (zero - ours) / (zero - clean)}
+    return found
+
+
+PRECISE = ("l0", "explained_variance", "mse", "cosine", "l2_ratio", "dead", "ce_clean", "ce_zero", "ce_sae", "ce_recovered", "kl_sae", "mcc", "f1", "absorption")
+
+
+def missed(held_out, sae):
+    """Share of the held-out rows with parent and child on where the parent's latent is silent, mean over the pairs at each depth of the child in
+    its tree (1: a root's child; null where no pair is seen on PAIR_ROWS rows), and how many pairs."""
+    truth, both, silent = held_out.truth, 0, 0
+    score = TruthScore(truth, sae)
+    for x, features, _ in held_out.batches("missed parents"):
+        pairs = (features[:, score.parent] > 0) & (features[:, score.child] > 0)
+        both = both + pairs.sum(0)
+        silent = silent + (pairs & (sae(x * sae.scale).acts[:, score.main][:, score.which] <= 0)).sum(0)
+    parent = torch.full((len(truth.dictionary),), -1, device=held_out.device).index_copy(0, truth.child, truth.parent)
+    depth, share = depths(parent)[score.child], silent / both.clamp_min(1)
+    at = [(depth == k) & (both >= PAIR_ROWS) for k in range(1, int(depth.max()) + 1)] if len(depth) else []
+    return {"depth": list(range(1, len(at) + 1)), "missed": [share[k].mean().item() if k.any() else None for k in at], "pairs": [int(k.sum()) for k in at]}
+
+
 # ---- stability: which latents another seed finds again --------------------------------------------------------------------------------------
 
 
@@ -860,7 +1041,7 @@ def snapshot(run, path):
     return Run(run.folder, sae, run.config)
 
 
-EVALS = {"core": evaluate_core, "features": evaluate_features, "geometry": evaluate_geometry,
+EVALS = {"core": evaluate_core, "features": evaluate_features, "geometry": evaluate_geometry, "structure": evaluate_structure,
          "stability": evaluate_stability, "training": evaluate_training}                          # name -> f(held_out, runs, failures) -> {run: part of its JSON file}
 
 

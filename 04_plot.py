@@ -590,6 +590,22 @@ def others_table(runs, found, primary):
     return (["variant", "metric", "to baseline", "verdict", "to parent", "verdict to parent"], rows) if rows else None
 
 
+def precision_table(runs):
+    """(header, rows): what rounding to bfloat16 changes in a metric, mean over the seeds of a group; None without any eval/structure.json."""
+    names = {"explained_variance": ("EV", 5), "l0": ("L0", 3), "ce_recovered": ("CE rec.", 5), "kl_sae": ("KL", 5), "mcc": ("MCC", 5), "absorption": ("absorption (true)", 4)}
+    kinds = {"weights": "weights in bf16", "weights_acts": "weights and activations", "losses": "losses alone"}
+    rows = []
+    for name, members in grouped([r for r in runs if r.valid]).items():
+        measured = [p for p in (look_up(r, "structure/precision") for r in members) if p]
+        for key, (title, digits) in names.items():
+            exact = [p["fp32"].get(key) for p in measured]
+            if exact and None not in exact:
+                shifts = [[p.get(kind, {}).get(key) for p in measured] for kind in kinds]
+                shifts = [mean_sd([v - e for v, e in zip(values, exact)], digits, "+") if None not in values else "-" for values in shifts]
+                rows.append([name, title, f"{statistics.mean(exact):.{digits}f}", *shifts])
+    return (["run", "metric", "fp32", *kinds.values()], rows) if rows else None
+
+
 def guards_said(members, control, found, name):
     """What guards and gaps say of a group, in words."""
     said = []
@@ -663,6 +679,7 @@ def notes(runs, controls, found, tried, primary):
     return lines
 
 
+PRECISION = "What bfloat16 changes (the same few contexts for all; not for comparison with the tables above)"
 ABOUT = f"""Mean +- standard deviation over seeds, on held-out contexts. L0: active latents per row; EV: explained variance about the mean;
 CE rec.: share of the loss that zeroing the activations costs which the reconstruction avoids; KL: from the clean model, nats per token;
 dead: share of latents that never fire; absorption, probing, SCR, TPP and unlearning: SAEBench's, or of the true features; max cos: mean
@@ -686,18 +703,18 @@ def results(caches, compared, primary):
     md, text = ["# Results", "", ABOUT, "", f"What would matter: {worth}.", ""], []
     for acts, (runs, controls) in caches.items():
         found, tried = compared[acts]
-        tables = [table(runs, controls, found, primary), others_table(runs, found, primary)]
+        tables = [table(runs, controls, found, primary), others_table(runs, found, primary), precision_table(runs)]
         said = notes(runs, controls, found, tried, primary)
         md += [f"## {acts}", ""]
         at = len(text)                                                        # printed, the table comes last
-        for title, (header, rows) in [(t, made) for t, made in zip(("", "Other metrics (exploratory)"), tables) if made]:
+        for title, (header, rows) in [(t, made) for t, made in zip(("", "Other metrics (exploratory)", PRECISION), tables) if made]:
             md += [f"### {title}", ""] * bool(title)
             md += ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] * len(header)) + "|"]
             md += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
             widths = [max(map(len, column)) for column in zip(header, *rows)]
             aligned = [[f"{c:<{w}}" if i < 3 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths))] for row in [header, *rows]]
             text[at:at] = [f"\n{acts}: {title.lower()}" if title else f"\n{acts}", *("  ".join(row).rstrip() for row in aligned),
-                           *([] if title else said)]
+                           *([] if title else said)] if title != PRECISION else []
             if not title:
                 md += [f"* {line}" for line in said] + [""]
     return "\n".join(md).rstrip() + "\n", "\n".join(text).lstrip()
@@ -1075,17 +1092,19 @@ def descend(value, keys):
         return statistics.mean(found) if found else None
     if key == "*":
         return [descend(v, rest) for v in value]
-    return descend(value[int(key)] if isinstance(value, list) else value.get(key), rest)
+    if isinstance(value, list):
+        return descend(value[int(key)] if int(key) < len(value) else None, rest)
+    return descend(value.get(key), rest)
 
 
-NEEDS = {"stability": " with two seeds or more", "training": " on runs that kept snapshots"}
+NEEDS = {"stability": " with two seeds or more", "training": " on runs that kept snapshots", "structure/missed": ", of synthetic data"}
 
 
 def lacking(specs):
     """In a word why a figure has nothing to show."""
     paths = [s.y.split("/") for s in specs if isinstance(s.y, str)]
     names = dict.fromkeys(keys[0] if len(keys) > 1 else BENCHMARKS.get(keys[0], ["core"])[0] for keys in paths if keys[0] != "log")
-    asked = " ".join(names) + "".join(NEEDS.get(n, "") for n in names)
+    asked = " ".join(names) + "".join(NEEDS.get(n, "") for n in [*names, *("/".join(keys[:2]) for keys in paths[:1])])
     return f"not measured: 03_eval.py --eval {asked}" if names else "nothing to show: not evaluated, or not logged in training"
 
 
@@ -1244,7 +1263,8 @@ def curves(axis, groups, look, spec, handles):
         axis.set_xticks(xs, [matplotlib.ticker.EngFormatter(sep="", places=0)(x) if "tokens" in spec.x_label else f"{x:g}" for x in xs])
         axis.minorticks_off()
     else:
-        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        few = all(isinstance(x, int) for x in xs) and len(xs) < 5              # 0, 1, 2: nothing between them
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=few))
         axis.xaxis.set_major_formatter(format_x)
 
 
@@ -1364,6 +1384,91 @@ def draw_efficiency(caches, look, path):
     save(figure, path)
 
 
+def draw_absorption_law(caches, look, path):
+    """Absorption against L0 on log scales, a mark per run, and where a variant has three L0s or more the line ln A = a + s ln L0 that fits them
+    best, no further than they reach; in the legend its slope s and its A at an L0 that all lines reach (80 if they do)."""
+    rows = []
+    for acts, (runs, _) in caches.items():
+        for key in ("absorption_full", "absorption_fraction", "absorption"):
+            series = {}
+            for r in [r for r in runs if r.valid and (r.get(key) or 0) > 0 and r.get("l0")]:
+                rest = "".join(f" {k}={v}" for k, v in sorted(overridden(r).items()) if k != "l0")
+                series.setdefault((r.variant, rest), []).append(r)
+            series = {name: rs for name, rs in series.items() if len({r.settings["l0"] for r in rs}) >= 3}
+            if series:
+                rows.append((acts, key, series))
+    if not rows:
+        return "no variant has its absorption measured at three L0s (02_train.py --sweep l0=8,16,32)"
+    figure, axes = plt.subplots(len(rows), 1, figsize=(9.5, 3.9 * len(rows) + 0.2), squeeze=False, layout="constrained")
+    for axis, (acts, key, series) in zip(axes[:, 0], rows):
+        low = max(min(r.get("l0") for r in rs) for rs in series.values())
+        high = min(max(r.get("l0") for r in rs) for rs in series.values())
+        at = 80.0 if low <= 80 <= high else math.sqrt(low * high) if low <= high else None
+        for (variant, rest), rs in series.items():
+            colour, marker, style = look[variant]
+            xs, ys = [r.get("l0") for r in rs], [r.get(key) for r in rs]
+            slope, level = law(xs, ys)
+            by_seed = [[r for r in rs if r.seed == seed] for seed in {r.seed for r in rs}]
+            each = [law([r.get("l0") for r in mine], [r.get(key) for r in mine])[0] for mine in by_seed if len({r.settings["l0"] for r in mine}) >= 3]
+            label = f"{variant}{rest}: slope {mean_sd(each or [slope], 2)}" + (f", {math.exp(level + slope * math.log(at)):.3f} at L0 {at:.3g}" if at else "")
+            axis.plot(xs, ys, marker, color=colour, ms=4.5, alpha=0.8)
+            ends = [min(xs), max(xs)]
+            axis.plot(ends, [math.exp(level + slope * math.log(x)) for x in ends], marker=marker, markevery=[], color=colour, ls=style, lw=1.2, label=label)
+        title = next(m.title for m in METRICS if m.key == key)
+        axis.set(xscale="log", yscale="log", xlabel="L0 (active latents per row)", ylabel=f"{title} (share; lower is better)")
+        axis.set_title(f"{acts}: {title} falls with L0 whatever the method", fontsize=9)
+        plain_ticks(axis, [r.get("l0") for rs in series.values() for r in rs])
+        axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(10, (1, 2, 5)))
+        axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=7, handlelength=2.4)
+    footnote(figure, "a mark per run; line: least squares of ln A on ln L0; slope: mean over seeds +- standard deviation")
+    save(figure, path)
+
+
+def law(xs, ys):
+    """(s, a) of ln y = a + s ln x by least squares."""
+    return np.polyfit(np.log(xs), np.log(ys), 1).tolist()
+
+
+def draw_thresholds(caches, look, path):
+    """Each latent's threshold against what one z for all would make of it, for the variants whose latents have thresholds of their own; a panel each."""
+    shown = [(acts, name, one) for acts, (runs, _) in caches.items() for name, members in grouped(runs).items()
+             if (one := next((r for r in members if r.valid and look_up(r, "structure/thresholds/threshold")), None))
+             and (one.settings["activation"] == "jumprelu" or one.settings.get("zscore_threshold"))]
+    if not shown:
+        return "not measured, or no run with thresholds of its own (jumprelu, zscore_r1 ...): 03_eval.py --eval structure"
+    wide = min(5, len(shown))
+    high = math.ceil(len(shown) / wide)
+    figure, axes = plt.subplots(high, wide, figsize=(max(5, 2.7 * wide), 2.75 * high + 0.5), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(shown):]:
+        axis.set_axis_off()
+    for axis, (acts, name, one) in zip(axes.flat, shown):
+        x, y = look_up(one, "structure/thresholds/by_rule"), look_up(one, "structure/thresholds/threshold")
+        ends = [min(x + y), max(x + y)]
+        axis.plot(ends, ends, color="#777777", lw=1, ls=(0, (1, 1)))
+        axis.plot(x, y, ".", color=look[one.variant][0], ms=3, alpha=0.6)
+        axis.set_title(f"{acts}: {name}\nL0 / normal tails' {look_up(one, 'structure/thresholds/ratio'):.2f}", fontsize=7.5)
+        axis.tick_params(labelsize=7)
+        for which in (axis.xaxis, axis.yaxis):
+            which.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+    figure.supxlabel("note 003's rule: mean + z x standard deviation of the latent's\npre-activations, one z for all (scaled data); one seed each; dotted: equal", fontsize=8)
+    figure.supylabel("the latent's threshold (scaled data)", fontsize=8)
+    save(figure, path)
+
+
+def tail_ratio(run):
+    """L0 over d_sae Q(z), Q the normal's tail, over training, of runs that log their z."""
+    tail = lambda z: 1 - statistics.NormalDist().cdf(z)
+    return [line["l0"] / (run.settings["d_sae"] * max(tail(line["z"]), 1e-9)) if line.get("z") is not None and line.get("l0") is not None else None
+            for line in result(run, "log")]
+
+
+def every(step, path):
+    """f(run): 0, step, 2 step ... as long as what stands at the path."""
+    return lambda run: [step * i for i in range(len(look_up(run, path) or []))]
+
+
 def share_of_zeros(run):
     return [None if line.get("l0") is None else 1 - line["l0"] / run.settings["d_sae"] for line in result(run, "log")]
 
@@ -1411,6 +1516,7 @@ def at_least(run):
 
 
 SHAPE, NULL, RANDOM = "geometry/metrics/", "geometry/null/", "null: random directions"
+PLACE = "structure/hierarchy/by_place/"
 STAGE, STAGES = "training/stages/*/", {"x": "training/stages/*/tokens"}
 EFFECTS = ("explained_variance", "ce_recovered|mcc", "absorption_full|absorption", "decoder_max_cosine", "l0")
 EV = Panel("log/*/explained_variance", "explained variance (training)")
@@ -1472,6 +1578,31 @@ NOTES = {
                                           ("preact", "pre-activation", "jaccard", "pairs of successive batches (Jaccard)"))),
         Panel(STAGE + "pairs", "pairs now and at the end (Jaccard)", **STAGES)),
     "absorption_efficiency": draw_efficiency,
+    "absorption_l0": draw_absorption_law,
+    "missed_parents": draw_dots(*(Panel(f"structure/missed/missed/{k - 1}", f"parent's latent silent, child at depth {k}\n(share of rows with both; synthetic data)")
+                                  for k in range(1, 5))),
+    "composition": draw_dots(
+        Panel("structure/composition/run", "decoder rows explained by a quarter as many\ndirections, 4 a row (MetaSAE; share of variance)", "structure/composition/null", RANDOM),
+        Panel("geometry/metrics/unique", "latents whose nearest other row has\na cosine below 0.2 (share)", "geometry/null/unique", RANDOM),
+        Panel("structure/hierarchy/cosine", "cosine of a latent with one that contains it\n(mean over parent and child)")),
+    "hierarchy": draw_curves(
+        Panel("structure/hierarchy/containment", "fires only with a more frequent latent\n(P(it | latent) above chance)", "structure/hierarchy_null/containment",
+              "null: firing shifted in time", every(1, "structure/hierarchy/containment"), "latents (%, least contained first)"),
+        Panel("structure/hierarchy/depths", "latents (share)", x=every(1, "structure/hierarchy/depths"), x_label="ancestors of the latent", scale="log"),
+        Panel(PLACE + "parents", "parents among the latents (share)", x=every(10, PLACE + "parents"), x_label="place in the dictionary (%)"),
+        Panel(PLACE + "rate", "firing rate (mean share of rows)", x=every(10, PLACE + "rate"), x_label="place in the dictionary (%)", scale="log")),
+    "thresholds": draw_thresholds,
+    "threshold_dynamics": draw_curves(
+        Panel("structure/thresholds/z_by_rate", "threshold: standard deviations above the\nmean of the latent's pre-activations",
+              lambda run: [look_up(run, "structure/thresholds/rule")] * 10 if look_up(run, "structure/thresholds/rule") else None,
+              "note 003's rule: one z for all", every(10, "structure/thresholds/z_by_rate"), "latents (%, rarest first)"),
+        Panel("structure/thresholds/kurtosis", "excess kurtosis of pre-activations (normal: 0)", x=every(1, "structure/thresholds/kurtosis"), x_label="latents (%, lowest first)"),
+        Panel(tail_ratio, "L0 / (d_sae Q(z)) (1: set by the rule)")),
+    "interference": draw_curves(
+        Panel("structure/interference/by_rate", "others' load on a latent's direction\n(times its own activation, median)", "structure/interference/null/by_rate",
+              "null: random directions", every(10, "structure/interference/by_rate"), "latents (%, rarest first)", "log"),
+        Panel("structure/interference/captured", "activations' covariance held (share)", "structure/interference/null/captured", "null: random directions",
+              "structure/interference/ranks", "directions")),
     "explained_variance_evolution": draw_curves(EV), "mse_evolution": draw_curves(MSE), "l0_evolution": draw_curves(L0), "l1_evolution": draw_curves(L1),
     "kl_div_score_evolution": draw_curves(KL), "ce_loss_score_evolution": draw_curves(CE),
     "l2_ratio_evolution": draw_curves(Panel(STAGE + "l2_ratio", "L2 ratio ||x_hat|| / ||x|| (held-out)", **STAGES)),
@@ -1602,6 +1733,9 @@ def report(caches, compared, primary, pictures):
         others = others_table(runs, found, primary)
         if others:
             body += ["<details><summary>Other metrics (exploratory)</summary>", html_table(*others), "</details>"]
+        rounded = precision_table(runs)
+        if rounded:
+            body += [f"<details><summary>{PRECISION}</summary>", html_table(*rounded), "</details>"]
     body += ["<details><summary>How to read this</summary>", *(f"<p>{html.escape(part)}</p>" for part in ABOUT.split("\n\n")), "</details>",
              "<h2>Latents</h2>"]
     features = {r.config["name"]: latents for runs, _ in caches.values() for r in runs if (latents := read_features(r))}

@@ -156,6 +156,114 @@ def test_jaccard_and_rank_biased_overlap_of_planted_rankings():
     assert two == pytest.approx((1 * 0 + 0.5 * 1) / 1.5)
 
 
+# ---- structure ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_are_sums_of_few_parts_are_explained_by_them_and_random_rows_are_not():
+    parts, g = unit(rows(30, 32, "parts")), generator("sums")
+    sums = torch.stack([parts[torch.randperm(30, generator=g)[:3]].sum(0) for _ in range(160)])
+    assert ev.composition(unit(sums)) > 0.85 and ev.composition(unit(rows(160, 32))) < 0.75                         # 40 latents for 30 parts
+    assert ev.composition(orthonormal(8)) is None
+
+
+def family(n=8000):
+    """Rows of 16 latents: 0 contains 1 and 2, 1 contains 3; 4 to 15 fire by chance, 15 on most rows, 14 hardly ever."""
+    g = generator("family")
+    on = torch.rand(n, 16, generator=g) < 0.1
+    on[:, 0] = torch.rand(n, generator=g) < 0.4
+    on[:, 1] = on[:, 0] & (torch.rand(n, generator=g) < 0.4)
+    on[:, 2] = on[:, 0] & (torch.rand(n, generator=g) < 0.2)
+    on[:, 3] = on[:, 1] & (torch.rand(n, generator=g) < 0.3)
+    on[:, 15] = torch.rand(n, generator=g) < 0.95
+    on[:, 14] = torch.arange(n) < 5
+    return on
+
+
+def test_a_planted_hierarchy_is_found_and_what_fires_nearly_always_contains_nothing():
+    on = family()
+    h = ev.hierarchy(on, torch.arange(16), torch.eye(16))
+    assert h["latents"] == 15 and h["contained"] == pytest.approx(3 / 15) and h["depths"] == pytest.approx([12 / 15, 2 / 15, 1 / 15])
+    tree, = h["trees"]
+    assert [(t["latent"], t["parent"]) for t in tree] == [(0, None), (1, 0), (2, 0), (3, 1)] and tree[1]["given"] == 1.0
+    assert h["asymmetry"] == pytest.approx(1 - (0.4 + 0.2 + 0.3) / 3, abs=0.03) and h["cosine"] == 0 and h["parents"] == pytest.approx(2 / 15)
+    assert h["by_place"]["parents"][0] == 1.0 and sum(h["by_place"]["parents"][2:]) == 0                           # of 16: 0 and 1 are in the first tenth
+    mixed = ev.hierarchy(ev.shifted(on.float(), generator("mixed")) > 0, torch.arange(16), torch.eye(16))
+    assert mixed["contained"] == 0 and mixed["trees"] == [] and mixed["depths"] == [1.0] and mixed["asymmetry"] is None
+
+
+def test_the_largest_tree_comes_first_and_ancestors_are_counted():
+    parent = torch.tensor([-1, 0, 1, 2, -1, 4])
+    assert ev.depths(parent).tolist() == [0, 1, 2, 3, 0, 1]
+    found = ev.trees(parent, list(range(10, 16)), [0.5, 0.4, 0.3, 0.2, 0.1, 0.05], torch.ones(6, 6))
+    assert [[t["latent"] for t in tree] for tree in found] == [[10, 11, 12, 13], [14, 15]]
+
+
+def test_latents_interfere_by_their_cosines_and_a_plane_holds_what_varies_in_a_plane():
+    acts = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    W = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    found = ev.interference(acts, W)
+    assert found["by_rate"] == pytest.approx([0.6 * 0.5, (0.6 * 2 + 0.8 * 2) / 4 / 0.25, 0.8 * 0.25 / 0.5], rel=1e-5)
+    plane = torch.randn(500, 2, generator=generator("plane")) @ torch.randn(2, 16, generator=generator("into"))
+    assert ev.interference(plane, unit(rows(16, 4)))["captured"][1] == pytest.approx(1)
+    assert ev.interference(torch.zeros(9, 3), W)["captured"] == [0.0] * 9
+
+
+class FakeCode:
+    """Pre-activations [n, m] that fire above `threshold` [m]."""
+
+    def __init__(self, pre, threshold):
+        self.pre, self.acts = pre, pre * (pre > threshold)
+        self.l0 = (self.acts > 0).sum(-1).double()
+
+
+def test_planted_thresholds_are_read_off_and_one_z_for_all_gives_normal_latents_their_l0():
+    normal = 3 * torch.randn(20_000, 40, generator=generator("pre")) + torch.arange(40.0)
+    found = ev.thresholds(FakeCode(normal, torch.arange(40.0) + 6), 40)                                           # two standard deviations above
+    assert found["ratio"] == pytest.approx(1, abs=0.05) and found["z"] == pytest.approx(2, abs=0.05) and found["rule"] == pytest.approx(2, abs=0.05)
+    assert found["threshold"] == pytest.approx([i + 6 for i in range(40)], abs=0.1) and found["by_rule"] == pytest.approx(found["threshold"], abs=0.3)
+    assert max(map(abs, found["kurtosis"])) < 0.3
+    laplace = torch.distributions.Laplace(0, 1).icdf(torch.rand(20_000, 40, generator=generator("laplace")))
+    heavy = ev.thresholds(FakeCode(laplace, torch.full((40,), 4.0)), 40)
+    assert sorted(heavy["kurtosis"])[50] == pytest.approx(3, abs=0.7) and heavy["ratio"] > 2                      # Q(2.8) is 0.0023, the tail 0.0092
+    assert ev.thresholds(FakeCode(normal, torch.full((40,), 1e9)), 40) is None
+
+
+def test_rounding_to_bfloat16_moves_what_it_should_and_nothing_in_the_run(here):
+    finished_run(here, Acts("acts/toy"))
+    before = load_run(here / "topk-s0")[0].state_dict()
+    found = evaluated("core", "structure")["topk-s0"]
+    p, core = found["structure"]["precision"], found["core"]["metrics"]
+    assert p["fp32"]["ce_clean"] == pytest.approx(core["ce_clean"]) and p["fp32"]["explained_variance"] == pytest.approx(core["explained_variance"])
+    assert 0 < abs(p["weights"]["mse"] / p["fp32"]["mse"] - 1) < 0.05 and p["weights_acts"]["mse"] != p["weights"]["mse"]
+    assert p["losses"]["ce_sae"] == torch.tensor(core["ce_sae"]).bfloat16().item() and p["losses"]["ce_recovered"] != core["ce_recovered"]
+    after = load_run(here / "topk-s0")[0].state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_parents_that_their_children_silence_are_missed_at_the_childrens_depth(tmp_path):
+    truth_cache(tmp_path / "toy")
+    acts = Acts(tmp_path / "toy")
+    held_out = ev.HeldOut(acts, CPU)
+    W = held_out.truth.dictionary
+    assert ev.missed(held_out, with_decoder(acts, W)) == {"depth": [1], "missed": [0.0], "pairs": [12]}
+    encoder = W.T.clone()
+    for parent, child in zip(held_out.truth.parent, held_out.truth.child):
+        encoder[:, parent] -= 9 * W[child]                                    # a child on turns its parent's latent off
+    assert ev.missed(held_out, with_decoder(acts, W, encoder))["missed"] == [1.0]
+    held_out.truth = ev.Truth({"dictionary": W, "parent": torch.tensor([-1, 0, 1, 2, *[-1] * 12])}, CPU)
+    held_out.val["features"][:20, :4] = 1.0                                   # a chain: each the child of the one before
+    held_out.val["features"][20:, :4] = 0.0
+    assert ev.missed(held_out, with_decoder(acts, W))["depth"] == [1, 2, 3] and ev.missed(held_out, with_decoder(acts, W))["pairs"] == [1, 1, 1]
+
+
+def test_structure_stands_in_its_file_beside_its_nulls_of_language_models_and_synthetic_data(here):
+    acts = Acts("acts/toy")
+    finished_run(here, acts)
+    result = evaluated("structure")["topk-s0"]["structure"]
+    assert set(result["composition"]) == {"run", "null"} and result["thresholds"]["rule"] > 0 and "missed" not in result
+    assert result["hierarchy"]["latents"] >= 2 and len(result["hierarchy"]["containment"]) == 101
+
+
 # ---- stability -------------------------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -246,6 +247,18 @@ def analysed(folder, seed=0, others=(), level=0.0, language=True):
                      "null": shape | {"welch": 0.007, "correlation": 0.01}, "condition": {"group": condition, "across": condition, "active": condition},
                      "jl": {"dimensions": [32, 64, 128, 256, 512], "run": projected, "null": projected},
                      "pairs": {"pairs": 20, "rows": [256, 1024, 4096], "coactivation": batches, "phi": batches, "preact": batches}},
+        "structure": {
+            "composition": {"run": 0.6 + jitter, "null": 0.5},
+            "hierarchy": {"containment": [i / 200 for i in range(101)], "contained": 0.1, "cosine": 0.2 + jitter, "depths": [0.9, 0.1],
+                          "by_place": {"rate": [0.1 - i / 200 for i in range(10)], "parents": [0.2 - i / 50 for i in range(10)]}, "trees": []},
+            "hierarchy_null": {"containment": [i / 1000 for i in range(101)]},
+            "interference": {"by_rate": [100.0 / (i + 1) for i in range(10)], "ranks": [1, 2, 4, 8, 16, 32, 64, 128, 256], "captured": [i / 10 for i in range(1, 10)],
+                             "null": {"by_rate": [90.0 / (i + 1) for i in range(10)], "captured": [i / 12 for i in range(1, 10)]}},
+            "thresholds": {"rule": 2.0, "ratio": 1.1 + jitter, "z_by_rate": [2.2 - i / 20 for i in range(10)], "kurtosis": [i / 50 for i in range(101)],
+                           "threshold": [0.1, 0.5, 0.9], "by_rule": [0.0, 0.5, 1.0]},
+            "precision": {"fp32": {"l0": 4.0, "explained_variance": 0.8}, "weights": {"l0": 4.01, "explained_variance": 0.8 + jitter / 10},
+                          "weights_acts": {"l0": 4.01, "explained_variance": 0.8}},
+            **({} if language else {"missed": {"depth": [1, 2], "missed": [0.3 + jitter, None], "pairs": [12, 0]}})},
         "stability": {"others": {o: {"matched": 0.5 + jitter, "again": {"0.7": 0.4}, "activations": 0.6, "pairs": 0.3} for o in others},
                       "null": {"matched": 0.3}},
         "training": {"stages": [{"tokens": 100 * n, "ce_recovered": 0.5 + n / 200, "kl_recovered": 0.4 + n / 200, "l2_ratio": 0.9, "pairs": n / 100, "survived": None,
@@ -266,7 +279,7 @@ def analysed(folder, seed=0, others=(), level=0.0, language=True):
 def logged(folder, revived=False, tau=None):
     """A training log with all that the curves show."""
     lines = [{"step": s, "tokens": 100 * s, "loss": 1.1 / s, "loss_recon": 1 / s, "loss_sparsity": 0.1 / s, "mse": 1 / s, "l0": 4.0, "l1": 2.0, "explained_variance": 1 - 1 / s,
-              "dead": 0.0, **({"revived": s} if revived else {}), **({"pair_cos": 0.1, "ratio_ortho": 0.05, "tau": tau} if tau else {})} for s in range(1, 101)]
+              "dead": 0.0, **({"revived": s, "z": 1.5} if revived else {}), **({"pair_cos": 0.1, "ratio_ortho": 0.05, "tau": tau} if tau else {})} for s in range(1, 101)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -303,6 +316,10 @@ def test_every_plot_is_drawn_where_everything_was_measured(here):
     for weight in (0.0, 0.1):
         for variant, settings in (("ortsae", {"ortsae_weight": weight}), ("topk_ortho_r3", {"pair_fraction": weight}), ("topk_ortho_r4", {"ortho_tau": weight})):
             evaluated(run(here, variant, **settings), explained_variance=0.7 + weight, mse=0.3 - weight, cosine=0.5 + weight, l0=3.9 + weight)
+    for l0 in (2.0, 8.0, 16.0):
+        evaluated(run(here, "topk", acts="synthetic", l0=l0), acts="synthetic", l0=l0, absorption=1 / l0, mse=l0, cosine=l0 / 20)
+    evaluated(run(here, "jumprelu", activation="jumprelu"), mse=0.5, cosine=0.2)
+    analysed(here / "jumprelu-activation=jumprelu-s0")
     missing = {name: drawn(name, here)[0] for name in plot.PLOTS}
     assert {name: why for name, why in missing.items() if why} == {}
 
@@ -396,6 +413,36 @@ def test_efficiency_is_the_reduction_per_point_lost_and_has_words_where_it_has_n
     line = next(line for line in bars.lines if line.get_markerfacecolor() == "none")
     assert rows[line.get_ydata()[0]] == "pays" and line.get_xdata()[0] == pytest.approx(50 / 2)     # half of it for two points
     assert any(line.get_xydata()[0].tolist() == pytest.approx([-2.0, -0.05]) for line in plane.lines)
+
+
+def test_the_fit_of_absorption_to_l0_is_the_planted_law_and_ends_where_the_l0s_end(here):
+    for seed, factor in ((0, 2.0), (1, 4.0)):
+        for l0 in (20.0, 40.0, 100.0):
+            evaluated(run(here, "topk", seed, acts="synthetic", l0=l0, d_sae=512, steps=400, log=False), acts="synthetic", l0=l0, absorption=factor * l0 ** -(1.2 + 0.2 * seed), mse=l0, cosine=seed + l0 / 999)
+    for l0 in (20.0, 40.0):
+        evaluated(run(here, "idea", acts="synthetic", l0=l0, d_sae=512, steps=400, log=False), acts="synthetic", l0=l0, absorption=0.5)
+    axis, = drawn("absorption_l0", here)[1].axes
+    said, = [t.get_text() for t in axis.get_legend().get_texts()]
+    pooled = (2 * 80 ** -1.2 * 4 * 80 ** -1.4) ** 0.5                         # the geometric mean of both seeds' laws
+    assert said == f"topk d_sae=512: slope -1.30 +- 0.14, {pooled:.3f} at L0 80"
+    line = axis.lines[-1]
+    assert line.get_xdata().tolist() == [20.0, 100.0]
+    assert drawn("absorption_l0", here)[0] is None and plot.law([1, 10, 100], [3.0, 0.3, 0.03]) == pytest.approx([-1, math.log(3)])
+
+
+def test_two_l0s_are_no_law(here):
+    for l0 in (2.0, 4.0):
+        evaluated(run(here, "topk", acts="synthetic", l0=l0), acts="synthetic", l0=l0, absorption=1 / l0)
+    assert "--sweep l0=8,16,32" in drawn("absorption_l0", here)[0]
+
+
+def test_the_table_of_bfloat16_has_a_row_for_each_metric_and_the_changes_in_it(here):
+    everything(here, ["baseline", "idea"])
+    runs, _ = plot.find_runs([])
+    header, rows = plot.precision_table(runs)
+    assert header[2:] == ["fp32", "weights in bf16", "weights and activations", "losses alone"]
+    assert [row[:4] for row in rows if row[0] == "baseline"] == [["baseline", "EV", "0.80000", "+0.00100 +- 0.00100"], ["baseline", "L0", "4.000", "+0.010 +- 0.000"]]
+    assert rows[0][5] == "-" and plot.PRECISION in plot.results({"tiny": (runs, [])}, {"tiny": plot.compare(runs, "explained_variance")}, "explained_variance")[0]
 
 
 def test_losses_are_stacked_by_term(here):
