@@ -15,7 +15,7 @@ first shard (01_cache_acts.py), the language model, and for SAEBench on models o
     runs/NAME/eval/stability.json      which latents the other seeds of the same settings find again, beside random dictionaries
     runs/NAME/eval/saebench_core.json  and one file for every other evaluation of SAEBench: its own schema, with ours beside it
     acts/NAME/eval_cache/              what SAEBench's evaluations of all runs share; may be deleted
-    runs/controls-ACTS/KIND/eval/core.json
+    runs/controls-ACTS/KIND/eval/     core.json of the controls, and SAEBench's
 A result that belongs to the same weights, activations and number of contexts is left alone (--force makes it again).
 """
 import os
@@ -1058,6 +1058,7 @@ class BenchEval(NamedTuple):
     settings: Callable       # f(acts) -> everything that its numbers depend on beside model and SAE, as JSON; Unfit where it makes no sense
     evaluate: Callable       # f(bench, runs, settings, failures) -> yields (run, SAEBench's result as a dict, {"metrics": ..., "guards": ...})
     columns: tuple = ()      # (title, key in "metrics") of what the table at the end shows
+    details: str = "eval_result_details"     # where its result holds what the metrics are the means of
 
 
 class Bench:
@@ -1097,7 +1098,7 @@ class Bench:
         import transformer_lens
 
         def from_pretrained(name, *args, **kwargs):
-            if name != self.name or kwargs.get("dtype", torch.float32) != torch.float32:
+            if name != self.name or kwargs.get("dtype", torch.float32) not in (torch.float32, self.dtype):
                 raise Refuse(f"SAEBench asked for the model {name} in {kwargs.get('dtype')}, there is {self.name} in {self.dtype}")
             return self.model
 
@@ -1220,12 +1221,12 @@ class BenchSAE(torch.nn.Module):
         from sae_bench.custom_saes.custom_sae_config import CustomSAEConfig
         super().__init__()
         sae, scale = run.sae, run.sae.scale
-        self.holds = [sae]                                                      # a list: .to() of this module leaves it alone
+        self.holds = [sae.requires_grad_(False)]                                # a list: .to() of this module leaves it alone
         for name, value in (("W_enc", sae.W_enc), ("W_dec", sae.W_dec), ("b_enc", sae.b_enc / scale), ("b_dec", sae.b_dec / scale)):
             self.register_buffer(name, value.detach())
         self.composed = type(sae).forward is not SAE.forward
         self.device, self.dtype = bench.device, torch.float32
-        self.cfg = CustomSAEConfig(bench.name, sae.d_in, sae.d_sae, bench.layer, bench.hook_name, architecture=run.config["variant"],
+        self.cfg = CustomSAEConfig(bench.name, sae.d_in, sae.d_sae, bench.layer, bench.hook_name, architecture=run.config.get("variant", "control"),
                                    dtype=bench.dtype, device=str(bench.device), context_size=bench.acts.meta["ctx"])
 
     @torch.no_grad()
@@ -1243,9 +1244,8 @@ class BenchSAE(torch.nn.Module):
             acts[real] = sae.activate(sae.pre_acts(flat[real]))
         return (acts / sae.scale).reshape(*x.shape[:-1], sae.d_sae).to(self.dtype)
 
-    @torch.no_grad()
     def decode(self, acts):
-        """acts [..., d_sae] -> x_hat [..., d_in]."""
+        """acts [..., d_sae] -> x_hat [..., d_in], with a gradient to acts where one is asked for (RAVEL trains a mask on them)."""
         sae, flat = self.holds[0], acts.reshape(-1, acts.shape[-1]).float() * self.holds[0].scale
         if not self.composed:
             x_hat = sae.decode(flat) / sae.scale
@@ -1254,7 +1254,7 @@ class BenchSAE(torch.nn.Module):
         else:
             sae.activate = lambda pre: flat
             try:
-                x_hat = sae.reconstruct(self.x)
+                x_hat = sae(self.x.reshape(-1, sae.d_in).float() * sae.scale).x_hat / sae.scale
             finally:
                 del sae.activate
         return x_hat.reshape(*acts.shape[:-1], -1).to(self.dtype)
@@ -1270,8 +1270,7 @@ class BenchSAE(torch.nn.Module):
 
 @loads("SAEBench")
 def evaluate_saebench(acts, runs, names, force, device, failures):
-    """Make SAEBench's results that are not there yet, each checked and written as soon as it is made. Of runs, not of controls."""
-    runs = [r for r in runs if "control" not in r.config]
+    """Make SAEBench's results that are not there yet, each checked and written as soon as it is made; of controls those that are cheap."""
     try:
         if acts.meta["source"] != "model":
             raise Unfit("there is no language model")
@@ -1283,7 +1282,8 @@ def evaluate_saebench(acts, runs, names, force, device, failures):
         for name in names:
             try:
                 settings = {"sae_bench": importlib.metadata.version("sae-bench"), **BENCH[name].settings(acts)}
-                plans[name] = settings, [r for r in runs if force or not stored(name, r, acts, settings=settings)]
+                fit = [r for r in runs if "control" not in r.config or (name not in ASKED and r.sae.W_dec.any())]     # the mean has no latents
+                plans[name] = settings, [r for r in fit if force or not stored(name, r, acts, settings=settings)]
             except Unfit as e:
                 print(f"{acts.folder}: {name} left out: {e}")
         if not any(todo for _, todo in plans.values()):
@@ -1304,20 +1304,23 @@ def evaluate_saebench(acts, runs, names, force, device, failures):
 
 def saebench_table(runs, acts):
     """One line per run with a result of these weights: the headline figures of SAEBench's evaluations, void ones in brackets."""
-    columns, lines = [(name, *c) for name, spec in BENCH.items() for c in spec.columns], []
+    lines, seen = [], set()
     for run in runs:
         found = {}
         for name in BENCH:
             with contextlib.suppress(Refuse):
                 result = read_json(run.folder / "eval" / f"{name}.json")
                 if (result.get("sae_checksum"), result.get("acts")) == (run.config["sae_checksum"], acts.folder.name):
+                    seen.add(name)
                     void = any(g["level"] == "fatal" for g in result["guards"])
                     found[name] = {k: f"({v:.4f})" if void else f"{v:.4f}" for k, v in result["metrics"].items() if v is not None}
         if found:
-            lines.append((run.name, [found.get(name, {}).get(key, "-") for name, _, key in columns]))
+            lines.append((label(run), found))
+    columns = [(name, *c) for name, spec in BENCH.items() for c in spec.columns if name in seen]
+    lines = [(name, [found.get(of, {}).get(key, "-") for of, _, key in columns]) for name, found in lines]
     width = max([3, *(len(name) for name, _ in lines)])
-    lines = [f"{'run':{width}}" + "".join(f"  {title:>8}" for _, title, _ in columns)] + \
-            [f"{name:{width}}" + "".join(f"  {cell:>8}" for cell in cells) for name, cells in lines]
+    lines = [f"{'run':{width}}" + "".join(f"  {title:>9}" for _, title, _ in columns)] + \
+            [f"{name:{width}}" + "".join(f"  {cell:>9}" for cell in cells) for name, cells in lines]
     return "SAEBench\n" + "\n".join(lines) if len(lines) > 1 else ""
 
 
@@ -1353,7 +1356,7 @@ def check_saebench(result, run, bench, spec):
         raise Refuse(f"the result is of {result['sae_lens_release_id']} {of}, not of {bench.label(run)} {want}", 5)
     if result["datetime_epoch_millis"] < bench.started * 1000:
         raise Refuse("the result is an older one", 5)
-    if result["eval_result_details"] == []:
+    if not result[spec.details]:
         raise Refuse("the result has no details: nothing was evaluated", 5)
     json.dumps(result, allow_nan=False)
 
@@ -1912,7 +1915,7 @@ def on_disk_or_hub(names):
     import requests
     found, reachable = {}, True
     for name in dict.fromkeys(base_name(n) for n in names):
-        files = sorted((LABELLED / name).rglob("*.jsonl"))
+        files = sorted((LABELLED / name).rglob("*.json*"))
         if files:
             found[name] = checksum(b"".join(f.read_bytes() for f in files))
         elif reachable and name not in RUNS_CODE:
@@ -2257,6 +2260,196 @@ BENCH["unlearning"] = BenchEval("sae_bench.evals.unlearning.eval_output:Unlearni
                                 [("unlearn.", "unlearning_score")])
 
 
+# ---- SAEBench's RAVEL, autointerp and sae-probes: they take long, or money, and run where --eval names them ------------------------------
+
+ASKED = ("ravel", "autointerp", "sae_probes")
+RAVEL = "adamkarvonen/ravel_prompts"             # its data set: ravel_ENTITY_{attribute_to_prompts,entity_attributes,...}.json
+RAVEL_BATCH = 8                                  # SAEBench's own for Gemma-2-2B; a mask's training depends on it
+JUDGE = "gpt-4o-mini"                            # whom SAEBench asks
+LATENTS = 1000                                   # how many latents are judged, two questions each
+
+
+@contextlib.contextmanager
+def workplace(links):
+    """A temporary working folder with links {path in it: target}: SAEBench's relative paths lead there, and its configs keep its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path, target in links.items():
+            (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
+            (Path(folder) / path).symlink_to(target)
+        with contextlib.chdir(folder):
+            yield Path(folder)
+
+
+def only(found, bench, run):
+    """The one result that a call of SAEBench's run_eval gave, as JSON has it."""
+    return json.loads(json.dumps(found[f"{bench.label(run)}_custom_sae"]))
+
+
+def probes_settings(acts):
+    from sae_probes import DATASETS
+    return {"sae_probes": importlib.metadata.version("sae-probes"), "datasets": list(DATASETS)}
+
+
+def bench_sae_probes(bench, runs, settings, failures):
+    """Probes on the latents at the last token of a text, on the 113 data sets that the package sae-probes carries (Kantamneni 2025). The
+    model's activations and the probes on them are made once, with an SAE of few latents."""
+    from sae_bench.evals.sparse_probing_sae_probes import SparseProbingSaeProbesEvalConfig, main
+    from sae_probes import generate_model_activations as reading
+    folder, tokenizer = bench.folder("sae_probes", settings), bench.model.tokenizer
+    real, model_acts, baselines = reading._process_activations, "sparse_probing_sae_probes--model_acts_cache", f"baseline_results_{bench.name}"
+
+    def read(**asked):
+        """Texts longer than the model's context lose their start, as texts of more than 1,024 tokens do there."""
+        return real(**{**asked, "max_seq_len": min(asked["max_seq_len"], bench.model.cfg.n_ctx), "batch_size": max(1, int(LLM_BATCH * bench.share))})
+
+    def call(run):
+        config = SparseProbingSaeProbesEvalConfig(model_name=bench.name, random_seed=SEED, dataset_names=settings["datasets"])
+        with (bench.seams(SEED, log=folder / "log.txt"), replaced(reading, "_process_activations", read),
+              replaced(tokenizer, "padding_side", "right"), replaced(tokenizer, "truncation_side", "left")):
+            return only(main.run_eval(config, [(bench.label(run), BenchSAE(bench, run))], str(bench.device), "results"), bench, run)
+
+    if not (folder / "shared").exists():
+        print(f"{bench.acts.folder}: sae_probes: activations and probes that all runs share")
+        shutil.rmtree(folder / "making", ignore_errors=True)
+        (folder / "making").mkdir()
+        with contextlib.chdir(folder / "making"):
+            call(few_latents(bench))
+        (folder / "making").rename(folder / "shared")
+    shared = folder / "shared" / "artifacts"
+    for run in runs:
+        made = []
+        with blamed(run, failures, "sae_probes"), workplace({
+                f"artifacts/{model_acts}": shared / model_acts,
+                f"artifacts/sparse_probing_sae_probes/{baselines}": shared / "sparse_probing_sae_probes" / baselines}):
+            result = call(run)
+            missing = set(settings["datasets"]) - {d["dataset_name"] for d in result["eval_result_details"]}
+            if missing:
+                raise Refuse(f"sae-probes gives no figure for {', '.join(sorted(missing))}")
+            metrics = {k: v for part in result["eval_result_metrics"].values() for k, v in part.items() if v is not None}
+            made = [(result, {"metrics": metrics, "guards": probing_guards(metrics, None)})]
+        yield from ((run, *m) for m in made)
+
+
+def ravel_settings(acts):
+    from sae_bench.evals.ravel.eval_config import RAVELEvalConfig
+    data = on_disk_or_hub([RAVEL])
+    if not data:
+        raise Unfit(f"no prompts: {LABELLED / RAVEL} is missing, the hub is out of reach")
+    return {"data": data, "config": {"llm_batch_size": RAVEL_BATCH, "entity_attribute_selection": RAVELEvalConfig().entity_attribute_selection}}
+
+
+def bench_ravel(bench, runs, settings, failures):
+    """Whether latents of a city's country are others than those of its language: a mask of latents is trained so that exchanging them between
+    two prompts changes one attribute and leaves the others (Huang 2024). The model's own answers are made once; SAEBench's code for it takes
+    the Hugging Face model, which is loaded beside."""
+    import transformers
+    from sae_bench.evals.ravel import eval_config, instance, main
+    from sae_bench.sae_bench_utils import activation_collection
+    folder, selection = bench.folder("ravel", settings), settings["config"]["entity_attribute_selection"]
+    bench.model.to("cpu", print_details=False)                                # one model at a time in a GPU's memory
+    language = LanguageModel(bench.acts.meta, bench.device)
+    model = language.model.requires_grad_(False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bench.acts.meta["model"]["path"])
+    config = lambda **more: eval_config.RAVELEvalConfig(model_name=bench.name, llm_dtype=bench.dtype, random_seed=SEED, **{**settings["config"], **more})
+    always = lambda thing: SimpleNamespace(from_pretrained=lambda *_, **__: thing)
+    try:
+        with contextlib.ExitStack() as stack:
+            for target, name, value in ((main, "AutoModelForCausalLM", always(model)), (main, "AutoTokenizer", always(tokenizer)),
+                                        (main, "LLM_NAME_MAP", {bench.name: bench.name}), (model, "train", lambda mode=True: model),     # no dropout
+                                        (activation_collection, "get_module", lambda *_: Tupled(language.point))):
+                stack.enter_context(replaced(target, name, value))
+            if not (folder / "shared").exists():
+                print(f"{bench.acts.folder}: ravel: what the model answers, which all runs share")
+                shutil.rmtree(folder / "making", ignore_errors=True)
+                (folder / "making" / "base").mkdir(parents=True)
+                ravel_prompts(folder / "making" / "base", selection, settings["data"][RAVEL])
+                with bench.seams(SEED, log=folder / "log.txt"), torch.no_grad():
+                    for entity, attributes in selection.items():
+                        full = instance.RAVELInstance.create_from_files(
+                            config(llm_batch_size=8 * RAVEL_BATCH, artifact_dir=str(folder / "making")), entity, str(folder / "making"), tokenizer, model, bench.name, attributes)
+                        known = {a: [p.attribute_label for p in full.prompts if p.attribute_type == a] for a in attributes}
+                        few = [f"{len(labels)} prompts and {len(set(labels))} answers of {a}" for a, labels in known.items() if len(set(labels)) < 2]
+                        if few:
+                            raise Unfit(f"of {entity} the model knows only {', '.join(few)}")
+                        full.create_and_save_filtered_dataset(str(folder / "making"), config().top_n_entities)
+                (folder / "making").rename(folder / "shared")
+            for run in runs:
+                made = []
+                with blamed(run, failures, "ravel"), workplace({"artifacts/ravel": folder / "shared"}), bench.seams(SEED, log=folder / "log.txt"):
+                    result = only(main.run_eval(config(), [(bench.label(run), BenchSAE(bench, run))], str(bench.device), "results"), bench, run)
+                    metrics = result["eval_result_metrics"]["ravel"]
+                    if not all(map(math.isfinite, metrics.values())):
+                        raise Refuse(f"too few prompts are known for a score: {metrics}")
+                    made = [(result, {"metrics": metrics, "guards": []})]
+                yield from ((run, *m) for m in made)
+    finally:
+        del language, model
+        bench.model.to(bench.device, print_details=False)
+
+
+def ravel_prompts(folder, selection, version):
+    """RAVEL's files of these entities into `folder`, from labelled/ or the hub."""
+    here = LABELLED / RAVEL
+    if not here.exists():
+        import huggingface_hub
+        huggingface_hub.snapshot_download(RAVEL, repo_type="dataset", revision=version, local_dir=folder, allow_patterns="*.json")
+        return
+    for name in (f"ravel_{entity}_{part}.json" for entity in selection
+                 for part in ("attribute_to_prompts", "prompt_to_split", "entity_attributes", "entity_to_split")):
+        if not (here / name).exists():
+            raise Refuse(f"{here / name} is missing: copy all of the data set {RAVEL}")
+        shutil.copy(here / name, folder / name)
+
+
+class Tupled:
+    """A module whose forward hooks see a tuple, as SAEBench's do, whatever it returns."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def register_forward_hook(self, hook):
+        return self.module.register_forward_hook(
+            lambda module, args, out: hook(module, args, out) if isinstance(out, tuple) else hook(module, args, (out,))[0])
+
+
+def autointerp_settings(acts):
+    if not os.environ.get("OPENAI_API_KEY"):
+        raise Unfit("it asks a language model of OpenAI's about each latent, and there is no OPENAI_API_KEY")
+    contexts, ctx = acts.val()["tokens"].shape
+    return {"judge": [JUDGE, os.environ.get("OPENAI_BASE_URL", "OpenAI")],
+            "config": {"n_latents": LATENTS, "llm_context_size": ctx, "total_tokens": contexts * ctx, "dataset_name": str(acts.folder)}}
+
+
+def bench_autointerp(bench, runs, settings, failures):
+    """A language model names what a latent fires on, and says from the name alone in which other texts it fires (Paulo 2024). The texts are the
+    held-out contexts. It is asked through OpenAI's own client, which OPENAI_API_KEY and OPENAI_BASE_URL configure."""
+    from sae_bench.evals.autointerp import eval_config, main
+    folder, tokens = bench.folder("autointerp", settings), bench.acts.val()["tokens"].long()
+    for run in runs:
+        made = []
+        with (blamed(run, failures, "autointerp"), workplace({}), bench.seams(SEED, log=folder / "log.txt"),
+              replaced(main.dataset_utils, "load_and_tokenize_dataset", lambda *_: tokens)):
+            config = eval_config.AutoInterpEvalConfig(model_name=bench.name, llm_dtype=bench.dtype, random_seed=SEED,
+                                                      llm_batch_size=max(1, int(LLM_BATCH * bench.share)), **settings["config"])
+            found = main.run_eval(config, [(bench.label(run), BenchSAE(bench, run))], str(bench.device), os.environ["OPENAI_API_KEY"], "results")
+            result = only(found, bench, run)
+            judged, metrics = len(result["eval_result_unstructured"]), result["eval_result_metrics"]["autointerp"]
+            if judged < 2:
+                raise Refuse(f"{judged} latents could be judged: too few fire, or {JUDGE} answers in other words than it is asked to")
+            few = [{"id": "G11", "level": "warn", "message": f"{judged} latents judged, not {LATENTS}"}] if judged < LATENTS else []
+            made = [(result, {"metrics": {**metrics, "latents": judged}, "guards": few})]
+        yield from ((run, *m) for m in made)
+
+
+BENCH |= {
+    "ravel": BenchEval("sae_bench.evals.ravel.eval_output:RAVELEvalOutput", ravel_settings, bench_ravel,
+                       [("RAVEL", "disentanglement_score")], "eval_result_unstructured"),
+    "autointerp": BenchEval("sae_bench.evals.autointerp.eval_output:AutoInterpEvalOutput", autointerp_settings, bench_autointerp,
+                            [("autoint.", "autointerp_score")], "eval_result_unstructured"),
+    "sae_probes": BenchEval("sae_bench.evals.sparse_probing_sae_probes.eval_output:SparseProbingSaeProbesEvalOutput", probes_settings, bench_sae_probes,
+                            [("s.probe@1", "sae_top_1_test_accuracy"), ("s.probe@5", "sae_top_5_test_accuracy")])}
+
+
 # ---- controls ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -2423,8 +2616,10 @@ def label(run):
 def main():
     p = Parser(__doc__)
     p.add_argument("runs", nargs="*", help="folders (default: all under runs/)")
-    p.add_argument("--eval", nargs="+", choices=[*EVALS, *BENCH], default=[*EVALS, *BENCH], metavar="NAME",
-                   help=f"which evaluations (default: all that fit the model): {', '.join(EVALS)}, and SAEBench's {', '.join(BENCH)}")
+    usual = [name for name in BENCH if name not in ASKED]
+    p.add_argument("--eval", nargs="+", choices=[*EVALS, *BENCH], default=[*EVALS, *usual], metavar="NAME",
+                   help=f"which evaluations (default: all that fit the model): {', '.join(EVALS)}, and SAEBench's {', '.join(usual)}; "
+                        f"only if named: {', '.join(ASKED)}")
     p.add_argument("--controls", action="store_true", help="evaluate what has learned nothing as well, as wide and sparse as the runs")
     p.add_argument("--contexts", type=whole, metavar="N", help="held-out contexts to use (default: all)")
     p.add_argument("--force", action="store_true", help="evaluate again what is there already")

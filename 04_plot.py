@@ -274,7 +274,7 @@ def read_benchmarks(run):
         details = (result.get("eval_result_details") or result.get("eval_result_unstructured")) if result else None
         if result is None:
             run.gaps[name] = "no eval"
-        elif run.config and result.get("sae_checksum", run.config["sae_checksum"]) != run.config["sae_checksum"]:
+        elif (made := (run.config or run.core).get("sae_checksum")) and result.get("sae_checksum", made) != made:       # a control has no config
             run.gaps[name] = "stale"
         elif not details:
             run.gaps[name] = "not run (G11)"                                  # a score without what it is the mean of was not measured

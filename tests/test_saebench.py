@@ -4,13 +4,16 @@ The language model is a small Llama with random weights whose word embeddings ar
 finds, and for a third of each letter's words a direction of their own."""
 import contextlib
 import functools
+import http.server
 import importlib
 import json
 import os
 import random
+import re
 import string
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy
@@ -444,6 +447,17 @@ def test_short_memory_is_met_with_smaller_batches(world, monkeypatch):
     same(result(run, "saebench_core")["eval_result_metrics"], roomy)
 
 
+def test_controls_are_evaluated_as_runs_are_and_the_mean_that_has_no_latents_is_not(world):
+    run = make_run("beside", random_sae(world, 6))
+    made = ev.controls(world, [run])
+    assert not evaluate(world, [run, *made], "saebench_core", "autointerp")
+    there = {c.name for c in made if (c.folder / "eval" / "saebench_core.json").exists()}
+    assert there == {"untrained", "random", "pca"} and not list(Path("runs").glob("controls-*/*/eval/autointerp.json"))
+    pca = result(next(c for c in made if c.name == "pca"), "saebench_core")
+    assert pca["control"] and 0 < pca["metrics"]["explained_variance_about_mean"] < 1
+    assert "control: pca" in ev.saebench_table([run, *made], world)
+
+
 @pytest.mark.parametrize("what", ["another run", "another layer", "empty", "old", "nan", "a field missing"])
 def test_a_result_that_is_not_sound_is_refused(world, monkeypatch, what):
     run = make_run("unsound", random_sae(world, 8))
@@ -714,3 +728,157 @@ def test_data_sets_in_the_labelled_folder_are_used_and_their_content_is_the_key(
     with open(folder / "test.jsonl", "a") as f:
         f.write(json.dumps({"text": "more", "label": 0}) + "\n")
     assert ev.BENCH["sparse_probing"].settings(acts)["data"] != settings["data"]
+
+
+# ---- what runs only if asked for: RAVEL, autointerp, sae-probes --------------------------------------------------------------------------
+
+
+def test_what_was_not_asked_for_is_not_run():
+    said = subprocess.run([sys.executable, "03_eval.py", "--help"], cwd=Path(ev.__file__).parent, capture_output=True, text=True, check=True).stdout
+    assert "only if named: ravel, autointerp, sae_probes" in " ".join(said.split())
+
+
+def test_sae_probes_is_saebenchs_own_field_by_field(world, bench, tmp_path, monkeypatch):
+    from sae_bench.evals.sparse_probing_sae_probes import SparseProbingSaeProbesEvalConfig, main
+    names = ["119_us_state_TX", "87_glue_cola"]
+    with_settings(monkeypatch, world, "sae_probes", datasets=names)
+    runs = [make_run(f"probed-{seed}", random_sae(world, seed)) for seed in (0, 1)]
+    assert not evaluate(world, runs, "sae_probes")
+    with contextlib.chdir(tmp_path), bench.seams(ev.SEED, log=tmp_path / "log.txt"):
+        config = SparseProbingSaeProbesEvalConfig(model_name=bench.name, random_seed=ev.SEED, dataset_names=names)
+        theirs = ev.only(main.run_eval(config, [(bench.label(runs[1]), ev.BenchSAE(bench, runs[1]))], "cpu", "out"), bench, runs[1])
+    ours = result(runs[1], "sae_probes")
+    for key in ("eval_config", "eval_result_metrics", "eval_result_details", "sae_metrics_by_k", "sae_cfg_dict", "eval_type_id"):
+        same(ours[key], theirs[key], key)
+    assert {d["dataset_name"] for d in ours["eval_result_details"]} == set(names)
+    assert ours["eval_result_metrics"]["llm"] == result(runs[0], "sae_probes")["eval_result_metrics"]["llm"]
+
+
+TEMPLATES = {"Country": ["the first letter : %s"], "Language": ["letter the %s has"]}       # attributes of the entity word
+
+
+@pytest.fixture(scope="module")
+def neox(world):
+    """acts/neox: a GPT-NeoX of random weights, of the kind that SAEBench's RAVEL knows, and RAVEL's files with what it says itself as the truth."""
+    folder, attributes = Path("acts/neox"), {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.GPTNeoXConfig(vocab_size=len(WORDS), hidden_size=D, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96,
+                                            max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2, rotary_pct=0.5)
+        model = transformers.GPTNeoXForCausalLM(config).eval()
+    model.save_pretrained("neox")
+    make_tokenizer("neox")
+    write_cache(folder, model, torch.randint(3, len(WORDS), (CONTEXTS, CTX), generator=generator("neox")).int())
+    meta = {k: v for k, v in read_json(folder / "meta.json").items() if k != "checksum"}
+    write_json(folder / "meta.json", {**meta, "model": {**meta["model"], "name": "neox", "path": "neox"}})
+    tokenizer = transformers.AutoTokenizer.from_pretrained("neox")
+    for kind, (template,) in TEMPLATES.items():
+        prompts = torch.tensor([tokenizer.encode(template % word) for word in OWN])
+        with torch.no_grad():
+            for word, i in zip(OWN, model(prompts).logits[:, -1].argmax(-1).tolist()):
+                attributes.setdefault(word, {})[kind] = tokenizer.decode([i])
+    prompts = ev.LABELLED / ev.RAVEL
+    prompts.mkdir(parents=True)
+    for part, content in (("attribute_to_prompts", TEMPLATES), ("entity_attributes", attributes), ("entity_to_split", dict.fromkeys(OWN, "train")),
+                          ("prompt_to_split", {template: "train" for (template,) in TEMPLATES.values()})):
+        (prompts / f"ravel_word_{part}.json").write_text(json.dumps(content))
+    return Acts(folder)
+
+
+def test_ravel_is_saebenchs_own_field_by_field(neox, tmp_path, monkeypatch):
+    from sae_bench.evals.ravel import eval_config, main
+    words = {"llm_batch_size": 8, "entity_attribute_selection": {"word": list(TEMPLATES)}}
+    with_settings(monkeypatch, neox, "ravel", config=words)
+    runs = [make_run("ravel-identity", identity_sae(neox)), make_run("ravel-random", random_sae(neox))]
+    assert not evaluate(neox, runs, "ravel")
+    bench, ours = ev.Bench(neox, CPU), result(runs[1], "ravel")
+    (tmp_path / "artifacts" / "ravel").mkdir(parents=True)
+    (tmp_path / "artifacts" / "ravel" / "base").symlink_to((ev.LABELLED / ev.RAVEL).resolve())
+    config = eval_config.RAVELEvalConfig(model_name="neox", llm_dtype="float32", **words)
+    with ev.replaced(main, "LLM_NAME_MAP", {"neox": str(Path("neox").resolve())}), contextlib.chdir(tmp_path), bench.seams(ev.SEED):
+        theirs = ev.only(main.run_eval(config, [(bench.label(runs[1]), ev.BenchSAE(bench, runs[1]))], "cpu", "out"), bench, runs[1])
+    for key in ("eval_result_metrics", "eval_result_unstructured", "sae_cfg_dict", "eval_type_id"):
+        same(ours[key], theirs[key], key)
+    assert set(ours["eval_result_unstructured"]["word_results"]) == {"word_Country", "word_Language"}
+
+
+def test_ravel_is_left_out_without_prompts_or_without_knowledge(world, neox, monkeypatch, capsys):
+    run = make_run("unknown", random_sae(world))
+    with_settings(monkeypatch, neox, "ravel", config={"llm_batch_size": 8, "entity_attribute_selection": {"word": list(TEMPLATES)}})
+    assert not evaluate(world, [run], "ravel")                                # another model, which says other things
+    assert "of word the model knows only" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(ev, "on_disk_or_hub", lambda names: {})
+    assert not evaluate(world, [run], "ravel")
+    assert "ravel left out: no prompts" in capsys.readouterr().out and not (run.folder / "eval" / "ravel.json").exists()
+
+
+class Judge(http.server.BaseHTTPRequestHandler):
+    """Speaks OpenAI's chat completions: names a latent by the letter that the first word it fires on starts with, and then picks the texts that have it."""
+    asked = []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][1]["content"]
+        self.asked.append((self.path, body["model"], self.headers["Authorization"]))
+        if "Here is the explanation" in question:
+            letter, texts = re.search(r"fires on (\w)", question)[1], question.split("Here are the examples:")[1]
+            said = ", ".join(n for n, text in re.findall(r"(\d+)\. (.*)", texts) if letter in text.lower()) or "None"
+        else:
+            said = f"activates on {re.search(r'<<(.+?)>>', question)[1].strip()[0].lower()}"
+        answer = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [
+            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    Judge.asked.clear()
+    yield Judge.asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_autointerp_asks_the_judge_and_is_saebenchs_own(world, bench, judge, tmp_path, monkeypatch):
+    from sae_bench.evals.autointerp import eval_config, main
+    few = {**ev.BENCH["autointerp"].settings(world)["config"], "n_latents": 12, "dead_latent_threshold": 15, "buffer": 2, "n_top_ex_for_generation": 4}
+    with_settings(monkeypatch, world, "autointerp", config=few)
+    run, dead = make_run("judged", alphabet_sae(world)), make_run("unjudged", relu_sae(world, axes()[0].T, axes()[0], torch.tensor(-1e6)))
+    assert evaluate(world, [dead, run], "autointerp").keys() == {(dead.folder, "autointerp")}
+    ours, calls = result(run, "autointerp"), len(judge)
+    assert set(judge) == {("/v1/chat/completions", "gpt-4o-mini", "Bearer sk-secret")} and calls == 2 * ours["metrics"]["latents"]
+    assert "sk-secret" not in (run.folder / "eval" / "autointerp.json").read_text()
+    tokens, config = world.val()["tokens"].long(), eval_config.AutoInterpEvalConfig(model_name=bench.name, llm_dtype="float32", llm_batch_size=32, **few)
+    (tmp_path / "autointerp").mkdir()
+    torch.save(tokens, tmp_path / "autointerp" / f"{bench.name}_{tokens.numel()}_tokens_{CTX}_ctx.pt")
+    with bench.seams(ev.SEED):
+        theirs = ev.only(main.run_eval(config, [(bench.label(run), ev.BenchSAE(bench, run))], "cpu", "sk-secret", str(tmp_path / "out"),
+                                       artifacts_path=str(tmp_path)), bench, run)
+    for latent in [*ours["eval_result_unstructured"].values(), *theirs["eval_result_unstructured"].values()]:
+        latent.pop("logs")                                            # a prompt gives random numbers as an example, drawn in threads
+    for key in ("eval_config", "eval_result_metrics", "eval_result_unstructured", "sae_cfg_dict", "eval_type_id"):
+        same(ours[key], theirs[key], key)
+    clear = [r["score"] for r in ours["eval_result_unstructured"].values() if r["explanation"] not in "bcdfghjkmnpq"]     # second letters of words
+    assert len(clear) > 2 and sum(clear) / len(clear) > 0.85                  # a latent for a letter, which the judge's rule finds
+
+
+def test_autointerp_is_left_out_without_a_key_and_a_judge_that_refuses_is_told(world, judge, monkeypatch, capsys):
+    run = make_run("refused", alphabet_sae(world))
+    with_settings(monkeypatch, world, "autointerp")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    assert evaluate(world, [run], "autointerp").keys() == {(run.folder, "autointerp")}
+    assert "autointerp failed: APIConnectionError" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert not evaluate(world, [run], "autointerp") and "no OPENAI_API_KEY" in capsys.readouterr().out

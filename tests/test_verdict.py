@@ -168,6 +168,18 @@ def test_an_untrained_run_is_invalid_though_it_absorbs_least_and_a_metric_that_a
                for line in plot.notes(runs, controls, found, tried, "absorption"))
 
 
+def test_a_benchmark_that_a_control_wins_is_marked_unless_its_result_is_of_other_weights(tmp_path):
+    tpp = lambda value, **said: {"eval_result_metrics": {"tpp_metrics": {"tpp_threshold_20_total_metric": value}}, "eval_result_details": [{}], **said}
+    run(tmp_path, "baseline", bench={"tpp": tpp(0.1)})
+    for kind, made_of in (("random", "u"), ("pca", "older")):
+        folder = tmp_path / "controls-toy" / kind / "eval"
+        write_json(folder / "core.json", {"acts": "toy", "sae_checksum": "u", "version": 1, "contexts": 100, "guards": [], "metrics": {"l0": 4.0}})
+        write_json(folder / "tpp.json", tpp(0.3, sae_checksum=made_of))
+    runs, controls = plot.find_runs(sorted(p.parent for p in tmp_path.glob("*/config.json")))
+    assert {c.name: c.get("tpp") for c in controls} == {"control: pca": None, "control: random": 0.3}
+    assert plot.uninformative(runs, controls)["tpp"][0] == [c for c in controls if c.name == "control: random"]
+
+
 def test_duplicated_numbers_are_invalid_and_the_first_keeps_them(tmp_path):
     numbers = dict(explained_variance=0.81, mse=0.0123, cosine=0.91, l1=7.7, l2_ratio=0.95)
     run(tmp_path, "baseline", **numbers)
