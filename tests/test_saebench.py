@@ -742,16 +742,15 @@ def test_sae_probes_is_saebenchs_own_field_by_field(world, bench, tmp_path, monk
     from sae_bench.evals.sparse_probing_sae_probes import SparseProbingSaeProbesEvalConfig, main
     names = ["119_us_state_TX", "87_glue_cola"]
     with_settings(monkeypatch, world, "sae_probes", datasets=names)
-    runs = [make_run(f"probed-{seed}", random_sae(world, seed)) for seed in (0, 1)]
-    assert not evaluate(world, runs, "sae_probes")
+    run = make_run("probed", random_sae(world))
+    assert not evaluate(world, [run], "sae_probes")
     with contextlib.chdir(tmp_path), bench.seams(ev.SEED, log=tmp_path / "log.txt"):
         config = SparseProbingSaeProbesEvalConfig(model_name=bench.name, random_seed=ev.SEED, dataset_names=names)
-        theirs = ev.only(main.run_eval(config, [(bench.label(runs[1]), ev.BenchSAE(bench, runs[1]))], "cpu", "out"), bench, runs[1])
-    ours = result(runs[1], "sae_probes")
+        theirs = ev.only(main.run_eval(config, [(bench.label(run), ev.BenchSAE(bench, run))], "cpu", "out"), bench, run)
+    ours = result(run, "sae_probes")
     for key in ("eval_config", "eval_result_metrics", "eval_result_details", "sae_metrics_by_k", "sae_cfg_dict", "eval_type_id"):
         same(ours[key], theirs[key], key)
     assert {d["dataset_name"] for d in ours["eval_result_details"]} == set(names)
-    assert ours["eval_result_metrics"]["llm"] == result(runs[0], "sae_probes")["eval_result_metrics"]["llm"]
 
 
 TEMPLATES = {"Country": ["the first letter : %s"], "Language": ["letter the %s has"]}       # attributes of the entity word
@@ -773,13 +772,13 @@ def neox(world):
     write_json(folder / "meta.json", {**meta, "model": {**meta["model"], "name": "neox", "path": "neox"}})
     tokenizer = transformers.AutoTokenizer.from_pretrained("neox")
     for kind, (template,) in TEMPLATES.items():
-        prompts = torch.tensor([tokenizer.encode(template % word) for word in OWN])
+        prompts = torch.tensor([tokenizer.encode(template % word) for word in OWN[:40]])
         with torch.no_grad():
-            for word, i in zip(OWN, model(prompts).logits[:, -1].argmax(-1).tolist()):
+            for word, i in zip(OWN[:40], model(prompts).logits[:, -1].argmax(-1).tolist()):
                 attributes.setdefault(word, {})[kind] = tokenizer.decode([i])
     prompts = ev.LABELLED / ev.RAVEL
     prompts.mkdir(parents=True)
-    for part, content in (("attribute_to_prompts", TEMPLATES), ("entity_attributes", attributes), ("entity_to_split", dict.fromkeys(OWN, "train")),
+    for part, content in (("attribute_to_prompts", TEMPLATES), ("entity_attributes", attributes), ("entity_to_split", dict.fromkeys(OWN[:40], "train")),
                           ("prompt_to_split", {template: "train" for (template,) in TEMPLATES.values()})):
         (prompts / f"ravel_word_{part}.json").write_text(json.dumps(content))
     return Acts(folder)
@@ -789,14 +788,14 @@ def test_ravel_is_saebenchs_own_field_by_field(neox, tmp_path, monkeypatch):
     from sae_bench.evals.ravel import eval_config, main
     words = {"llm_batch_size": 8, "entity_attribute_selection": {"word": list(TEMPLATES)}}
     with_settings(monkeypatch, neox, "ravel", config=words)
-    runs = [make_run("ravel-identity", identity_sae(neox)), make_run("ravel-random", random_sae(neox))]
-    assert not evaluate(neox, runs, "ravel")
-    bench, ours = ev.Bench(neox, CPU), result(runs[1], "ravel")
+    run = make_run("ravel-random", random_sae(neox))
+    assert not evaluate(neox, [run], "ravel")
+    bench, ours = ev.Bench(neox, CPU), result(run, "ravel")
     (tmp_path / "artifacts" / "ravel").mkdir(parents=True)
     (tmp_path / "artifacts" / "ravel" / "base").symlink_to((ev.LABELLED / ev.RAVEL).resolve())
     config = eval_config.RAVELEvalConfig(model_name="neox", llm_dtype="float32", **words)
     with ev.replaced(main, "LLM_NAME_MAP", {"neox": str(Path("neox").resolve())}), contextlib.chdir(tmp_path), bench.seams(ev.SEED):
-        theirs = ev.only(main.run_eval(config, [(bench.label(runs[1]), ev.BenchSAE(bench, runs[1]))], "cpu", "out"), bench, runs[1])
+        theirs = ev.only(main.run_eval(config, [(bench.label(run), ev.BenchSAE(bench, run))], "cpu", "out"), bench, run)
     for key in ("eval_result_metrics", "eval_result_unstructured", "sae_cfg_dict", "eval_type_id"):
         same(ours[key], theirs[key], key)
     assert set(ours["eval_result_unstructured"]["word_results"]) == {"word_Country", "word_Language"}
