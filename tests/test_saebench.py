@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import shutil
 import string
 import subprocess
 import sys
@@ -728,6 +729,62 @@ def test_data_sets_in_the_labelled_folder_are_used_and_their_content_is_the_key(
     with open(folder / "test.jsonl", "a") as f:
         f.write(json.dumps({"text": "more", "label": 0}) + "\n")
     assert ev.BENCH["sparse_probing"].settings(acts)["data"] != settings["data"]
+
+
+SUBJECTS = ["wmdp-bio", "high_school_us_history"]
+
+
+@pytest.fixture
+def exam(world, monkeypatch):
+    """SAEBench's data in its layout: a forget corpus, text to retain, and questions; of a model of random weights every answer counts as known
+    that it gives right in a quarter of the orders. The model goes by the name of one that SAEBench has prompts for."""
+    from sae_bench.evals.unlearning.utils import metrics
+    g = random.Random(1)
+    text = lambda letters: " ".join(g.choice([w for w in OWN if w[0] in letters]) for _ in range(60))
+    ask = lambda: {"question": text("abc")[:30], "choices": [g.choice(OWN) for _ in range(4)], "answer": g.randrange(4)}
+    for path, rows in (("cais/wmdp-corpora/bio-forget-corpus.jsonl", [{"text": text("nopq")} for _ in range(40)]),
+                       ("wikitext/wikitext-2-raw-v1/test.jsonl", [{"text": text("abcd")} for _ in range(40)]),
+                       ("cais/wmdp/wmdp-bio/test.jsonl", [ask() for _ in range(8)]),
+                       (f"cais/mmlu/{SUBJECTS[1]}/test.jsonl", [ask() for _ in range(8)])):
+        (ev.LABELLED / path).parent.mkdir(parents=True, exist_ok=True)
+        (ev.LABELLED / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(metrics, "_find_all_permutation_correct_ans", lambda found: numpy.where(found["is_correct"].reshape(-1, 24).sum(1) >= 6)[0])
+    acts = Acts("acts/toy")
+    acts.meta = {**acts.meta, "model": {**acts.meta["model"], "name": "toy-gemma-it"}}
+    settings = ev.unlearning_settings(acts)
+    few = {"dataset_names": SUBJECTS, "dataset_size": 30, "seq_len": CTX, "multipliers": [1, 5], "n_features_list": [2, 5], "retain_thresholds": [0.1]}
+    monkeypatch.setitem(ev.BENCH, "unlearning", ev.BENCH["unlearning"]._replace(settings=lambda acts: {**settings, "config": {**few, "llm_batch_size": 4}}))
+    yield acts
+    shutil.rmtree(ev.LABELLED / "cais")
+
+
+def test_saebenchs_questions_are_asked_where_they_are_and_scored_as_by_itself(exam, tmp_path, capsys):
+    from sae_bench.evals.unlearning import eval_config, main
+    run = make_run("examined", alphabet_sae(exam))
+    assert not evaluate(exam, [run], "unlearning")
+    bench, ours, settings = ev.Bench(exam, CPU), result(run, "unlearning"), ev.BENCH["unlearning"].settings(exam)
+    data = {name: (ev.LABELLED / name).resolve() for name in ev.QUESTIONS}
+    place = tmp_path / "sae_bench" / "evals" / "unlearning" / "data"
+    place.mkdir(parents=True)
+    (place / "bio-forget-corpus.jsonl").symlink_to(ev.FORGET.resolve())
+    config = eval_config.UnlearningEvalConfig(model_name=bench.name, llm_dtype="float32", **settings["config"])
+    with contextlib.chdir(tmp_path), ev.replaced(bench.model.cfg, "model_name", "gemma-2-2b-it"), bench.seams(ev.SEED, data):
+        theirs = ev.only(main.run_eval(config, [(bench.label(run), ev.BenchSAE(bench, run))], "cpu", "out"), bench, run)
+        table = main.get_metrics_df(f"artifacts/unlearning/{bench.name}/{bench.label(run)}_custom_sae/results/metrics")
+    for key in ("eval_config", "eval_result_metrics", "sae_cfg_dict", "eval_type_id"):
+        same(ours[key], theirs[key], key)
+    key = lambda row: (row["multiplier"], row["n_features"])
+    details = [{k: v for k, v in row.items() if k in table} for row in ours["eval_result_details"]]
+    same(sorted(details, key=key), sorted(table.to_dict("records"), key=key))
+    said = " ".join(g["message"] for g in ours["guards"])
+    assert len({key(row) for row in details}) == 4 and "few questions are answered right" in said and "unlearning out of scope" in said
+
+
+def test_without_the_forget_corpus_the_questions_are_not_asked_and_it_is_said(world, capsys):
+    acts = Acts("acts/toy")
+    acts.meta = {**world.meta, "data": {"name": "none"}, "model": {**world.meta["model"], "name": "gemma-2-2b-it"}}
+    assert not evaluate(acts, [make_run("any", random_sae(world))], "unlearning")
+    assert "asked only where labelled/cais/wmdp-corpora/bio-forget-corpus.jsonl is" in capsys.readouterr().out
 
 
 # ---- what runs only if asked for: RAVEL, autointerp, sae-probes --------------------------------------------------------------------------
