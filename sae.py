@@ -73,7 +73,7 @@ class JumpReLU(torch.autograd.Function):
     def backward(ctx, grad):
         pre, threshold = ctx.saved_tensors
         near = ((pre - threshold).abs() < ctx.bandwidth / 2) * grad
-        return grad * (pre > threshold), -(threshold / ctx.bandwidth * near).sum(0), None
+        return grad * (pre > threshold), -(threshold / ctx.bandwidth * near).sum_to_size(threshold.shape), None
 
 
 class Step(torch.autograd.Function):
@@ -89,7 +89,7 @@ class Step(torch.autograd.Function):
     def backward(ctx, grad):
         pre, threshold = ctx.saved_tensors
         near = ((pre - threshold).abs() < ctx.bandwidth / 2) * grad
-        return None, -(near / ctx.bandwidth).sum(0), None
+        return None, -(near / ctx.bandwidth).sum_to_size(threshold.shape), None
 
 
 # ---- sparse codes: products touch the latents that fire, not the zeros ---------------------------------------------------------------
@@ -128,11 +128,15 @@ class Codes(torch.Tensor):
         rows = at.div(pre.shape[1], rounding_mode="floor")
         return cls(activation(Pick.apply(pre, at)), rows, at - rows * pre.shape[1], pre.shape)
 
+    def at(self):
+        """Flat indices of the values [n]."""
+        return self.rows * self.full[1] + self.latents
+
     def dense(self):
         """The same [B, d_sae] as an ordinary tensor, with the gradient that it should have."""
         if self.whole is None:
             flat = self.values.new_zeros(self.full.numel())
-            self.whole = flat.scatter_add(0, self.rows * self.full[1] + self.latents, self.values).view(self.full)
+            self.whole = flat.scatter_add(0, self.at(), self.values).view(self.full)
         return self.whole
 
     def times(self, W):
@@ -376,6 +380,8 @@ class SAE(nn.Module):
             self.b_enc.copy_(-self.pre_acts(x).kthvalue(rank, dim=0).values)
         if self.activation == "jumprelu":
             self.log_threshold.copy_(self.pre_acts(x).kthvalue(rank, dim=0).values.clamp_min(1e-3).log())
+        if self.activation == "batch_topk":
+            self.threshold.copy_(self.batch_threshold(self.pre_acts(x[:256])))      # so that the first batches, too, look at few entries
         out = self(x)
         read = out.x_hat - self.b_dec
         factor = ((x - self.b_dec) * read).sum() / read.pow(2).sum().clamp_min(1e-12)
@@ -383,6 +389,8 @@ class SAE(nn.Module):
         self.b_enc.mul_(factor)
         if self.activation == "jumprelu":
             self.log_threshold.add_(factor.log())
+        if self.activation == "batch_topk":
+            self.threshold.mul_(factor)
 
     def choose_batch(self, n_rows, rng):
         """Rows of the shard in memory (n_rows of them, shuffled when written) that make this step's batch: a slice or a tensor of
@@ -408,13 +416,20 @@ class SAE(nn.Module):
         return pre.relu()
 
     def codes(self, pre):
-        """What the rest of activate() gives in training, as Codes."""
+        """What the rest of activate() gives in training, as Codes; jumprelu's are so where there are few entries near the thresholds."""
         if self.activation == "topk":
             top = highest(pre.detach(), round(self.wanted_l0()))
             return Codes.of(pre, (top + self.d_sae * torch.arange(len(pre), device=pre.device)[:, None]).flatten(), torch.relu)
         if self.activation == "batch_topk":
             cut, at, values = self.batch_cut(pre.detach())
             return Codes.of(pre, at[(values <= cut).logical_not_()], torch.relu)
+        if self.activation == "jumprelu":
+            threshold = self.log_threshold.exp()
+            cut = threshold.detach() - self.bandwidth / 2          # above it are also the zeros whose gradient moves a threshold
+            at = above(pre, cut.masked_fill(cut < 0, -torch.inf))
+            if len(at) > 2 * SPARSE_BELOW * pre.numel():
+                return JumpReLU.apply(pre.relu(), threshold, self.bandwidth)
+            return Codes.of(pre, at, lambda values: JumpReLU.apply(values.relu(), threshold.index_select(0, at % self.d_sae), self.bandwidth))
         return Codes.of(pre, above(pre, 0), torch.relu)
 
     def decode(self, acts):
@@ -473,9 +488,9 @@ class SAE(nn.Module):
 
     def sparse_pays(self, pre):
         """Whether so few latents fire that Codes are faster than dense products: by measurement, on a CPU (SPARSE_BELOW)."""
-        if pre.is_cuda or self.activation == "jumprelu":
+        if pre.is_cuda:
             return False
-        return (self.l0_now if self.activation == "relu" else self.wanted_l0()) < SPARSE_BELOW * self.d_sae - 4
+        return (self.l0_now if self.activation in ("relu", "jumprelu") else self.wanted_l0()) < SPARSE_BELOW * self.d_sae - 4
 
     def memory(self, fraction):
         """The weight of the newest value in a moving average that remembers `fraction` of the run (its plain mean at first)."""
@@ -490,7 +505,10 @@ class SAE(nn.Module):
         """The penalty before its weight, mean over rows. relu: sum_i acts_i ||d_i|| / sqrt(d_in); jumprelu: L0 / l0."""
         if self.activation == "relu":
             return (out.acts @ self.W_dec.norm(dim=-1)).mean() / self.d_in ** 0.5
-        return Step.apply(out.pre, self.log_threshold.exp(), self.bandwidth).sum(-1).mean() / self.l0
+        pre, threshold = out.pre, self.log_threshold.exp()
+        if isinstance(out.acts, Codes):
+            pre, threshold = pre.detach().take(out.acts.at()), threshold.index_select(0, out.acts.latents)
+        return Step.apply(pre, threshold, self.bandwidth).sum() / len(out.x) / self.l0
 
     def steer_sparsity(self, l0):
         """Move the penalty's weight so that the L0 of the batches, `l0` of this one, stays at wanted_l0(): a controller on the
@@ -509,9 +527,10 @@ class SAE(nn.Module):
         """(batch_threshold, flat indices of entries of pre among which are all above it, these entries). Exact: the carried threshold
         only narrows the entries that are looked at."""
         keep = min(round(self.wanted_l0() * len(pre)), pre.numel() - 1)
-        at = above(pre, 0.8 * self.threshold)
-        if len(at) <= keep:
-            at = torch.arange(pre.numel(), device=pre.device)
+        for share in (0.95, 0.8, 0.0):
+            at = above(pre, share * self.threshold if share else -torch.inf)
+            if len(at) > keep:
+                break
         near = pre.take(at)
         return near.kthvalue(len(near) - keep).values.clamp_min(0), at, near
 

@@ -13,7 +13,7 @@ import sae as sae_py
 from sae import ROOT, SAE, Codes, Encode, Pick, above, firing, generator, highest
 from toys import build, evaluate, mixture, steps, train
 
-KINDS = ["relu", "topk", "batch_topk"]
+KINDS = ["relu", "topk", "batch_topk", "jumprelu"]
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_sparse_and_dense_agree_in_values_and_gradients(activation, rows, d_in, 
     weights = torch.randn(rows, d_sae, generator=generator("w", seed), dtype=torch.float64)
 
     def loss(sae, out):
-        penalty = sae.sparsity(out) if activation == "relu" else 0
+        penalty = sae.sparsity(out) if activation in ("relu", "jumprelu") else 0
         return (out.x - out.x_hat).pow(3).sum() + penalty + (out.acts * weights).pow(2).sum() + (out.pre * weights).sum()
 
     with pytest.MonkeyPatch.context() as m:
@@ -181,13 +181,21 @@ def test_the_path_is_chosen_by_size_and_not_in_evaluation():
     below, sae_py.SPARSE_BELOW = sae_py.SPARSE_BELOW, 0.05
     try:
         for (d_sae, l0), sparse in sizes.items():
-            for activation in KINDS:
+            for activation in ("relu", "topk", "batch_topk"):
                 sae = SAE(4, 1, activation=activation, d_sae=d_sae, l0=l0)
                 sae.step = 1
                 assert isinstance(sae.activate(torch.randn(3, d_sae)), Codes) == sparse
                 assert not isinstance(sae.eval().activate(torch.randn(3, d_sae)), Codes)
     finally:
         sae_py.SPARSE_BELOW = below
+
+
+def test_jumprelu_takes_the_sparse_path_where_few_entries_are_near_the_thresholds():
+    sae, pre = SAE(4, 1, activation="jumprelu", d_sae=1024, l0=16.0), torch.randn(64, 1024, generator=generator("pre"))
+    for shift, sparse in ((0, False), (-2, True)):                         # 23 % and 0.3 % of pre are above 0.75, a threshold less half the bandwidth
+        acts = sae.activate(pre + shift)
+        assert isinstance(acts, Codes) == sparse and torch.equal(acts.dense() if sparse else acts, sae.eval().activate(pre + shift))
+        sae.train()
 
 
 @pytest.mark.parametrize("activation", KINDS)
