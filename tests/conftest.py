@@ -30,18 +30,22 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seeds", type=int, default=len(toys.SEEDS), help="how many seeds the tests of what variants do take (default: 3)")
+    parser.addoption("--seeds", type=int, help="of the tests of what variants do (default: 3; 6 under -m slow, which runs them too)")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; run with -m slow")
     config.addinivalue_line("markers", "gpu: needs CUDA")
-    toys.SEEDS = tuple(range(config.getoption("--seeds")))
+    config.long = "slow" in config.option.markexpr and "not slow" not in config.option.markexpr
+    toys.SEEDS = tuple(range(config.getoption("--seeds") or (6 if config.long else len(toys.SEEDS))))
 
 
+@pytest.hookimpl(tryfirst=True)                 # before -m chooses
 def pytest_collection_modifyitems(config, items):
-    """Slow tests run when asked for by -m; GPU tests where there is a GPU."""
+    """Slow tests run when asked for by -m, and with them, on more seeds, the tests of what variants do; GPU tests where there is a GPU."""
     for item in items:
+        if config.long and hasattr(item.module, "SEEDS"):
+            item.add_marker(pytest.mark.slow)
         if "slow" in item.keywords and "slow" not in config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="run with -m slow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():

@@ -10,7 +10,7 @@ from sae import generator, load_variant, unit, write_json, write_tensors  # noqa
 
 train_py = importlib.import_module("02_train")
 D_IN = 32
-SEEDS = 0, 1, 2              # of the tests of what variants do; pytest --seeds 6 takes more
+SEEDS = 0, 1, 2              # of the tests of what variants do; more by pytest --seeds N, and under -m slow
 
 
 def orthonormal(n, d_in=D_IN, seed=0):

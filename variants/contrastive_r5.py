@@ -6,8 +6,8 @@ first) listen to; lengths are kept. Orthogonalising columns of a batch of activa
 make a row's encoding depend on its neighbours. Blocks are formed on the first sample and anew until the middle of the run.
 Gram-Schmidt is computed by a Cholesky factor of each block's Gram matrix, which gives the same in one go.
 Costs (d_sae 8192, d_in 1152, batch 1024, one core): time 1.3, memory 1.2 times the baseline's.
-Found (toy mixture, 3 seeds): mean |cosine| of the encoder directions of latents that fire together 0.106 instead of 0.127 (relu), 0.089
-instead of 0.104 (batch_topk); explained variance the same within 0.003 (3 seeds).
+Found (toy mixture, relu, 6 seeds): mean |cosine| of the encoder directions of latents that fire together 0.099 instead of 0.116,
+explained variance 0.525 instead of 0.526.
 """
 import torch
 
