@@ -1933,10 +1933,10 @@ def base_name(task):
     return task.split("_class_set")[0].removesuffix("_sentiment")
 
 
-def labelled_settings(name, own, prefix, **more):
+def labelled_settings(name, own, prefix, always={}, **more):
     """f(acts) -> the data, tasks and SAEBench's settings that differ from its defaults, of one evaluation of labelled text.
 
-    own: which tasks of a corpus it takes; prefix: of its settings for the numbers of texts; more: its other settings on a corpus."""
+    own: which tasks of a corpus it takes; prefix: of its settings for the numbers of texts; always: its other settings; more: those on a corpus."""
     def settings(acts):
         found = corpus_tasks(acts)
         if found:
@@ -1946,12 +1946,12 @@ def labelled_settings(name, own, prefix, **more):
                 raise Unfit("the corpus has too few texts of any class")
             return {"data": {task: index["version"] for task in tasks}, "tasks": tasks, "index": index,
                     "config": {"context_length": EMBEDDED["ctx"], "sae_batch_size": 32, f"{prefix}train_set_size": EMBEDDED["train"],
-                               f"{prefix}test_set_size": EMBEDDED["test"], **more}}
+                               f"{prefix}test_set_size": EMBEDDED["test"], **always, **more}}
         data = on_disk_or_hub(HUB_TASKS[name])
         tasks = [task for task in HUB_TASKS[name] if base_name(task) in data]
         if not tasks:
             raise Unfit(f"no labelled data: the corpus has no labels, {LABELLED}/ has none of {', '.join(HUB_TASKS[name])}, the hub is out of reach")
-        return {"data": data, "tasks": tasks, "index": None, "config": {}}
+        return {"data": data, "tasks": tasks, "index": None, "config": dict(always)}
     return settings
 
 
@@ -2095,7 +2095,7 @@ OWN_SCR = {"n_values": [2, 5, 10, 20], "probe_lr": 1e-2}     # 1e-3 leaves probe
 SCR_MAIN, SCR_OUTPUT = "sae_bench.evals.scr_and_tpp.main", "sae_bench.evals.scr_and_tpp.eval_output"
 BENCH |= {
     "sparse_probing": BenchEval(
-        "sae_bench.evals.sparse_probing.eval_output:SparseProbingEvalOutput", labelled_settings("sparse_probing", OWN_TASKS.values(), "probe_"),
+        "sae_bench.evals.sparse_probing.eval_output:SparseProbingEvalOutput", labelled_settings("sparse_probing", OWN_TASKS.values(), "probe_", {"k_values": [1, 2, 5, 20]}),
         bench_labelled("sparse_probing", "sae_bench.evals.sparse_probing.main", "SparseProbingEvalConfig", {}, "k_values", probing_guards),
         [("probe@1", "sae_top_1_test_accuracy"), ("probe@5", "sae_top_5_test_accuracy")]),
     "scr": BenchEval(

@@ -1263,7 +1263,7 @@ def curves(axis, groups, look, spec, handles):
         axis.set_xticks(xs, [matplotlib.ticker.EngFormatter(sep="", places=0)(x) if "tokens" in spec.x_label else f"{x:g}" for x in xs])
         axis.minorticks_off()
     else:
-        few = all(isinstance(x, int) for x in xs) and len(xs) < 5              # 0, 1, 2: nothing between them
+        few = len(xs) < 5 and all(float(x).is_integer() for x in xs)          # 0, 1, 2: nothing between them
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=few))
         axis.xaxis.set_major_formatter(format_x)
 
@@ -1649,7 +1649,7 @@ th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus { o
 th[aria-sort=ascending] button::after { content: " \\2191"; } th[aria-sort=descending] button::after { content: " \\2193"; }
 tr.better td { background: #e3f0f9; } tr.worse td { background: #fbe8dc; } tr.invalid td { color: #767676; }
 figure { margin: .5rem 0 1.5rem; } figure div { overflow-x: auto; } img { max-width: 100%; height: auto; } figcaption { font-weight: 600; }
-select, input { font: inherit; max-width: 100%; } mark { background: #ffd54a; font-weight: 600; }
+pre { font: 12px/1.4 ui-monospace, monospace; overflow-x: auto; margin: .2rem 0; } select, input { font: inherit; max-width: 100%; } mark { background: #ffd54a; font-weight: 600; }
 #browser { display: grid; grid-template-columns: 17rem 1fr; gap: 1rem; } #latents { max-height: 32rem; overflow-y: auto; border: 1px solid #ddd; }
 #latents button { all: unset; display: block; box-sizing: border-box; width: 100%; padding: .25rem .5rem; cursor: pointer; font-size: 13px; }
 #latents button:focus { outline: 2px solid #0072B2; outline-offset: -2px; } #latents button[aria-pressed=true] { background: #e3f0f9; }
@@ -1679,26 +1679,29 @@ for (const table of document.querySelectorAll("table")) for (const head of table
   });
 }
 const runs = JSON.parse(document.getElementById("features").textContent), choice = document.getElementById("run");
+const seen = token => token.trim() ? token : JSON.stringify(token);       // a newline or a space that fires can be seen
+const reasons = ["absorbed", "frequent", "rare", "random"], first = latent => reasons.findIndex(r => (latent.why ?? []).includes(r));
 const make = (tag, text, name) => { const e = document.createElement(tag); e.textContent = text ?? ""; if (name) e.className = name; return e; };
 function show(latent, button) {
   for (const other of document.querySelectorAll("#latents button")) other.setAttribute("aria-pressed", other === button);
   const panel = document.getElementById("latent");
   panel.replaceChildren(make("h3", `latent ${latent.latent}: fires on ${(100 * latent.rate).toPrecision(3)} % of rows`));
-  const line = (title, tokens) => { const p = make("p", title); for (const t of tokens) p.append(make("span", t, "token")); panel.append(p); };
+  const line = (title, tokens) => { const p = make("p", title); for (const t of tokens) p.append(make("span", seen(t), "token")); panel.append(p); };
   line("promotes: ", latent.promotes);
   if (latent.neighbours) line("nearest decoder rows: ", latent.neighbours.map(n => `${n.latent} (cosine ${n.cosine.toFixed(2)})`));
   for (const context of latent.contexts) {
     const row = make("div", `${context.activation.toFixed(2).padStart(6)}  `, "context");
     const mark = `<<${context.token}>>`, at = context.text.indexOf(mark);
-    row.append(context.text.slice(0, at), make("mark", context.token), context.text.slice(at + mark.length));
+    row.append(context.text.slice(0, at), make("mark", seen(context.token)), context.text.slice(at + mark.length));
     panel.append(row);
   }
 }
 function list() {
   const box = document.getElementById("latents"), word = document.getElementById("find").value.toLowerCase();
   box.replaceChildren();
-  for (const latent of runs[choice.value].filter(l => JSON.stringify(l).toLowerCase().includes(word))) {
-    const parts = [latent.latent, `${(100 * latent.rate).toPrecision(2)} %`, (latent.why ?? []).join(", "), latent.contexts[0]?.token];
+  const found = runs[choice.value].filter(l => JSON.stringify(l).toLowerCase().includes(word));
+  for (const latent of found.sort((a, b) => first(a) - first(b) || b.rate - a.rate)) {
+    const parts = [latent.latent, `${(100 * latent.rate).toPrecision(2)} %`, (latent.why ?? []).join(", "), seen(latent.contexts[0]?.token ?? "")];
     const button = make("button", parts.join("  "));
     button.addEventListener("click", () => show(latent, button));
     box.append(button);
@@ -1746,6 +1749,10 @@ def report(caches, compared, primary, pictures):
                  "<div id=browser><div id=latents aria-label=Latents></div><div id=latent aria-live=polite></div></div>"]
     else:
         body.append("<p>No run has eval/features.json (03_eval.py --eval features, of a language model).</p>")
+    forests = {r.config["name"]: look_up(r, "structure/hierarchy/trees") for runs, _ in caches.values() for r in runs if r.valid}
+    if any(forests.values()):
+        body += ["<details><summary>Trees: latents that fire only with another one (the largest; share of their firing with it)</summary>",
+                 *(f"<h3>{html.escape(name)}</h3><pre>{html.escape(drawn_trees(found))}</pre>" for name, found in forests.items() if found), "</details>"]
     body.append("<h2>Plots</h2>")
     for name, picture in pictures.items():
         if isinstance(picture, Path):
@@ -1756,6 +1763,21 @@ def report(caches, compared, primary, pictures):
     data = json.dumps(features).replace("<", "\\u003c")                       # so that no text in it ends the script
     start, middle, end = re.split("__BODY__|__FEATURES__", PAGE)
     return "".join([start, "\n".join(body), middle, data, end])
+
+
+def drawn_trees(found):
+    """Trees of eval/structure.json as indented text, a latent a line."""
+    lines = []
+    for tree in found:
+        below = lambda latent: [t for t in tree if t["parent"] == latent]
+
+        def draw(t, depth):
+            lines.append("  " * depth + f"{t['latent']}: on {t['rate']:.2%} of rows" + (f", {t['given']:.0%} of them with {t['parent']}" if depth else ""))
+            for child in below(t["latent"]):
+                draw(child, depth + 1)
+
+        draw(tree[0], 0)
+    return "\n".join(lines)
 
 
 def read_features(run):
