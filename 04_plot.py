@@ -1301,6 +1301,7 @@ def draw_losses(caches, look, path):
     save(figure, path)
 
 
+CHEAP = 0.001                # explained variance lost below which absorption removed per point is a division by noise
 FEW = 20                     # probe true positives of a letter below which its rate is not shown
 
 
@@ -1365,8 +1366,9 @@ def draw_efficiency(caches, look, path):
                 plane.annotate("", (100 * ev.mean, absorbed.mean), (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1})
                 plane.plot(100 * ev.mean, absorbed.mean, marker, color=colour, ms=4)
                 bars.plot(1.02, y, marker, color=colour, ms=4, transform=bars.get_yaxis_transform(), clip_on=False)   # the arrow's mark
-                ratios = [-b / level / (-100 * a) for a, b in zip(ev.deltas, absorbed.deltas) if a < 0] if level > 0 else []
-                said = "" if len(ratios) == len(ev.deltas) and ratios else "costs no explained variance" if level > 0 else "the baseline has none"
+                cheap = "costs no explained variance" if ev.mean >= 0 else f"costs less than {100 * CHEAP:g} points in a seed: no ratio"
+                said = "the baseline has none" if level <= 0 else cheap if max(ev.deltas) > -CHEAP else ""
+                ratios = [-b / level / (-100 * a) for a, b in zip(ev.deltas, absorbed.deltas)] if not said else []
                 if not said:
                     bars.plot([100 * r for r in ratios], [y] * len(ratios), "o", mfc="none", mec=colour, ms=3, mew=0.6)
                     bars.errorbar(100 * statistics.mean(ratios), y, xerr=100 * sd(ratios), fmt=marker, color=colour, ms=4.5, capsize=2)

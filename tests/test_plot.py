@@ -403,13 +403,14 @@ def test_efficiency_is_the_reduction_per_point_lost_and_has_words_where_it_has_n
     base = run(here, "baseline")
     evaluated(base, explained_variance=0.80)
     analysed(base, level=0.0)                                                 # full absorption 0.10
-    for name, ev, level, l0 in (("pays", 0.78, -0.05, 4.0), ("gains", 0.81, -0.05, 4.0), ("sparse", 0.78, -0.05, 3.0)):
+    for name, ev, level, l0 in (("pays", 0.78, -0.05, 4.0), ("gains", 0.81, -0.05, 4.0), ("sparse", 0.78, -0.05, 3.0), ("thrifty", 0.7995, -0.05, 4.0)):
         folder = run(here, name)
         evaluated(folder, explained_variance=ev, l0=l0, mse=len(name), cosine=len(name))
         analysed(folder, level=level)
     plane, bars = drawn("absorption_efficiency", here)[1].axes
     rows = [t.get_text() for t in bars.get_yticklabels()]
-    assert {rows[t.xy[1]]: t.get_text() for t in bars.texts} == {"gains": "costs no explained variance", "sparse": "L0 differs from the baseline's"}
+    assert {rows[t.xy[1]]: t.get_text() for t in bars.texts} == {
+        "gains": "costs no explained variance", "sparse": "L0 differs from the baseline's", "thrifty": "costs less than 0.1 points in a seed: no ratio"}
     line = next(line for line in bars.lines if line.get_markerfacecolor() == "none")
     assert rows[line.get_ydata()[0]] == "pays" and line.get_xdata()[0] == pytest.approx(50 / 2)     # half of it for two points
     assert any(line.get_xydata()[0].tolist() == pytest.approx([-2.0, -0.05]) for line in plane.lines)
