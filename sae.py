@@ -111,8 +111,7 @@ class Step(torch.autograd.Function):
 class Codes(torch.Tensor):
     """acts [B, d_sae] as their non-zeros: `values` [n] of `latents` [n] in `rows` [n], row after row; row b starts at starts[b].
 
-    `acts @ W`, addmm(b, acts, W) and acts.split(sizes, 1) are sparse; every other use as a tensor is one of dense(), which is made once,
-    when asked for.
+    `acts @ W`, addmm(b, acts, W) and acts[:, i:j] are sparse; every other use as a tensor is one of dense(), made once, when asked for.
     The tensor underneath is a NaN of the right shape: code that goes round PyTorch's functions gets no wrong zeros."""
 
     def __new__(cls, values, rows, latents, shape):
@@ -145,14 +144,10 @@ class Codes(torch.Tensor):
             return self.times(W[:, None])[:, 0]
         return Product.apply(self.values.to(W.dtype), W, self.rows, self.latents, self.starts)
 
-    def blocks(self, sizes):
-        """The Codes of consecutive blocks of latents, so many in each."""
-        parts, start = [], 0
-        for n in sizes:
-            at = ((self.latents >= start) & (self.latents < start + n)).nonzero()[:, 0]
-            parts.append(Codes(self.values[at], self.rows[at], self.latents[at] - start, torch.Size((len(self), n))))
-            start += n
-        return tuple(parts)
+    def block(self, start, stop):
+        """The Codes of latents start .. stop - 1."""
+        at = ((self.latents >= start) & (self.latents < stop)).nonzero()[:, 0]
+        return Codes(self.values[at], self.rows[at], self.latents[at] - start, torch.Size((len(self), max(0, stop - start))))
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -166,8 +161,10 @@ class Codes(torch.Tensor):
             return a.times(args[1])
         if func is torch.addmm and type(args[1]) is Codes and type(args[2]) is not Codes and not kwargs:
             return a + args[1].times(args[2])
-        if func is torch.Tensor.split and kwargs == {"dim": 1} and isinstance(args[1], list):
-            return a.blocks(args[1])
+        if func is torch.Tensor.__getitem__ and type(args[1]) is tuple and args[1][:1] == (slice(None),) and type(args[1][-1]) is slice:
+            start, stop, step = args[1][-1].indices(a.full[1])
+            if step == 1 and len(args[1]) == 2:
+                return a.block(start, stop)
         dense = lambda v: v.dense() if isinstance(v, Codes) else type(v)(map(dense, v)) if type(v) in (list, tuple) else v
         return func(*dense(args), **{k: dense(v) for k, v in (kwargs or {}).items()})
 

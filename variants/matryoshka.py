@@ -16,10 +16,9 @@ class Variant(Base):
 
     def recon_error(self, out):
         """Mean over the prefixes; each block of latents is decoded once and added to the prefix before it."""
-        edges = [0, *(self.d_sae >> n for n in reversed(range(self.matryoshka_prefixes)))]
-        blocks = [end - start for start, end in zip(edges, edges[1:])]
+        edges = [self.d_sae >> n for n in reversed(range(1, self.matryoshka_prefixes))]
         errors, x_hat = [super().recon_error(out)], self.b_dec
-        for acts, W_dec in list(zip(out.acts.split(blocks, 1), self.W_dec.split(blocks)))[:-1]:
-            x_hat = x_hat + acts @ W_dec
+        for start, end in zip([0, *edges], edges):
+            x_hat = x_hat + out.acts[:, start:end] @ self.W_dec[start:end]
             errors.append((out.x - x_hat).pow(2).mean(-1))
         return torch.stack(errors).mean(0)
