@@ -13,7 +13,10 @@ where a file val.* is the held-out part). Writes acts/NAME: train_*.safetensors 
 --layer is given. The same command goes on where an interrupted one stopped; a larger --tokens adds shards to a finished cache.
 """
 import os
+import signal
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # a Ctrl-C while libraries load just ends it; run_script() takes over
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: waiting threads that spin cost 2 to 5 x on a busy machine
 
 import argparse

@@ -17,7 +17,10 @@ settings that differ from their default, seed:
 A run that is finished with the same settings, data and code is left alone; an interrupted one goes on where it stopped.
 """
 import os
+import signal
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # a Ctrl-C while libraries load just ends it; run_script() takes over
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: waiting threads that spin cost 2 to 5 x on a busy machine
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # big tensors in big pages: a [B, d_sae] of fresh memory costs a third
 
@@ -27,7 +30,6 @@ import json
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time

@@ -19,7 +19,10 @@ first shard (01_cache_acts.py), the language model, and for SAEBench on models o
 A result that belongs to the same weights, activations and number of contexts is left alone (--force makes it again).
 """
 import os
+import signal
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # a Ctrl-C while libraries load just ends it; run_script() takes over
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: waiting threads that spin cost 2 to 5 x on a busy machine
 
 import contextlib

@@ -13,6 +13,11 @@ Reads runs/NAME/{config.json, metrics.jsonl, eval/*} and the controls beside the
     plots/NAME.png                training, sparsity, absorption, probing, geometry, stability ...: the table NOTES in this file says what is in which
 A row of panels per cache of activations. Runs that a guard calls invalid stand in the table, marked, and nowhere else.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # a Ctrl-C while libraries load just ends it; run_script() takes over
+
 import base64
 import functools
 import html

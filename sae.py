@@ -876,10 +876,10 @@ class Refuse(Exception):
 def run_script(main):
     """Run a script's main(); what it refuses, or what the machine lacks, ends in one line on stderr and an exit code that is not 0.
     SIGTERM is Ctrl-C. Anything else is a bug and shows its traceback."""
-    for sign in (signal.SIGTERM, signal.SIGALRM):
-        signal.signal(sign, signal.default_int_handler)
-    sys.unraisablehook = deliver_again
     try:
+        for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            signal.signal(sign, signal.default_int_handler)
+        sys.unraisablehook = deliver_again
         code, said = main() or 0, None
     except Refuse as e:
         code, said = e.code, f"error: {e}"
@@ -891,6 +891,9 @@ def run_script(main):
         if not is_out_of_memory(e):
             raise
         code, said = 4, f"error: out of memory: {e}"
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, signal.SIG_DFL)                  # while Python ends, a Ctrl-C just ends it
     if said:
         print(" ".join(said.split()), file=sys.stderr)
     sys.exit(code)

@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,15 @@ sae.SPARSE_BELOW = float(os.environ.get("SPARSE_BELOW", sae.SPARSE_BELOW))     #
 
 torch.use_deterministic_algorithms(True)        # as 02_train.py does on a CPU
 torch.set_num_threads(1)                        # bits depend on it, and toys are faster so
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """pytest's Ctrl-C is as before after a test that called a script in this process."""
+    before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for sign, handler in before.items():
+        signal.signal(sign, handler)
 
 
 FIGURES = pytest.StashKey()                     # what tests counted, printed at the end

@@ -148,7 +148,7 @@ def kill(peace, kills, rng, signs=(signal.SIGKILL,)):
         for _ in range(rng.randint(1, 4)):
             sign = signs[tried[name] % len(signs)]
             code, said = end(start(name), rng.uniform(0, peace.seconds[name]), sign)
-            stopped = code == (-9 if sign == signal.SIGKILL else 130)
+            stopped = code in (-sign, 130)                                    # -sign: where Python had begun to end
             tried[name] += stopped
             if code and not stopped or code == 130 and ("Traceback" in said or not said.splitlines()[-1].startswith("interrupted: ")):
                 lost.append(f"{name}: {sign.name}, exit {code}: {said[-1500:]}")

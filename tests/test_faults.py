@@ -46,10 +46,8 @@ def call(monkeypatch, capsys, module, *argv):
     """A script in this process -> (exit code, what it said on stderr)."""
     monkeypatch.setattr(sys, "argv", ["script.py", *map(str, argv)])
     capsys.readouterr()
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as e:
         run_script(module.main)
-    signal.signal(signal.SIGTERM, before[0]), signal.signal(signal.SIGINT, before[1])
     return e.value.code, re.sub(r".*\r", "", capsys.readouterr().err)
 
 
@@ -741,3 +739,26 @@ run_script(main)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 130 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done
     assert done.stderr.startswith("interrupted:")
+
+
+@pytest.mark.parametrize("script", ["01_cache_acts.py", "02_train.py", "03_eval.py", "04_plot.py"])
+def test_a_ctrl_c_while_libraries_load_just_ends_the_script(tmp_path, script):
+    """It dies of the signal, which a shell calls 130 (Ctrl-C) or 143 (SIGTERM), and says nothing."""
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        (tmp_path / "torch.py").write_text(f"import os, time\nos.kill(os.getpid(), {int(sign)})\ntime.sleep(20)\nprint('went on')\n")
+        done = subprocess.run([sys.executable, ROOT / script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (-sign, "", "")
+
+
+def test_a_ctrl_c_while_python_ends_just_ends_it():
+    """After main() has ended: here in an exit handler, as libraries have them."""
+    code = f"""
+import atexit, os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from sae import run_script
+atexit.register(time.sleep, 20)
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+run_script(lambda: print("done", flush=True))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "done\n", "")
