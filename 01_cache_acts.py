@@ -1058,6 +1058,8 @@ def parse_args():
     for flag, value in (("--model", args.model), ("--data", args.data or "")):
         if max(map(len, value.split("/"))) > 255 or not value.isprintable():     # which no file system or hub has
             raise Refuse(f"{flag} {shorten(value)!r}: too long for a name, or not one", 2)
+    if args.name is not None:                                                    # told before the model is looked for
+        check_name("--name", args.name)
     args.device = pick_device(args.device)
     args.model_dtype = args.model_dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
     return args

@@ -63,7 +63,6 @@ class Run:
         self.snapshots = {round(steps / 2**i) for i in range(1, snapshots + 1)} - {0}        # after so many steps
         self.variant, self.cls, self.seed, self.steps = variant, load_variant(variant), seed, steps
         defaults = self.cls.settings()
-        self.cls.check({**defaults, **settings})
         self.settings = {k: v for k, v in settings.items() if v != defaults[k]}
         parts = [variant, *([acts.folder.name] if acts.folder.name != DEFAULT_ACTS else []),
                  *(f"{k}={v}" for k, v in sorted(self.settings.items())), f"s{seed}"]
@@ -566,18 +565,21 @@ def combinations(cls, sets, sweeps):
         if key in fixed:
             raise Refuse(f"--sweep {key}: --set gives it too", 2)
         grid.append([parse_settings(cls, [f"{key}={v}"]) for v in values.split(",")])
-    return [fixed | {k: v for part in choice for k, v in part.items()} for choice in itertools.product(*grid)]
+    found = [fixed | {k: v for part in choice for k, v in part.items()} for choice in itertools.product(*grid)]
+    for settings in found:
+        cls.check({**cls.settings(), **settings})
+    return found
 
 
-def interrupted(acts):
-    """(variant, settings, seed, epochs, steps) of the runs on these activations that were started and not finished."""
+def interrupted(folder):
+    """(variant, settings, seed, epochs, steps) of the runs on the activations in `folder` that were started and not finished."""
     found = []
     for path in sorted(Path("runs").glob("*/config.json")):
         c = read_json(path)
-        if c["status"] == "training" and c["acts"] == acts.folder.name:
+        if c["status"] == "training" and c["acts"] == folder.name:
             found.append((c["variant"], c["settings"], c["seed"], c["epochs"], c["steps"]))
     if not found:
-        raise Refuse(f"--resume: no interrupted run on {acts.folder}")
+        raise Refuse(f"--resume: no interrupted run on {folder}")
     return found
 
 
@@ -604,17 +606,15 @@ def main():
         return 0
     rank, processes = share()
     device = pick_device(args.device)
-    acts = Acts(Path("acts") / check_name("--acts", args.acts))
     torch.use_deterministic_algorithms(device.type == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False      # that every new tensor is first filled with NaN is no part of it
     torch.set_float32_matmul_precision("high")
 
-    if acts.ring and args.epochs > 1:
-        raise Refuse("--epochs: the shards of a --ring can be read once; cache without --ring for several passes", 2)
+    folder = Path("acts") / check_name("--acts", args.acts)
     if args.resume:
         if processes > 1:
             raise Refuse("--resume: processes can't share what others finish meanwhile; the command that started the runs goes on with them", 2)
-        wanted = interrupted(acts)
+        wanted = interrupted(folder)
     else:
         wanted = [(v, settings, seed, args.epochs, args.steps) for v in find_variants(args.variant)
                   for settings in combinations(load_variant(v), args.set, args.sweep) for seed in dict.fromkeys(args.seed)]
@@ -625,6 +625,9 @@ def main():
     for flag, value, most in (("--epochs", epochs, 10_000), ("--snapshots", args.snapshots, 30)):
         if value > most:
             raise Refuse(f"{flag} {value}: want at most {most}", 2)
+    acts = Acts(folder)                                                      # wrong flags are told before files are looked for
+    if acts.ring and epochs > 1:
+        raise Refuse("--epochs: the shards of a --ring can be read once; cache without --ring for several passes", 2)
     plan = plan_steps(acts, batch_size, epochs, steps)
     steps = sum(n for _, _, n in plan)
     if not steps:

@@ -584,6 +584,20 @@ def test_every_flag_refuses_every_wrong_value_in_one_line_with_code_2(here, monk
     tell(f"wrong values of the flags of script {number}: {tried} tried, {tried} refused in one line with code 2")
 
 
+@pytest.mark.parametrize("number, argv, says", [
+    ("01", ["--model", "none", "--name", "../x"], "--name '../x'"),
+    ("01", ["--model", "none", "--data", "none.txt", "--dtype", "float8"], "--dtype"), ("02", ["--acts", "../x", "--variant", "topkk"], "--acts"),
+    ("02", ["--variant", "topkk"], "did you mean topk"), ("02", ["--set", "l00=3"], "did you mean l0?"), ("02", ["--set", "activation=tanh"], "want relu, topk"),
+    ("02", ["--sweep", "l0=3,-3"], "l0=-3"), ("02", ["--sweep", "batch_size=256,512"], "share their batches"), ("02", ["--epochs", "20_000"], "at most 10000"),
+    ("03", ["--eval", "coree"], "invalid choice: 'coree'"), ("03", ["runs/none", "--contexts", "-3"], "--contexts"), ("04", ["--metric", "x"], "--metric"),
+    ("04", ["runs/none", "--reference", "x"], "--reference")])
+def test_a_wrong_name_or_setting_is_told_before_files_are_looked_for(tmp_path, monkeypatch, capsys, number, argv, says):
+    """In an empty folder, where nothing of what the stage reads exists."""
+    monkeypatch.chdir(tmp_path)
+    code, said = call(monkeypatch, capsys, SCRIPTS[number], *argv)
+    assert code == 2 and says in said and said.count("\n") == 1 and not list(tmp_path.iterdir()), said
+
+
 @pytest.mark.parametrize("number, blocked", [("01", "acts"), ("02", "runs"), ("04", "plots")])
 def test_a_folder_that_cannot_be_written_is_one_line(here, monkeypatch, capsys, number, blocked):
     """A file stands where the folder should be made: also root can't write there."""
