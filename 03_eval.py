@@ -52,8 +52,8 @@ import xxhash
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
-from sae import (SAE, Acts, Parser, Refuse, blocks_of, checksum, generator, hook_point, hub_errors, is_out_of_memory, language_model, load_run,
-                 loads, model_checksum, pick_device, read_json, read_log, read_tensors, run_folders, run_script, take_lock, unit, whole, write_file,
+from sae import (SAE, Acts, Parser, Refuse, blocks_of, checksum, generator, hook_point, hub_errors, is_disk_full, is_out_of_memory, language_model,
+                 load_run, loads, model_checksum, pick_device, read_json, read_log, read_tensors, run_folders, run_script, take_lock, unit, whole, write_file,
                  write_json, write_tensors)
 
 VERSION = 1                      # of the evaluations here; results of another one are made again
@@ -1341,6 +1341,8 @@ def outcomes(bench, name, settings, todo, failures):
             print(f"{bench.acts.folder}: {name} left out: {e}")
             return
         except Exception as e:
+            if is_machines(e):
+                raise
             if not is_out_of_memory(e) or bench.share < 1 / 64:
                 for run in [r for r in todo if (r.folder, name) not in failures]:
                     blame(run, failures, name, e)
@@ -2012,11 +2014,12 @@ def bench_labelled(name, module, config_class, fixed, counts, watch):
                 found = main.run_eval(config, [(label, sae)], str(bench.device), results, force_rerun=True, artifacts_path=str(artifacts))
             return json.loads(json.dumps(found[f"{label}_custom_sae"])), clean
 
-        if not (folder / "shared").exists():
-            print(f"{bench.acts.folder}: {name}: activations and probes that all runs share")
-            shutil.rmtree(folder / "making", ignore_errors=True)
-            call("none", BenchSAE(bench, few_latents(bench)), folder / "making")
-            (folder / "making").rename(folder / "shared")
+        with take_lock(folder / "making", wait=True):                         # a second call waits for what the first one makes
+            if not (folder / "shared").exists():
+                print(f"{bench.acts.folder}: {name}: activations and probes that all runs share")
+                shutil.rmtree(folder / "making" / name, ignore_errors=True)
+                call("none", BenchSAE(bench, few_latents(bench)), folder / "making" / name)
+                (folder / "making" / name).rename(folder / "shared")
         for run in runs:
             made = []
             with blamed(run, failures, name):
@@ -2599,9 +2602,14 @@ def blamed(run, failures, name=None):
     try:
         yield
     except Exception as e:
-        if is_out_of_memory(e):
+        if is_out_of_memory(e) or is_machines(e):
             raise
         blame(run, failures, name, e)
+
+
+def is_machines(e):
+    """Whether it is the machine's fault, not a run's: a full disk, or a file that can't be written."""
+    return is_disk_full(e) or isinstance(e, Refuse) and e.code == 4
 
 
 def blame(run, failures, name, e):
@@ -2639,11 +2647,12 @@ def evaluate(acts, runs, names, force, contexts, device, failures):
         results = in_memory(EVALS[name], held_out, alive(todo[name], failures), failures) if todo[name] else {}
         seconds = time.perf_counter() - started
         for run, result in results.items():
-            if "rates" in result:
-                meta = {"sae_checksum": run.config["sae_checksum"], "rows": result["n_rows"]}
-                write_tensors(run.folder / "eval" / "rates.safetensors", {"rate": result.pop("rates")}, meta)
-            write_json(run.folder / "eval" / f"{name}.json", {**envelope(name, run, acts, n), "seconds": seconds, "shared_by": len(results),
-                                                              "versions": versions(), **result})
+            with take_lock(run.folder, wait=True) if "control" in run.config else contextlib.nullcontext():    # other calls write it too
+                if "rates" in result:
+                    meta = {"sae_checksum": run.config["sae_checksum"], "rows": result["n_rows"]}
+                    write_tensors(run.folder / "eval" / "rates.safetensors", {"rate": result.pop("rates")}, meta)
+                write_json(run.folder / "eval" / f"{name}.json", {**envelope(name, run, acts, n), "seconds": seconds, "shared_by": len(results),
+                                                                  "versions": versions(), **result})
 
 
 def in_memory(evaluation, held_out, runs, failures):

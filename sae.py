@@ -13,6 +13,7 @@ which stand in the order in which training calls them). A public class attribute
 import argparse
 import ast
 import contextlib
+import ctypes
 import difflib
 import errno
 import fcntl
@@ -880,6 +881,8 @@ def run_script(main):
         for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             signal.signal(sign, signal.default_int_handler)
         sys.unraisablehook = deliver_again
+        if share()[1] > 1 and sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)       # PR_SET_PDEATHSIG: where torchrun is killed, what it started ends too
         code, said = main() or 0, None
     except Refuse as e:
         code, said = e.code, f"error: {e}"
@@ -1005,20 +1008,24 @@ def write_file(path, data):
             temporary.unlink()
 
 
+def is_disk_full(e):
+    return isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def cannot_write(path, e):
     """The Refuse for an OSError met while writing."""
-    if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if is_disk_full(e):
         return Refuse(f"disk full while writing {path}: free some space, then run the same command again", 4)
     return Refuse(f"cannot write {path}: {e.strerror}", 4)
 
 
-def take_lock(folder):
+def take_lock(folder, wait=False):
     """Hold a folder, which is made if need be, until the returned file is closed; the kernel frees it when the process dies, however it
-    dies. What a killed process left half-written is removed."""
+    dies. What a killed process left half-written is removed. wait: for whoever holds it; without, Refuse."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -13,6 +13,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -87,6 +88,29 @@ def report(tell, said):
     tell(f"full disks (file size limit{', tmpfs' if said['disks']['tmpfs'] else '; no tmpfs: mounting is not allowed here'}): "
          f"{said['disks']['tried']} tried, {len(said['disks']['lost'])} lost")
     tell(f"two processes at once: {said['twice']['tried']} tried, {said['twice']['refused']} second ones refused, {len(said['twice']['lost'])} lost")
+
+
+def test_what_torchrun_started_ends_when_torchrun_is_killed(tmp_path):
+    """kill -9 of the parent stops its process as SIGTERM does."""
+    pid = os.fork()
+    if not pid:
+        os.environ["WORLD_SIZE"] = "2"
+        if not os.fork():
+            try:
+                run_script(lambda: ((tmp_path / "begun").touch(), time.sleep(60)))
+            except SystemExit as e:
+                write_file(tmp_path / "ended", str(e.code).encode())
+            os._exit(0)
+        signal.pause()
+    for name in ("begun", "ended"):
+        until = time.monotonic() + 30
+        while not (tmp_path / name).exists():
+            assert time.monotonic() < until, name
+            time.sleep(0.01)
+        if name == "begun":
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    assert (tmp_path / "ended").read_text() == "130"
 
 
 def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):

@@ -53,6 +53,12 @@ def axes():
 def world(tmp_path_factory):
     """acts/toy with its model, and a place for runs; the working folder for this module."""
     folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
+    with contextlib.chdir(folder):
+        yield Acts("acts/toy")
+
+
+def make_world(folder):
     letters, own = axes()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -77,10 +83,6 @@ def world(tmp_path_factory):
     tokens[::3, 11] = 2
     write_cache(folder / "acts" / "toy", model, tokens)
     write_cache(folder / "acts" / "bare", model, tokens.clamp_min(5))          # without special tokens
-    before = Path.cwd()
-    os.chdir(folder)
-    yield Acts("acts/toy")
-    os.chdir(before)
 
 
 @torch.no_grad()
@@ -511,6 +513,16 @@ def said(first, n, seed):
 def labelled(world):
     """A corpus on the toy model: three packages have words of their own, and half of their passages say >>> and words with z where the others
     say words with y; two more have long documents in different letters. Fewer texts than the embedded model's."""
+    before = dict(ev.EMBEDDED)
+    ev.EMBEDDED.update(FEWER)
+    yield make_corpus(world)
+    ev.EMBEDDED.update(before)
+
+
+FEWER = dict(train=80, test=40, ctx=32)
+
+
+def make_corpus(world):
     g, words = random.Random(0), {c: [w for w in PLAIN if w[0] == c and len(w) == 2] for c in string.ascii_lowercase}
     common = [w for c in "abcdefghijklm" for w in words[c]]
     records = []
@@ -532,10 +544,7 @@ def labelled(world):
     meta = {k: v for k, v in read_json(toy / "meta.json").items() if k != "checksum"}
     meta["shards"][0]["checksum"] = checked
     write_json(folder / "meta.json", {**meta, "data": {"name": "corpus"}, "mean_norm": rows.norm(dim=-1).mean().item()})
-    before = dict(ev.EMBEDDED)
-    ev.EMBEDDED.update(train=80, test=40, ctx=32)
-    yield Acts(folder)
-    ev.EMBEDDED.update(before)
+    return Acts(folder)
 
 
 def alphabet_sae(world, order=string.ascii_lowercase, b_dec=0.0):
