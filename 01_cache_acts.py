@@ -851,6 +851,9 @@ def join(folder, processes):
         return                                                                   # joined before
     while not all((p / "meta.json").exists() and read_json(p / "meta.json")["complete"] for p in parts):
         time.sleep(0.2)                                                          # torchrun stops all when one fails
+    for part in parts[1:]:
+        with locked(part, wait=True):                                            # its process still tidies up
+            pass
     metas, shards = [read_json(p / "meta.json") for p in parts], []
     for part, entry in [(p, m["shards"][i]) for i in range(max(len(m["shards"]) for m in metas)) for p, m in zip(parts, metas) if i < len(m["shards"])]:
         file = f"train_{len(shards):05d}.safetensors"
@@ -895,13 +898,14 @@ def disk_errors(path):
 
 
 @contextlib.contextmanager
-def locked(folder):
-    """Make the folder and hold it against a second process, also one that is killed; an empty folder is not left behind."""
+def locked(folder, wait=False):
+    """Make the folder and hold it against a second process, also one that is killed; an empty folder is not left behind. wait: for whoever
+    holds it; without, Refuse."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         if not folder.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
             raise BlockingIOError                                                # whoever held it has just removed it
     except BlockingIOError:

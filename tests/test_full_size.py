@@ -244,6 +244,15 @@ def test_processes_that_were_killed_go_on_to_the_same_bytes(here, monkeypatch):
         assert shards[0] == shards[1]
 
 
+def test_parts_are_joined_once_their_processes_have_let_go_of_them(here, monkeypatch):
+    """Between the last meta.json of a part and the end of its process there is some tidying up."""
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (real(a, b), time.sleep(str(b).endswith("process_1/meta.json"))))
+    for part in two(here, cache, *TEXT, "--name", "two"):
+        part.ended()
+    assert not list(here.glob("acts/*/process_*"))
+
+
 def test_two_processes_divide_the_runs_and_give_the_bits_of_one(here, monkeypatch):
     call(monkeypatch, cache, *TEXT, "--name", "a")
     ask = ["--acts", "a_l1", *SMALL, "--seed", 0, 1, 2]
