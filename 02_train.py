@@ -285,10 +285,11 @@ def train_step(sae, opt, x, check=False):
 def backward(sae, opt, x, check):
     """Gradients of the losses on rows x, in sae.micro_batches parts -> (Out, loss terms); None if the GPU's memory is too small."""
     opt.zero_grad()
-    outs, terms = [], {}
+    outs, terms, at = [], {}, 0
     try:
         for part in x.chunk(sae.micro_batches):
             share = len(part) / len(x)
+            sae.part, at = slice(at, at + len(part)), at + len(part)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
                 out = sae(part)
                 new = sae.losses(out)

@@ -304,6 +304,7 @@ class SAE(nn.Module):
         self.step = 0
         self.stats = {}               # a variant writes what it wants logged: name -> number
         self.row_weight = None        # how much each row of the batch counts [B], where choose_batch draws some more often than others
+        self.part = slice(None)       # the rows of the batch that are in work, where it is worked on in several parts
         self.latents = {}             # parameter or buffer -> (its latent axis, the value of a fresh latent or None)
         for name, value in settings.items():
             setattr(self, name, value)

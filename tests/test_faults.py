@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 import sae
 import test_cache
 import test_eval
-from sae import (ROOT, SAE, Acts, Refuse, load_run, parse_settings, read_json, read_log, read_tensors, run_script, take_lock, whole, write_file,
-                 write_json)
+from sae import (ROOT, SAE, Acts, Refuse, load_run, load_variant, parse_settings, read_json, read_log, read_tensors, run_script, take_lock,
+                 variant_names, whole, write_file, write_json)
 from toys import build, mixture, steps, train_py, write_cache
 
 cache_py, eval_py, plot_py = (importlib.import_module(name) for name in ("01_cache_acts", "03_eval", "04_plot"))
@@ -471,6 +471,27 @@ def test_out_of_memory_in_a_training_step_falls_back_to_micro_batches_with_the_s
     Greedy.most = 0
     with pytest.raises(Refuse, match="a row at a time"):
         train_py.train_step(sae_, opt, X[:256])
+
+
+def test_out_of_memory_gives_every_variant_the_bits_of_the_micro_batches_that_it_falls_back_to(capsys):
+    """Memory ends when the losses of the whole batch are there already: what that changed must not count twice."""
+    for name in variant_names():
+        class Greedy(load_variant(name)):
+            def losses(self, out):
+                terms = super().losses(out)
+                if len(out.x) > self.most:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return terms
+
+        ends = []
+        for most, micro in ((9999, 2), (128, 1)):
+            Greedy.most = 9999
+            sae_, opt = build(Greedy, X, 12, micro_batches=micro)
+            Greedy.most = most
+            steps(sae_, opt, X)
+            ends.append(sae_.state_dict())
+        assert sae_.micro_batches == 2 and same(*ends), name
+    assert capsys.readouterr().err.count("out of memory") == len(variant_names())
 
 
 def test_out_of_memory_in_an_evaluation_halves_its_batches(tmp_path, monkeypatch, capsys):

@@ -693,6 +693,22 @@ def test_unlearnings_rates_and_losses_are_those_of_saebenchs_hooks(labelled):
     assert one["retain_loss"] == pytest.approx(want, rel=1e-5) and want > texts.losses["retain"]["clean_loss"]
 
 
+def test_short_memory_in_probing_is_met_with_smaller_batches(labelled, monkeypatch):
+    run = make_run("little_memory", alphabet_sae(labelled))
+    assert not evaluate(labelled, [run], "sparse_probing")
+    roomy, real, rows = result(run, "sparse_probing")["eval_result_metrics"], ev.BenchSAE.encode, []
+
+    def encode(sae, x):
+        rows.append(len(x))
+        if rows[-1] > 10:
+            raise torch.OutOfMemoryError("a GPU says so")
+        return real(sae, x)
+    monkeypatch.setattr(ev.BenchSAE, "encode", encode)
+    assert not evaluate(labelled, [run], "sparse_probing", force=True)
+    assert rows[0] > 10 and rows[-1] <= 10
+    same(result(run, "sparse_probing")["eval_result_metrics"], roomy)
+
+
 def test_an_evaluation_that_fails_is_told_and_the_others_go_on(labelled, monkeypatch, capsys):
     from sae_bench.evals.sparse_probing import main
     run = make_run("half", alphabet_sae(labelled))

@@ -26,7 +26,6 @@ class Variant(LatentLR, Base):
         super().build()
         self.register_buffer("row_error", torch.zeros(self.sample_rows))     # last errors of a row, 0: not seen yet
         self.register_buffer("l0_ratio", torch.ones(()))                     # L0 of the rows as drawn over that of the data
-        self.part = slice(0, 0)                                              # of the batch: the rows in work
 
     def move_scale(self):
         """Groups of little energy move more; all latents of a group alike."""
@@ -41,13 +40,9 @@ class Variant(LatentLR, Base):
         error = torch.where(seen, error, error.sum() / seen.sum().clamp_min(1)) + 1e-12
         chance = (1 - self.sample_strength) / n_rows + self.sample_strength * error / error.sum()
         rows = chance.multinomial(self.batch_size, replacement=True, generator=self.generator("rows"))
-        self.row_weight, self.part = 1 / (n_rows * chance[rows]), slice(0, 0)
+        self.row_weight = 1 / (n_rows * chance[rows])
         self.row_slots = (self.first_row + rows) % self.sample_rows
         return rows
-
-    def losses(self, out):
-        self.part = slice(self.part.stop, self.part.stop + len(out.x))      # training calls this once for each part of the batch
-        return super().losses(out)
 
     def recon_error(self, out):
         error = super().recon_error(out)
