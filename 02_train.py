@@ -52,8 +52,10 @@ SAMPLE_ROWS = 16_384          # rows that init_from_data sees ...
 SAMPLE_PRE = 2 ** 28          # ... fewer where they would have more pre-activations than this
 COPIES = {"relu": (5.2, 4.4), "topk": (5.2, 1.6), "batch_topk": (5.2, 4.1), "jumprelu": (10, 4.4)}      # how often a step of the base holds
                               # [batch, d_sae] floats at its peak, and init_from_data [rows, d_sae]; measured on a CPU at d_in 512, d_sae 8,192
-TIMED_STEPS = 3, 10           # the time that training will take is told after the second, from those after the first
+TIMED_STEPS = 3, 10           # the time that training will take is told after the second, from those after the first; again after a quarter of
+                              # the run, from its second eighth: by then latents are dead, and AuxK takes its time too
 REFUSED_IN_A_ROW = 10         # steps; then the run has failed
+SAVING = 0.05                 # share of the time that checkpoints may take; they come less often than --checkpoint says where they would take more
 
 
 class Run:
@@ -352,11 +354,11 @@ def plan_steps(acts, batch_size, epochs, wanted=None):
 
 def stream(acts, plan, device, start):
     """Yield (step, position, rows on the device, first row's index) for every step from `start`, reading one shard ahead.
-    The cache stays in memory when there are several epochs and it fits in half of what is free."""
+    The cache stays in the device's memory when there are several epochs and it fits in half of what is free; one pass reads each shard
+    once, so that there is nothing to keep."""
     rows_before = [0, *itertools.accumulate(acts.sizes)]
-    size = sum(s["bytes"] for s in acts.shards)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    keep, kept = plan[-1][0] > 0 and size < free / 2, {}
+    size = acts.rows * acts.d_in * (2 if acts.meta["dtype"] in ("bfloat16", "float16") else 4)       # int8 is float32 once it is read
+    keep, kept = plan[-1][0] > 0 and size < free_memory(device) / 2, {}
 
     def load(i):
         if i not in kept:
@@ -415,25 +417,34 @@ def wait_for_others(runs):
 # ---- what a call needs -----------------------------------------------------------------------------------------------------------
 
 
+def sizes(run, d_in):
+    """Bytes of a run's parameters, and of all that its file holds, by building it without memory; where a variant's build() looks at values,
+    which are not there then, of the base SAE's."""
+    for cls in (run.cls, SAE):
+        with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+            sae = cls(d_in, run.steps, run.seed, **run.config["settings"])
+            return sum(p.nbytes for p in sae.parameters()), sum(t.nbytes for t in sae.state_dict().values())
+
+
 def needs(runs, acts, batch_size, device):
-    """Bytes of memory, how many of them are weights, gradients and moments, bytes of disk that stay, and of checkpoints; by the sizes of the base
-    SAE: a parameter has 4 bytes, 16 with its gradient and Adam's moments, 12 in a checkpoint, which a CPU has in memory twice while writing it."""
-    parameters = [2 * acts.d_in * run.config["settings"]["d_sae"] for run in runs]
+    """Bytes of memory, how many of them are weights, gradients and moments, bytes of disk that stay, and of checkpoints: a parameter is there four
+    times with its gradient and Adam's moments, three times in a checkpoint, which a CPU has in memory twice while writing it."""
+    parameters, files = zip(*(sizes(run, acts.d_in) for run in runs))
     working = 0
     for s in (run.config["settings"] for run in runs):
         step, start = COPIES[s["activation"]]
         working = max(working, 4 * s["d_sae"] * max(step * batch_size / s["micro_batches"], start * min(sample_rows(s["d_sae"]), acts.sizes[0])))
     shards = 2 * max(acts.sizes) * acts.d_in * 2                           # one in use, one read ahead, mostly in bfloat16
-    weights, saving = 16 * sum(parameters), 24 * max(parameters) if device.type == "cpu" else 0
-    return (weights + shards + max(working, saving), weights, sum(4 * n * (1 + len(run.snapshots)) for run, n in zip(runs, parameters)),
-            12 * sum(parameters))
+    saved = [file + 2 * n for file, n in zip(files, parameters)]
+    weights, saving = sum(files) + 3 * sum(parameters), 2 * max(saved) if device.type == "cpu" else 0
+    return weights + shards + max(working, saving), weights, sum(n * (1 + len(run.snapshots)) for run, n in zip(runs, files)), sum(saved)
 
 
 def announce(runs, acts, batch_size, device):
     """Say what memory and disk the runs need, and refuse what can't fit."""
     memory, weights, final, checkpoints = needs(runs, acts, batch_size, device)
     print(f"{len(runs)} runs need about {memory / 1e9:,.2f} GB of {device.type} memory ({weights / 1e9:,.2f} of them weights, gradients and moments), "
-          f"{final / 1e9:,.2f} GB of disk, {checkpoints / 1e9:,.2f} more for checkpoints while they train: by the sizes of the base SAE, not measured")
+          f"{final / 1e9:,.2f} GB of disk, {checkpoints / 1e9:,.2f} more for checkpoints while they train: by the sizes, not measured")
     for free, wanted, what in ((free_memory(device), memory, f"{device.type} memory"), (shutil.disk_usage(".").free, final + checkpoints, "disk")):
         if wanted > free:
             raise Refuse(f"{free / 1e9:,.2f} GB of {what} are free, about {wanted / 1e9:,.2f} are needed: "
@@ -455,7 +466,8 @@ def train(runs, acts, plan, batch_size, device, checkpoint_every):
     steps = runs[0].steps
     start = min(r.next_step for r in runs)
     log_every = max(1, min(50, steps // 100))
-    stopping, saved, began = [], time.monotonic(), None
+    stopping, saved, saving, paused, clock = [], time.perf_counter(), 0.0, 0.0, {}
+    timed = [TIMED_STEPS] + [(steps // 8, steps // 4)] * (steps // 8 >= TIMED_STEPS[1])
     ends = dict(zip(itertools.accumulate(n for _, _, n in plan), ((i, n) for _, i, n in plan)))      # steps done at a shard's end -> the shard
     acts.waiting = False                                                     # for a shard of a ring: all is saved then, so that it may stop at once
     for sign in (signal.SIGINT, signal.SIGTERM):
@@ -486,17 +498,22 @@ def train(runs, acts, plan, batch_size, device, checkpoint_every):
         bar.update()
         if not alive:
             break
-        if step + 1 - start in TIMED_STEPS:
-            if began:
-                tell_time(len(alive), (time.perf_counter() - began) / (TIMED_STEPS[1] - TIMED_STEPS[0]), steps - step - 1)
-            began = time.perf_counter()
+        done = step + 1 - start
+        for first, last in timed:
+            if done in (first, last):
+                clock[done] = time.perf_counter() - paused
+            if done == last and step + 1 < steps:
+                tell_time(len(alive), last - first, clock[last] - clock[first], steps - step - 1)
         if log_now:
             bar.set_postfix(progress_line(alive, batch_size))
-            if step + 1 < steps and (stopping or time.monotonic() - saved > checkpoint_every or window_ends and acts.ring):
+            since = time.perf_counter()
+            if step + 1 < steps and (stopping or since - saved > max(checkpoint_every, saving / SAVING) or window_ends and acts.ring):
                 for run in alive:
                     if run.next_step == step + 1:
                         run.save_checkpoint()
-                saved = time.monotonic()
+                saved = time.perf_counter()
+                saving = saved - since
+                paused += saving
                 if stopping:
                     raise KeyboardInterrupt
             if window_ends and acts.ring:
@@ -507,9 +524,9 @@ def train(runs, acts, plan, batch_size, device, checkpoint_every):
             run.finish()
 
 
-def tell_time(runs, seconds, steps):
-    """The time that is left, from that of a few steps of all runs; reading, evaluation and the first compilation are not in it."""
-    tqdm.write(f"about {seconds * steps:,.0f} s for {steps} more steps of {runs} runs, from the time of steps {TIMED_STEPS[0] + 1} to {TIMED_STEPS[1]}", sys.stdout)
+def tell_time(runs, n, seconds, steps):
+    """The time that is left, from that of the last n steps of all runs; checkpoints and the first compilation are not in it."""
+    tqdm.write(f"about {seconds / n * steps:,.0f} s for {steps} more steps of {runs} runs, from the time of {n} steps", sys.stdout)
 
 
 def progress_line(runs, batch_size):
@@ -597,7 +614,7 @@ def main():
     p.add_argument("--steps", type=whole, help="steps to take (default: as many as the activations have)")
     p.add_argument("--estimate", action="store_true", help="say what memory and disk it will take, and stop")
     p.add_argument("--resume", action="store_true", help="go on with every interrupted run on these activations, start no new one")
-    p.add_argument("--checkpoint", type=whole, default=60, metavar="SECONDS", help="how often (default: %(default)s)")
+    p.add_argument("--checkpoint", type=whole, default=60, metavar="SECONDS", help="how often, at most (default: %(default)s)")
     p.add_argument("--list", action="store_true", help="print all variants with their lineage and stop")
     p.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     args = p.parse_args()

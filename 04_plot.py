@@ -770,10 +770,10 @@ NOTE004 = [
     ("squared error, mean over dimensions", 4.6875, lambda m: m["mse"]),
     ("cosine", 0.945, lambda m: m["cosine"]),
     ("norm ratio, x_hat to x", 0.949, lambda m: m["l2_ratio"]),
-    ("CE with the SAE, nats", 3.031, lambda m: m["ce_sae"]),
-    ("CE recovered", 0.990, lambda m: m["ce_recovered"]),
+    ("CE with the SAE, nats", 3.03125, lambda m: m["ce_sae"]),
+    ("CE recovered", 0.9901, lambda m: m["ce_recovered"]),
     ("KL from the clean model, nats", 0.1035, lambda m: m["kl_sae"]),
-    ("KL recovered", 0.990, lambda m: m["kl_recovered"]),
+    ("KL recovered", 0.9897, lambda m: m["kl_recovered"]),
     ("absorption, full (24 letters)", 0.00876, "mean_full_absorption_score"),
     ("absorption, fraction (SAEBench from January 2025)", None, "mean_absorption_fraction_score"),
     ("split features", 1.167, "mean_num_split_features"),
@@ -824,19 +824,21 @@ def at_l0(points, l0):
 
 
 def note004(runs):
-    """Each figure of note 004's baseline beside that of the runs."""
+    """Each figure of note 004's baseline beside that of the runs of its model, layer, kind and width."""
+    runs = [r for r in runs if "gemma-2-2b" in r.config["model"]["name"].lower() and r.config["layer"] == 19 and r.settings["activation"] == "topk"
+            and r.settings["d_sae"] == 65536]
     rows = []
     for what, published, ours in NOTE004:
         values = []
         for r in runs:
             try:
                 values.append(ours(r.core["metrics"]) if callable(ours) else stored_figure(r.folder, ours))
-            except KeyError:                                                  # synthetic data has no language model's losses
+            except KeyError:                                                  # a figure that its core metrics lack
                 values.append(None)
         rows.append([what, "-" if published is None else f"{published:g}", *("-" if v is None else f"{v:.4f}" for v in values)])
     return ("Note 004's TopK baseline",
-            "Gemma-2-2B layer 19, 65,536 latents, k 320, 10.0 M tokens, SAEBench commit 87197ce in bfloat16; '-' was not measured, or not by this formula.",
-            ["", "note 004", *(r.config["name"] for r in runs)], rows)
+            "Gemma-2-2B layer 19, 65,536 latents, k 320, 10.0 M tokens, SAEBench commit 87197ce in bfloat16; '-' was not measured, or not by this formula."
+            + ("" if runs else " There is no run of this kind on this layer."), ["", "note 004", *(r.config["name"] for r in runs)], rows)
 
 
 def stored_figure(folder, key):

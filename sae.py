@@ -813,7 +813,7 @@ def hub_errors(kind, name):
             status = getattr(getattr(cause, "response", None), "status_code", status)
             chain += [*(c.__name__ for c in type(cause).__mro__), f"HTTP {status}"]
             cause = cause.__cause__ or cause.__context__
-        choose = "; --config and --split choose a part of it" if kind == "data set" else ""
+        choose = "; --config and --split choose a part of it, --trust-remote-code runs the code of one that has some" if kind == "data set" else ""
         said, code = next((HUB_ERRORS[c] for c in HUB_ERRORS if c in chain), (f"does not load: {type(e).__name__}: {first_lines(e)}{choose}", 3))
         page = f"datasets/{name}" if kind == "data set" else name
         raise Refuse(f"{kind} {name} {said.replace('{page}', page).replace('{status}', str(status))}", code) from e

@@ -2,6 +2,8 @@
 of them, at one revision; what is gated, missing or out of reach ends in one line; and what was fetched once serves offline."""
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,12 +11,13 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import zstandard
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from hub import Hub  # noqa: E402
 from sae import Acts, read_json  # noqa: E402
-from test_cache import contents, save, texts, write_jsonl  # noqa: E402
+from test_cache import contents, save, texts, tiny, tokenizer, write_jsonl  # noqa: E402
 
 FILES, PER_FILE = 6, 400
 ASK = ["--model", "toys/words", "--layer", "1", "--data", "toys/stories", "--column", "story", "--ctx", "8", "--rows-per-shard", "64", "--tokens", "640",
@@ -24,7 +27,7 @@ FORKS = """
 import importlib, json, os, sys
 sys.path.insert(0, sys.argv[1])
 from sae import run_script
-scripts = {name: importlib.import_module(name) for name in ("01_cache_acts", "02_train", "03_eval")}
+scripts = {name: importlib.import_module(name) for name in ("01_cache_acts", "02_train", "03_eval", "04_plot")}
 import datasets, torch, transformers
 transformers.GPT2LMHeadModel, transformers.PreTrainedTokenizerFast
 torch.set_num_threads(1)
@@ -98,6 +101,12 @@ def hub(tmp_path_factory):
     (folder / "datasets" / "toys" / "letters" / "README.md").write_text(
         "---\nconfigs:\n" + "".join(f"- config_name: {c}\n  data_files: {c}/train.jsonl\n" for c in ("en", "de")) + "---\n# Letters\n")
     shutil.copytree(folder / "datasets" / "toys" / "letters", folder / "datasets" / "toys" / "secret")
+    tiny("gemma2", n_layers=20).save_pretrained(folder / "models" / "google" / "gemma-2-2b")
+    tokenizer(bos=True).save_pretrained(folder / "models" / "google" / "gemma-2-2b")
+    parquet(folder / "datasets" / "Skylion007" / "openwebtext" / "plain_text" / "train-00000-of-00001.parquet", documents[:PER_FILE], "text")
+    pile = folder / "datasets" / "monology" / "pile-uncopyrighted" / "train" / "00.jsonl.zst"      # as the Pile is
+    pile.parent.mkdir(parents=True)
+    pile.write_bytes(zstandard.compress("".join(json.dumps({"text": d, "meta": {"pile_set_name": "toys"}}) + "\n" for d in documents[:PER_FILE]).encode()))
     with Hub(folder, gated={"toys/gated", "toys/secret"}, accepted={"hf_anna": {"toys/gated", "toys/secret"}, "hf_bob": set()}) as server:
         yield server
 
@@ -214,3 +223,43 @@ def test_evaluation_takes_the_model_by_name_at_the_revision_that_was_cached(hub,
     hub.history.clear()
     said = online.run("03_eval", *evaluate, "--force", code=3)
     assert "model toys/words no longer has the revision that was cached: cache again" in said and "Traceback" not in said
+
+
+def recipe(title, script, **smaller):
+    """The arguments of the one command of a script under a heading of variants/README.md, with these flags changed or added."""
+    section = (ROOT / "variants" / "README.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    command, = [line for line in section.splitlines() if line.startswith(f"python {script}.py")]
+    argv = shlex.split(command)[2:]
+    for flag, value in smaller.items():
+        flag = f"--{flag.replace('_', '-')}"
+        if flag in argv:
+            argv[argv.index(flag) + 1] = str(value)
+        else:
+            argv += [flag, str(value)]
+    return argv
+
+
+def test_the_recipes_of_the_published_baselines_end_beside_the_published_figures(online):
+    """The two blocks of commands on a Gemma of 16 dimensions and 20 layers, with few tokens; latents, L0 and names are as written."""
+    small = dict(ctx=16, rows_per_shard=256, val_tokens=320, device="cpu")
+    online.run("01_cache_acts", *recipe("SAEBench's recipe", "01_cache_acts", tokens=2048, **small))
+    train = recipe("SAEBench's recipe", "02_train", device="cpu")
+    online.run("02_train", *[a.replace("d_sae=4096,16384,65536", "d_sae=4096,16384").replace("l0=20,40,80,160,320,640", "l0=20,60") for a in train],
+               "--set", "batch_size=32")
+    online.run("01_cache_acts", *recipe("Note 004's TopK baseline", "01_cache_acts", tokens=1000, **small))
+    online.run("02_train", *recipe("Note 004's TopK baseline", "02_train", steps=8, device="cpu"), "--set", "batch_size=32")
+    runs = [str(p.relative_to(online.folder)) for p in sorted((online.folder / "runs").glob("topk-gemma*"))]
+    assert len(runs) == 5 and "d_sae=65536" in runs[-1] and runs[-1].endswith("-s42")
+    online.run("03_eval", *runs, "--eval", "core", "--device", "cpu")
+    said = online.run("04_plot", *runs, "--reference", "saebench", "note004")
+    table = {row[0]: row[1:] for line in said.splitlines() if len(row := re.split(r"  +", line.strip())) > 2}
+    name = "topk-gemma-2-2b_l12_saebench-batch_size=32-d_sae={}-dead_after=0.02-l0={}.0-lr=0.0003-lr_warmup=0.004-sparsity_start=2.0-sparsity_warmup=0.02-s0"
+    for d_sae, l0, published in ((4096, 20, 0.943), (16384, 20, 0.966), (4096, 60, None), (16384, 60, None)):
+        l0_now, tokens, mine, theirs, difference = table[name.format(d_sae, l0)]
+        low, high = {4096: (0.965, 0.978), 16384: (0.980, 0.988)}[d_sae]                                # at L0 40 and 80
+        assert float(l0_now) == l0 and float(theirs) == published if published else low < float(theirs) < high
+        assert float(difference) == pytest.approx(float(mine) - float(theirs), abs=1.1e-4)
+    assert table["L0"] == ["320", "320.0000"] and table["CE recovered"][0] == "0.9901"
+    assert table["explained variance, mean of ratios (SAEBench before, 'legacy')"][0] == "0.824"
+    report = (online.folder / "plots" / "results.md").read_text()
+    assert "## Loss recovered beside SAEBench's SAEs" in report and "## Note 004's TopK baseline" in report
