@@ -208,6 +208,14 @@ def test_a_call_into_saebench_leaves_no_trace(bench):
     assert (random.random(), numpy.random.rand(), torch.rand(1)) == want
 
 
+def test_a_seed_decides_what_every_generator_draws_in_a_call(bench):
+    def drawn(seed):
+        with bench.seams(seed):
+            return random.random(), numpy.random.rand(), torch.rand(1).item()
+    first = drawn(1)
+    assert first == drawn(1) and all(a != b for a, b in zip(first, drawn(2)))
+
+
 def test_folders_of_shared_work_differ_with_every_setting(bench):
     a, b = bench.folder("core", {"seed": 0}), bench.folder("core", {"seed": 1})
     assert a != b and a == bench.folder("core", {"seed": 0})
@@ -461,7 +469,7 @@ def test_controls_are_evaluated_as_runs_are_and_the_mean_that_has_no_latents_is_
     assert "control: pca" in ev.saebench_table([run, *made], world)
 
 
-@pytest.mark.parametrize("what", ["another run", "another layer", "empty", "old", "nan", "a field missing"])
+@pytest.mark.parametrize("what", ["another run", "another layer", "another width", "another model", "empty", "old", "nan", "a field missing"])
 def test_a_result_that_is_not_sound_is_refused(world, monkeypatch, what):
     run = make_run("unsound", random_sae(world, 8))
     real = ev.core_result
@@ -469,6 +477,8 @@ def test_a_result_that_is_not_sound_is_refused(world, monkeypatch, what):
     def spoilt(*args):
         made, more = real(*args)
         made |= {"another run": {"sae_lens_release_id": "other"}, "another layer": {"sae_cfg_dict": {**made["sae_cfg_dict"], "hook_layer": 2}},
+                 "another width": {"sae_cfg_dict": {**made["sae_cfg_dict"], "d_sae": 201}},
+                 "another model": {"sae_cfg_dict": {**made["sae_cfg_dict"], "model_name": "toy"}},
                  "empty": {"eval_result_details": []}, "old": {"datetime_epoch_millis": 1}, "nan": {"eval_result_unstructured": {"x": float("nan")}},
                  "a field missing": {"eval_result_metrics": {}}}[what]
         return made, more
