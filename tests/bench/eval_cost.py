@@ -7,8 +7,8 @@ Reads acts/tiny (01_cache_acts.py) and writes nothing but its eval_cache, which 
 building of the language model apart. SAEs are random, 1,024 latents, L0 16. SAEBench is timed on 1 and 2 SAEs; its further SAEs cost what
 the second did. Both do the same work: the same contexts, words and prompts, every letter used, and the results are compared.
 
-Measured with --part 4 on the embedded model, seconds ours / SAEBench's: core 1.6 / 3.5 for one SAE, 13.6 / 69 for 20, 0.63 / 3.4 for each
-further one; absorption 3.4 / 16.2 for one, 6.6 / 39 for 5, 0.80 / 5.6 for each further one.
+Measured with --part 4 on the embedded model, seconds ours / SAEBench's: core 2.2 / 3.8 for one SAE, 16.5 / 73 for 20, 0.76 / 3.7 for each
+further one; absorption (an earlier state) 3.4 / 16.2 for one, 6.6 / 39 for 5, 0.80 / 5.6 for each further one.
 """
 import argparse
 import contextlib
