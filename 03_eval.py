@@ -50,6 +50,7 @@ from typing import Callable, NamedTuple
 import torch
 import xxhash
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 from sae import (SAE, Acts, Parser, Refuse, blocks_of, checksum, generator, hook_point, hub_errors, is_disk_full, is_out_of_memory, language_model,
@@ -753,12 +754,13 @@ TREES, TREE = 5, 12              # trees of latents that are kept as examples, a
 
 
 def evaluate_structure(held_out, runs, failures):
-    """Composition of the decoder, hierarchy and interference of the latents, their thresholds, what rounding to bfloat16 changes, and, of synthetic
+    """Composition of the decoder, hierarchy, interference and diversity of the latents, their thresholds, L0 by position, what rounding to bfloat16 changes, and, of synthetic
     data, missed parents by depth. `null`: the same of random directions, and of firing shifted against each other. On training rows, which are
     shuffled over the whole cache: as many held-out ones are of a few contexts, whose means differ. Not of controls."""
     runs, nulls, results, few = [r for r in runs if "control" not in r.config], {}, {}, copy.copy(held_out)
     few.n = min(held_out.n, PRECISION_CONTEXTS * (1 if held_out.model else 64))
     x = held_out.sample[:GEOMETRY_ROWS].to(held_out.device)
+    where = {k: v[:len(x)].to(x.device) for k, v in held_out.acts.shard(0).items() if k in ("tokens", "position") and held_out.model}
     for run in tqdm(runs, desc="structure", unit="run", disable=None):
         with blamed(run, failures), torch.no_grad():
             W, code = unit(run.sae.W_dec.float()), Code(run.sae, x, generator("structure", "latents"))
@@ -770,6 +772,8 @@ def evaluate_structure(held_out, runs, failures):
                 "rows": len(x), "latents": len(code.latents), "composition": {"run": composition(W), "null": nulls[W.shape]},
                 "hierarchy": hierarchy(code.acts > 0, code.latents, W), "hierarchy_null": hierarchy(mixed > 0, code.latents, chance),
                 "interference": interference(code.acts, W[code.latents]) | {"null": interference(mixed, chance[code.latents])},
+                "diversity": diversity(code, W[code.latents], where.get("tokens")),
+                **({"position": by_position(code, where["position"])} if "position" in where else {}),
                 "thresholds": thresholds(code, run.sae.d_sae), "precision": precision(few, run, failures),
                 **({"missed": missed(held_out, run.sae)} if held_out.truth else {})}
     return results
@@ -860,6 +864,27 @@ def interference(acts, W):
     power = torch.linalg.eigvalsh(torch.cov(acts.double().T).reshape(len(usual), len(usual))).flip(0).clamp_min(0)
     return {"by_rate": [load[part].median().item() for part in parts], "ranks": RANKS,
             "captured": [(power[:r].sum() / power.sum().clamp_min(1e-30)).item() for r in RANKS]}
+
+
+def diversity(code, W, tokens):
+    """clusters: into how many groups the latents fall whose unit decoder rows W [m, d] are linked by cosines above 0.7, per latent (1: none is linked);
+    token_entropy: in nats, of the tokens [n] of the FEW_ROWS rows on which a latent fires most, mean over latents that fire on as many (0: always the
+    same token)."""
+    links = (W @ W.T > 0.7).cpu().numpy()
+    found = {"clusters": connected_components(links, directed=False)[0] / len(W) if len(W) else None}
+    often = (code.acts > 0).sum(0) >= FEW_ROWS
+    if tokens is not None and often.any():
+        top = tokens[code.acts[:, often].topk(FEW_ROWS, dim=0).indices]                                # [FEW_ROWS, latents]
+        same = torch.stack([(top == row).double().mean(0) for row in top])                             # how frequent each row's token is
+        found["token_entropy"] = -same.log().mean().item()
+    return found
+
+
+def by_position(code, position):
+    """L0 and explained variance of the rows at an eighth of the positions each, first ones first; at: their mean position in the context."""
+    parts = position.long().argsort(stable=True).tensor_split(8)
+    return {"at": [round(position[part].double().mean().item()) for part in parts], "l0": [code.l0[part].mean().item() for part in parts],
+            "explained_variance": [1 - (code.error[part].sum() / code.variance[part].sum()).item() for part in parts]}
 
 
 def thresholds(code, d_sae):

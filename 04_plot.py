@@ -1265,7 +1265,7 @@ def curves(axis, groups, look, spec, handles):
     if not late:
         axis.set_xticks([])
         axis.set_yticks([])
-    elif len(xs) < 12 and xs[0] > 0 and xs[-1] / xs[0] >= 8:                  # a few points such as 32, 64 ... 512
+    elif len(xs) < 12 and xs[0] > 0 and xs[-1] / xs[0] >= 8 and xs[-1] / xs[-2] > 1.3:      # a few points such as 32, 64 ... 512
         axis.set_xscale("log")
         axis.set_xticks(xs, [matplotlib.ticker.EngFormatter(sep="", places=0)(x) if "tokens" in spec.x_label else f"{x:g}" for x in xs])
         axis.minorticks_off()
@@ -1554,6 +1554,8 @@ NOTES = {
     "activation_sparsity": draw_curves(
         Panel(at_least, "rows with at least so many (share)", x=l0_grid, x_label="active latents of a row"),
         *(Panel(f"geometry/metrics/tenths/{key}", label, x="geometry/metrics/tenths/norm", x_label="norm of the row (mean of a tenth)")
+          for key, label in (("l0", "L0 (active latents per row)"), ("explained_variance", "explained variance"))),
+        *(Panel(f"structure/position/{key}", label, x="structure/position/at", x_label="position in the context (mean of an eighth)")
           for key, label in (("l0", "L0 (active latents per row)"), ("explained_variance", "explained variance")))),
     "sparsity_indices": draw_dots(Panel("geometry/metrics/hoyer", "Hoyer index of a row's activations (1: one latent)"),
                                   Panel("geometry/metrics/gini", "Gini index of the firing rates (0: all alike)"),
@@ -1593,7 +1595,9 @@ NOTES = {
     "composition": draw_dots(
         Panel("structure/composition/run", "decoder rows explained by a quarter as many\ndirections, 4 a row (MetaSAE; share of variance)", "structure/composition/null", RANDOM),
         Panel("geometry/metrics/unique", "latents whose nearest other row has\na cosine below 0.2 (share)", "geometry/null/unique", RANDOM),
-        Panel("structure/hierarchy/cosine", "cosine of a latent with one that contains it\n(mean over parent and child)")),
+        Panel("structure/hierarchy/cosine", "cosine of a latent with one that contains it\n(mean over parent and child)"),
+        Panel("structure/diversity/clusters", "groups of latents linked by cosines\nabove 0.7 (per latent; 1: none is linked)"),
+        Panel("structure/diversity/token_entropy", "entropy of the tokens that a latent\nfires most on (nats, mean; 20 rows each)"), columns=3),
     "hierarchy": draw_curves(
         Panel("structure/hierarchy/containment", "fires only with a more frequent latent\n(P(it | latent) above chance)", "structure/hierarchy_null/containment",
               "null: firing shifted in time", every(1, "structure/hierarchy/containment"), "latents (%, least contained first)"),

@@ -208,6 +208,27 @@ def test_latents_interfere_by_their_cosines_and_a_plane_holds_what_varies_in_a_p
     assert ev.interference(torch.zeros(9, 3), W)["captured"] == [0.0] * 9
 
 
+def test_linked_latents_are_one_group_and_a_latent_of_one_token_has_no_entropy():
+    W = torch.cat([orthonormal(6, 8), unit(orthonormal(6, 8)[:1] + 0.3 * orthonormal(6, 8)[1:2])])                 # the last one is near the first
+    tokens, acts = torch.arange(200) % 4, torch.zeros(200, 7)
+    acts[tokens == 2, 0] = 1.0                                                # 50 rows, one token
+    acts[:, 1] = 1 - torch.arange(200) / 400                                  # its 20 highest rows have each of the four tokens five times
+    acts[:5, 2] = 1.0                                                         # too rare
+    code = FakeCode(acts, torch.zeros(7))
+    found = ev.diversity(code, W, tokens)
+    assert found["clusters"] == 6 / 7 and found["token_entropy"] == pytest.approx((0 + math.log(4)) / 2)
+    assert ev.diversity(code, W, None) == {"clusters": 6 / 7}
+
+
+def test_positions_are_eight_equal_parts_in_order():
+    code = FakeCode(torch.ones(64, 3), torch.zeros(3))
+    position = torch.arange(64).flip(0)
+    code.l0, code.error, code.variance = position.double(), torch.ones(64), torch.full((64,), 4.0)
+    found = ev.by_position(code, position)
+    assert found["at"] == [4, 12, 20, 28, 36, 44, 52, 60] and found["l0"] == pytest.approx([3.5 + 8 * i for i in range(8)])
+    assert found["explained_variance"] == [0.75] * 8
+
+
 class FakeCode:
     """Pre-activations [n, m] that fire above `threshold` [m]."""
 

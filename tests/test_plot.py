@@ -248,7 +248,8 @@ def analysed(folder, seed=0, others=(), level=0.0, language=True):
                      "jl": {"dimensions": [32, 64, 128, 256, 512], "run": projected, "null": projected},
                      "pairs": {"pairs": 20, "rows": [256, 1024, 4096], "coactivation": batches, "phi": batches, "preact": batches}},
         "structure": {
-            "composition": {"run": 0.6 + jitter, "null": 0.5},
+            "composition": {"run": 0.6 + jitter, "null": 0.5}, "diversity": {"clusters": 0.9, "token_entropy": 1.5 + jitter},
+            "position": {"at": [8, 24, 40, 56, 72, 88, 104, 120], "l0": [4.0] * 8, "explained_variance": [0.8 + i / 100 for i in range(8)]},
             "hierarchy": {"containment": [i / 200 for i in range(101)], "contained": 0.1, "cosine": 0.2 + jitter, "depths": [0.9, 0.1],
                           "by_place": {"rate": [0.1 - i / 200 for i in range(10)], "parents": [0.2 - i / 50 for i in range(10)]}, "trees": []},
             "hierarchy_null": {"containment": [i / 1000 for i in range(101)]},
