@@ -1425,7 +1425,7 @@ def draw_absorption_law(caches, look, path):
             axis.plot(ends, [math.exp(level + slope * math.log(x)) for x in ends], marker=marker, markevery=[], color=colour, ls=style, lw=1.2, label=label)
         title = next(m.title for m in METRICS if m.key == key)
         axis.set(xscale="log", yscale="log", xlabel="L0 (active latents per row)", ylabel=f"{title} (share; lower is better)")
-        axis.set_title(f"{acts}: {title} falls with L0 whatever the method", fontsize=9)
+        axis.set_title(f"{acts}: {title} against L0", fontsize=9)
         plain_ticks(axis, [r.get("l0") for rs in series.values() for r in rs])
         axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(10, (1, 2, 5)))
         axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
