@@ -1,6 +1,6 @@
 """Promises about faults: each ends in one clear line, what was finished stays, and nothing is silently wrong. Counts are printed at the end.
 
-Kills, full disks and double starts are made by kills.py, in forks of one process; `-m slow` makes 200 kills."""
+Kills, full disks and double starts are made by kills.py, in forks of one process; `-m slow` makes 200 kills and those of several processes."""
 import argparse
 import ast
 import importlib
@@ -77,8 +77,18 @@ def test_two_hundred_kills_at_random_moments(tell):
     assert not lost(said), err + json.dumps(said)
 
 
+@pytest.mark.slow
+def test_kills_of_a_ring_of_pairs_of_processes_and_of_saebench(tell):
+    """Of producer and consumer, or of the processes that torchrun starts, one is struck and the others told to end; then torchrun itself is."""
+    said, err = kills("--stage", "01_cache_acts by two", "02_train by two", "ring", "saebench", "--kills", 32, "--stops", 16, "--limits", 300, 20_000,
+                      "--torchrun", "--seed", 1)
+    report(tell, said)
+    tell(f"torchrun or one of its processes ended: {said['torchrun']['tried']} tried, {len(said['torchrun']['lost'])} lost")
+    assert not lost(said), err + json.dumps(said)
+
+
 def lost(said):
-    return [what for k in ("kills", "stops", "disks", "twice") for what in said[k]["lost"]]
+    return [what for part in said.values() for what in part.get("lost", [])]
 
 
 def report(tell, said):
@@ -87,7 +97,8 @@ def report(tell, said):
         tell(f"{what} at random moments: {sum(tried.values())} tried ({', '.join(f'{k} {v}' for k, v in tried.items())}), {len(said[key]['lost'])} lost")
     tell(f"full disks (file size limit{', tmpfs' if said['disks']['tmpfs'] else '; no tmpfs: mounting is not allowed here'}): "
          f"{said['disks']['tried']} tried, {len(said['disks']['lost'])} lost")
-    tell(f"two processes at once: {said['twice']['tried']} tried, {said['twice']['refused']} second ones refused, {len(said['twice']['lost'])} lost")
+    if "twice" in said:
+        tell(f"two processes at once: {said['twice']['tried']} tried, {said['twice']['refused']} second ones refused, {len(said['twice']['lost'])} lost")
 
 
 def test_what_torchrun_started_ends_when_torchrun_is_killed(tmp_path):
