@@ -2223,7 +2223,8 @@ def bench_questions(bench, runs, settings, failures):
                 ids = folder / "making" / "data" / "question_ids" / "all" / f"{question_file(name)}_correct.csv"
                 if not ids.read_text().strip():
                     raise Unfit(f"the model answers no question of {name} right in every order of the choices")
-                metrics.get_baseline_metrics(bench.model, 2 * config.llm_batch_size, str(folder / "making"), name, {"target_metric": "correct", "verbose": False})
+                metrics.get_baseline_metrics(bench.model, 2 * config.llm_batch_size, str(folder / "making"), name,
+                                             {"target_metric": "correct", "verbose": False})
         (folder / "making").rename(folder / "shared")
     asked = {name: len((folder / "shared" / "data" / "question_ids" / "all" / f"{question_file(name)}_correct.csv").read_text().split())
              for name in config.dataset_names}
@@ -2469,7 +2470,8 @@ def bench_ravel(bench, runs, settings, failures):
                 with bench.seams(SEED, log=folder / "log.txt"), torch.no_grad():
                     for entity, attributes in selection.items():
                         full = instance.RAVELInstance.create_from_files(
-                            config(llm_batch_size=8 * RAVEL_BATCH, artifact_dir=str(folder / "making")), entity, str(folder / "making"), tokenizer, model, bench.name, attributes)
+                            config(llm_batch_size=8 * RAVEL_BATCH, artifact_dir=str(folder / "making")), entity, str(folder / "making"),
+                            tokenizer, model, bench.name, attributes)
                         known = {a: [p.attribute_label for p in full.prompts if p.attribute_type == a] for a in attributes}
                         few = [f"{len(labels)} prompts and {len(set(labels))} answers of {a}" for a, labels in known.items() if len(set(labels)) < 2]
                         if few:
