@@ -162,7 +162,7 @@ def test_jaccard_and_rank_biased_overlap_of_planted_rankings():
 def test_rows_that_are_sums_of_few_parts_are_explained_by_them_and_random_rows_are_not():
     parts, g = unit(rows(30, 32, "parts")), generator("sums")
     sums = torch.stack([parts[torch.randperm(30, generator=g)[:3]].sum(0) for _ in range(160)])
-    assert ev.composition(unit(sums)) > 0.85 and ev.composition(unit(rows(160, 32))) < 0.75                         # 40 latents for 30 parts
+    assert ev.composition(unit(sums)) > 0.9 and ev.composition(unit(rows(160, 32))) < 0.82                          # 40 latents for 30 parts; 0.98 and 0.73
     assert ev.composition(orthonormal(8)) is None
 
 
