@@ -1,6 +1,6 @@
 """adaptive_ortho_r7 = adaptive_ortho_r6 + the orthogonality penalty ramps up over the run (curriculum).
 
-Latents first find their features and are then parted. Costs nothing. The note ramps over the whole run; the learning rate falls in its last
+Latents first find their features and are then parted. The note ramps over the whole run; the learning rate falls in its last
 fifth, so that such a ramp ends less orthogonal (0.036, not 0.031).
 
 Found on toys (300 steps, 3 seeds): error over the first third 0.3175 -> 0.3124; at the end the orthogonality penalty is the same within the
