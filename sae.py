@@ -526,8 +526,8 @@ class SAE(nn.Module):
         """(batch_threshold, flat indices of entries of pre among which are all above it, these entries). Exact: the carried threshold
         only narrows the entries that are looked at."""
         keep = min(round(self.wanted_l0() * len(pre)), pre.numel() - 1)
-        for share in (0.95, 0.8, 0.0):
-            at = above(pre, share * self.threshold if share else -torch.inf)
+        for share in (0.95, 0.8, torch.nan):                       # NaN: all entries are looked at
+            at = above(pre, share * self.threshold)
             if len(at) > keep:
                 break
         near = pre.take(at)
