@@ -7,7 +7,8 @@ directions beside their block. `decorrelation` penalises correlated activations 
 Costs (d_sae 8192, d_in 1152, batch 1024, one core): time 3.2, memory 2.2 times the baseline's (1.9 times at
 d_sae 16,384, d_in 2304, batch 2048).
 Found (toys, 3 seeds): the blocks' Gram matrices are the identity within 0.0001; of a third of latents that started with hopeless
-biases none stays dead, in r9 all do. Explained variance 0.492 instead of 0.534 (relu).
+biases none stays dead, in r9 all do. Explained variance 0.492 instead of 0.534 (relu). On the embedded model's
+activations with 256 latents, l0 8 and 300 steps of 256 rows L0 ends at 8.14 (r8 7.89, r9 7.76).
 """
 import math
 

@@ -4,7 +4,7 @@
 
 Why: two latents that always fire together are one. But so are a parent and its child on half of the rows, and a penalty on firing
 together pays for absorption. The square of one batch's cosine is 1 / rows for two latents that have nothing to do with each other: with
-256 rows that was most of the sum, a pressure on all latents to fall silent, which took L0 in r9 15 % below its target.
+256 rows that was most of the sum, a pressure on all latents to fall silent, which took L0 in r9 lower (6.9 instead of 7.1 of 8).
 Found (toy mixture, relu, 6 seeds): mean cosine of used latents' activations 0.057 instead of 0.061, explained variance 0.526 instead of
 0.499 at L0 4.15 instead of 4.20.
 """
