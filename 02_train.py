@@ -470,8 +470,14 @@ def train(runs, acts, plan, batch_size, device, checkpoint_every):
     timed = [TIMED_STEPS] + [(steps // 8, steps // 4)] * (steps // 8 >= TIMED_STEPS[1])
     ends = dict(zip(itertools.accumulate(n for _, _, n in plan), ((i, n) for _, i, n in plan)))      # steps done at a shard's end -> the shard
     acts.waiting = False                                                     # for a shard of a ring: all is saved then, so that it may stop at once
+
+    def stop(*_):                                                            # after the next log line; at once the second time, which is not
+        if acts.waiting or stopping and time.monotonic() - stopping[0] > 1:  # the second signal of `timeout`: to the process and to its group
+            raise KeyboardInterrupt
+        stopping.append(time.monotonic())
+
     for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, lambda *_: stopping.append(1) if not (stopping or acts.waiting) else (_ for _ in ()).throw(KeyboardInterrupt))
+        signal.signal(sign, stop)
     if acts.ring:
         release(acts, next(i for end, (i, _) in ends.items() if end > start))
     bar = tqdm(total=steps, initial=start, unit="step", desc="training", disable=True if share()[0] else None, mininterval=1, smoothing=0.05)

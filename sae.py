@@ -656,7 +656,8 @@ class SAE(nn.Module):
     @functools.cache
     def code_checksum(cls):
         """Changes when the code of the class chain does, not when a comment or docstring does."""
-        return checksum("\n".join(code_of(c) for c in cls.chain() + [JumpReLU, Step, Codes, Product, Pick, Encode, bag, bag_transposed, above, highest]).encode())
+        parts = [unit, generator, JumpReLU, Step, Codes, starts, bag, bag_transposed, Product, Pick, Encode, above, highest, nonzeros, firing]
+        return checksum("\n".join(code_of(part) for part in cls.chain() + parts).encode())
 
 
 @functools.cache
