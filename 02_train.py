@@ -113,7 +113,8 @@ class Run:
                 for name in ("sae.safetensors", "checkpoint.safetensors", "metrics.jsonl"):
                     (self.folder / name).unlink(missing_ok=True)
                 x = sample(acts, self.sae)
-                check_forward(self.sae, self.sae(x[:256]))
+                with watched(self.sae):
+                    self.sae(x[:256])
                 self.sae.init_from_data(x)
             self.write_config()
 
@@ -292,11 +293,10 @@ def backward(sae, opt, x, check):
         for part in x.chunk(sae.micro_batches):
             share = len(part) / len(x)
             sae.part, at = slice(at, at + len(part)), at + len(part)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda), watched(sae) if check else contextlib.nullcontext():
                 out = sae(part)
                 new = sae.losses(out)
             if check:
-                check_forward(sae, out)
                 check_losses(new)
             (share * sum(new.values())).backward()
             terms = {k: terms.get(k, 0) + share * v.detach() for k, v in new.items()}
@@ -306,17 +306,30 @@ def backward(sae, opt, x, check):
         return None                                          # what it held is freed only once this frame is left
 
 
-def check_forward(sae, out):
-    """Refuse, naming the method, if what a variant's forward pass gives has the wrong shape or is not finite or negative."""
-    rows = len(out.x)
-    for method, tensor, shape in (("pre_acts", out.pre, (rows, sae.d_sae)), ("activate", out.acts, (rows, sae.d_sae)),
-                                  ("decode", out.x_hat, (rows, sae.d_in))):
-        if not torch.is_tensor(tensor) or tensor.shape != shape:
-            raise Refuse(f"{method}() returned {list(tensor.shape) if torch.is_tensor(tensor) else type(tensor).__name__}, want {list(shape)}")
-        if not nonzeros(tensor).isfinite().all():
-            raise Refuse(f"{method}() returned numbers that are not finite")
-    if (nonzeros(out.acts) < 0).any():
-        raise Refuse("activate() returned negative activations")
+@contextlib.contextmanager
+def watched(sae):
+    """Inside, what pre_acts, activate and decode return is looked at before the next one gets it: Refuse, naming the method, if it has
+    the wrong shape, is not finite or, of activations, negative."""
+    def look(name, width, method):
+        def call(given):
+            got, want = method(given), (len(given), width)
+            if not torch.is_tensor(got) or got.shape != want:
+                raise Refuse(f"{name}() returned {list(got.shape) if torch.is_tensor(got) else type(got).__name__}, want {list(want)}")
+            if not nonzeros(got).isfinite().all():
+                raise Refuse(f"{name}() returned numbers that are not finite")
+            if name == "activate" and (nonzeros(got) < 0).any():
+                raise Refuse("activate() returned negative activations")
+            return got
+        return call
+
+    widths = {"pre_acts": sae.d_sae, "activate": sae.d_sae, "decode": sae.d_in}
+    for name, width in widths.items():
+        setattr(sae, name, look(name, width, getattr(sae, name)))
+    try:
+        yield
+    finally:
+        for name in widths:
+            delattr(sae, name)
 
 
 def check_losses(terms):
@@ -418,10 +431,10 @@ def wait_for_others(runs):
 
 
 def sizes(run, d_in):
-    """Bytes of a run's parameters, and of all that its file holds, by building it without memory; where a variant's build() looks at values,
-    which are not there then, of the base SAE's."""
+    """Bytes of a run's parameters, and of all that its file holds, by building it without memory; of the base SAE's where a variant's build()
+    looks at values, which are not there then, or is broken, which start() will say."""
     for cls in (run.cls, SAE):
-        with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+        with contextlib.suppress(Exception), torch.device("meta"):
             sae = cls(d_in, run.steps, run.seed, **run.config["settings"])
             return sum(p.nbytes for p in sae.parameters()), sum(t.nbytes for t in sae.state_dict().values())
 
