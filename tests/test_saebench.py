@@ -757,7 +757,7 @@ def test_data_sets_in_the_labelled_folder_are_used_and_their_content_is_the_key(
     acts = Acts("acts/toy")
     acts.meta["data"] = {"name": "of/the/hub"}
     settings = ev.BENCH["sparse_probing"].settings(acts)
-    assert settings["tasks"] == ["fancyzhx/ag_news"] and settings["config"] == {}
+    assert settings["tasks"] == ["fancyzhx/ag_news"] and settings["config"] == {"k_values": [1, 2, 5, 20]}      # sizes are SAEBench's own
     with ev.labelled_tasks(bench, settings) as data, bench.seams(ev.SEED, data):
         train, test = dataset_utils.get_multi_label_train_test_data("fancyzhx/ag_news", 16, 8, 42)
     assert sorted(train) == ["0", "1", "2", "3"] and len(train["0"]) == 8 and all(text.startswith("test") for text in test["3"])
