@@ -129,7 +129,9 @@ class Run:
             self.refused += not stepped
             self.refused_in_a_row = 0 if stepped else self.refused_in_a_row + 1
             if self.refused_in_a_row == REFUSED_IN_A_ROW:
-                raise Refuse(f"{REFUSED_IN_A_ROW} steps in a row gave a loss or gradient that is not finite (or a spike in the data, or accept() refused)")
+                bad = [name for name, p in self.sae.named_parameters() if not p.isfinite().all()]
+                raise Refuse(f"{bad[0]} is not finite any more: see before_step(), after_step() and lr_scale()" if bad else
+                             f"{REFUSED_IN_A_ROW} steps in a row gave a loss or gradient that is not finite (or a spike in the data, or accept() refused)")
             self.watch(x, out, terms)
             if log_now:
                 self.log(len(x))
@@ -220,8 +222,9 @@ class Run:
         return [words for words, is_so in said.items() if is_so]
 
     @contextlib.contextmanager
-    def blamed(self):
-        """What a variant does wrong ends its run alone, with the method and the line named. A full disk is not its fault."""
+    def blamed(self, method=None):
+        """What a variant does wrong ends its run alone, with the method and the line named; `method` where no line of it raised. A full disk
+        is not its fault."""
         try:
             yield
         except Exception as e:
@@ -229,7 +232,8 @@ class Run:
                 raise
             ours = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).parent in (ROOT / "variants", ROOT)
                     and Path(f.filename).name != "02_train.py"]
-            where = f" in {ours[-1].name}() ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours and not isinstance(e, Refuse) else ""
+            where = ("" if isinstance(e, Refuse) else f" in {ours[-1].name}() ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else
+                     f" in what {method}() returned" if method else "")
             what = str(e).split("\n")[0] if isinstance(e, Refuse) else f"{type(e).__name__}: {str(e).split(chr(10))[0]}"
             self.failure = f"{self.variant}{where}: {what}"
             self.config |= {"status": "failed", "reason": self.failure}
@@ -503,16 +507,17 @@ def train(runs, acts, plan, batch_size, device, checkpoint_every):
                 continue
             sae = run.sae
             sae.step, sae.position, sae.first_row = step, position * batch_size, first_row
-            with run.blamed():
+            with run.blamed("choose_batch"):
                 chosen = sae.choose_batch(len(rows), generator(run.seed, step, "batch"))
-            if run.failure:
-                continue
-            if chosen == slice(sae.position, sae.position + batch_size) if isinstance(chosen, slice) else False:
-                shared = rows[chosen].float() * sae.scale if shared is None else shared
-                x = shared
-            else:
-                x = rows[chosen].float() * sae.scale
-            run.train_on(x, log_now)
+                if chosen == slice(sae.position, sae.position + batch_size) if isinstance(chosen, slice) else False:
+                    shared = rows[chosen].float() * sae.scale if shared is None else shared
+                    x = shared
+                else:
+                    x = rows[chosen].float() * sae.scale
+                if x.shape != (batch_size, acts.d_in):
+                    raise Refuse(f"choose_batch() chose rows of shape {list(x.shape)}, want {[batch_size, acts.d_in]}")
+            if not run.failure:
+                run.train_on(x, log_now)
         alive = [r for r in runs if not r.failure]
         bar.update()
         if not alive:
@@ -594,6 +599,21 @@ def find_variants(names):
     return list(dict.fromkeys(found))
 
 
+def loading(names):
+    """Those of the variants whose files load; what is wrong with the others is told, and raised if none does."""
+    found = []
+    for name in names:
+        try:
+            load_variant(name)
+        except Refuse as e:
+            if e.code != 5 or not found and name == names[-1]:
+                raise
+            print(" ".join(f"error: {e}".split()), file=sys.stderr)
+        else:
+            found.append(name)
+    return found
+
+
 def combinations(cls, sets, sweeps):
     """Settings of each run of a sweep: `sets` in all of them, times every combination of the swept values."""
     fixed, grid = parse_settings(cls, sets), []
@@ -651,9 +671,12 @@ def main():
     if args.resume:
         if processes > 1:
             raise Refuse("--resume: processes can't share what others finish meanwhile; the command that started the runs goes on with them", 2)
-        wanted = interrupted(folder)
+        wanted, broken = interrupted(folder), False
     else:
-        wanted = [(v, settings, seed, args.epochs, args.steps) for v in find_variants(args.variant)
+        names = find_variants(args.variant)
+        variants = loading(names)
+        broken = len(variants) < len(names)
+        wanted = [(v, settings, seed, args.epochs, args.steps) for v in variants
                   for settings in combinations(load_variant(v), args.set, args.sweep) for seed in dict.fromkeys(args.seed)]
     sizes = {(settings.get("batch_size", load_variant(v).batch_size), epochs, steps) for v, settings, _, epochs, steps in wanted}
     if len(sizes) > 1:
@@ -695,7 +718,7 @@ def main():
         release(acts, len(acts.sizes))
     if runs:
         print(table(runs))
-    if any(r.failure or r.config.get("void") for r in runs):
+    if broken or any(r.failure or r.config.get("void") for r in runs):
         wait_for_others(others)
         return 5
     return 0

@@ -683,6 +683,8 @@ def load_variant(name):
         variant = importlib.import_module(f"variants.{name}").Variant
     except Exception as e:
         raise Refuse(f"variants/{name}.py does not load: {type(e).__name__}: {e}", 5) from e
+    if not (isinstance(variant, type) and issubclass(variant, SAE)):
+        raise Refuse(f"variants/{name}.py: Variant is no subclass of SAE", 5)
     return variant
 
 

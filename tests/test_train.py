@@ -168,8 +168,16 @@ BAD = {
     "blows_up": "    def losses(self, out):\n        return super().losses(out) | {'mine': out.acts.sum() * (float('inf') if self.step > 3 else 0.0)}\n",
     "vector": "    def losses(self, out):\n        return {'recon': self.recon_error(out)}\n",
     "builds_badly": "    def build(self):\n        raise ValueError('no')\n",
+    "errors": "    def recon_error(self, out):\n        return (out.x - out.x_hat).pow(2)[:, :0].mean(-1)\n",
+    "chooses": "    def choose_batch(self, n_rows, rng):\n        return slice(0, 0)\n",
+    "strays": "    def choose_batch(self, n_rows, rng):\n        return [n_rows] * self.batch_size\n",
+    "rates": "    def lr_scale(self):\n        return float('nan')\n",
+    "poisons": "    def after_step(self, opt, out):\n        super().after_step(opt, out)\n        self.W_enc.fill_(float('nan'))\n",
 }
+UNLOADABLE = {"typo": "class Variant(SAE)\n", "imports": "import no_such_library\n", "nameless": "", "alien": "class Variant:\n    pass\n"}
 SAYS = {"raises": "activate()", "raises_late": "after_step() (raises_late.py:5): AssertionError: gave up", "shape": "decode() returned", "nan": "'mine'",
+        "errors": "losses() returned 'recon' = nan", "chooses": "choose_batch() chose rows of shape [0, 32], want [256, 32]",
+        "strays": "in what choose_batch() returned: IndexError", "rates": "see before_step(), after_step() and lr_scale()", "poisons": "W_enc is not finite any more",
         "narrow": "activate() returned [256, 63], want [256, 64]", "negative": "activate() returned negative", "blows_up": "10 steps in a row", "vector": "losses() returned 'recon'", "builds_badly": "build()"}
 
 
@@ -180,9 +188,13 @@ def test_a_broken_variant_is_named_and_the_others_go_on(here):
     (here / "variants").mkdir()
     for name, body in BAD.items():
         (here / "variants" / f"{name}.py").write_text(f'"""{name} = baseline + a mistake."""\nfrom sae import SAE\n\nclass Variant(SAE):\n{body}'.replace("\n\nclass", "\nclass"))
-    process = subprocess.run([sys.executable, here / "02_train.py", "--variant", *BAD, "baseline", *SMALL], cwd=here, capture_output=True, text=True,
+    for name, text in UNLOADABLE.items():
+        (here / "variants" / f"{name}.py").write_text(f'"""{name} = baseline + a mistake."""\n{text}')
+    process = subprocess.run([sys.executable, here / "02_train.py", "--variant", *UNLOADABLE, *BAD, "baseline", *SMALL], cwd=here, capture_output=True, text=True,
                              env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert process.returncode == 5 and "Traceback" not in process.stderr, process.stderr
+    lines = process.stderr.splitlines()
+    assert all(any(line.startswith(f"error: variants/{name}.py") for line in lines) for name in UNLOADABLE)
     for name, says in SAYS.items():
         (line,) = [line for line in process.stderr.splitlines() if line.startswith(f"error: {name}-")]
         assert says in line, line
