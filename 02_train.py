@@ -276,7 +276,7 @@ def train_step(sae, opt, x, check=False):
             torch.cuda.empty_cache()
         print(f"note: out of memory: {type(sae).__module__.split('.')[-1]} goes on with micro_batches={sae.micro_batches}", file=sys.stderr)
     out, terms = done
-    stepped = sae.accept(sum(terms.values())) and bool(sae.usual(x).all())
+    stepped = bool(sae.accept(sum(terms.values())) & sae.usual(x).all())         # one wait for the GPU, not two
     if stepped:
         for group in opt.param_groups:
             group["lr"] = group.setdefault("base_lr", group["lr"]) * sae.lr_scale()

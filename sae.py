@@ -10,6 +10,8 @@ Units: x is an activation times `scale`, so that E||x|| = sqrt(d_in); the recons
 A variant is a subclass in variants/NAME.py that overrides the one method its idea is about (see the methods below the rule line,
 which stand in the order in which training calls them). A public class attribute is a setting, changed by --set name=value.
 """
+from __future__ import annotations      # the kernels' name Triton, which is loaded on a GPU alone
+
 import argparse
 import ast
 import contextlib
@@ -18,7 +20,7 @@ import difflib
 import errno
 import fcntl
 import functools
-import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -39,6 +41,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 ROOT = Path(__file__).parent
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 SPARSE_BELOW = 0.05          # codes are sparse (see Codes) where fewer than this share of the latents, less 4, fire
 FORMAT = 1                   # of every file written here; a reader refuses another one
 
@@ -106,7 +109,7 @@ class Step(torch.autograd.Function):
 #     512 x 4,096     1,024        3.8    (3.0)          2.2     1.7 (1.6)     1.2 (1.0)
 #     96 x 1,024        512        2.6     2.3 (1.5)     2.0     1.6 (0.9)     1.2 (0.6)
 #     32 x 64           256                                      0.7
-# Hence SPARSE_BELOW. On a GPU, not measured, codes are dense.
+# Hence SPARSE_BELOW. On a GPU it is found out at the start: see kernels_pay().
 
 
 class Codes(torch.Tensor):
@@ -175,11 +178,15 @@ SHAPE_OF = {torch.Tensor.shape.__get__, torch.Tensor.dtype.__get__, torch.Tensor
 
 def starts(sorted_rows, n):
     """Where each of n rows starts in a list of row numbers, ascending, and where the last one ends [n + 1]."""
+    if sorted_rows.is_cuda:                                                      # where bincount would wait for the GPU, twice
+        return torch.searchsorted(sorted_rows, torch.arange(n + 1, device=sorted_rows.device))
     return nn.functional.pad(sorted_rows.bincount(minlength=n).cumsum(0), (1, 0))
 
 
 def bag(values, columns, starts, W):
     """S @ W for a sparse S whose row b has values[starts[b]:starts[b + 1]] in `columns`."""
+    if by_kernel(W):
+        return bag_by_kernel(values, columns, starts, W)
     return nn.functional.embedding_bag(columns, W, starts, mode="sum", per_sample_weights=values.to(W.dtype), include_last_offset=True)
 
 
@@ -189,19 +196,28 @@ def bag_transposed(values, rows, columns, n, W):
     return bag(values[order], rows[order], starts(columns, n), W)
 
 
+def dots(G, W, rows, columns, starts):
+    """G[rows[i]] . W[columns[i]] for all i; rows ascend, and row b starts at starts[b]."""
+    if by_kernel(W):
+        return dots_by_kernel(G, W, rows, columns)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(G, W, columns, starts, rows, 0)
+
+
 class Product(torch.autograd.Function):
-    """acts @ W from the non-zeros of acts."""
+    """acts @ W from the non-zeros of acts. By kernels under autocast what is gathered is of its type, as in a dense product; sums are fp32."""
 
     @staticmethod
     def forward(ctx, values, W, rows, latents, starts):
+        if by_kernel(W) and torch.is_autocast_enabled(W.device.type):
+            W = W.to(torch.get_autocast_dtype(W.device.type))
         ctx.save_for_backward(values, W, rows, latents, starts)
         return bag(values, latents, starts, W)
 
     @staticmethod
     def backward(ctx, grad):
         values, W, rows, latents, starts = ctx.saved_tensors
-        grad = grad.contiguous()
-        to_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad, W, latents, starts, rows, 0)     # grad[row] . W[latent]
+        grad = grad.contiguous().to(W.dtype)
+        to_values = dots(grad, W, rows, latents, starts)
         to_W = bag_transposed(values, rows, latents, len(W), grad) if ctx.needs_input_grad[1] else None
         return to_values, to_W, None, None, None
 
@@ -235,13 +251,13 @@ class Encode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, W_enc, b_dec = ctx.saved_tensors
-        x = x - b_dec
+        x = (x - b_dec).to(grad.dtype)
         if grad.is_sparse:
             (rows, latents), values = grad._indices(), grad._values()
             to_W = bag_transposed(values, rows, latents, W_enc.shape[1], x).T
             to_b = W_enc.new_zeros(len(to_W.T)).index_add(0, latents, values.to(W_enc.dtype))
         else:
-            to_W, to_b = x.to(grad.dtype).T @ grad, grad.sum(0).to(W_enc.dtype)
+            to_W, to_b = x.T @ grad, grad.sum(0).to(W_enc.dtype)
         to_x = grad.to(W_enc.dtype) @ W_enc.T if ctx.needs_input_grad[0] else None
         return to_x, to_W, to_b, -(W_enc @ to_b)
 
@@ -271,8 +287,111 @@ def nonzeros(acts):
 def firing(acts):
     """How often each latent fires: the share of the rows of acts [B, d_sae] where it is above 0 [d_sae]."""
     if isinstance(acts, Codes):
-        return acts.latents[acts.values > 0].bincount(minlength=acts.shape[1]) / len(acts)
+        return acts.values.new_zeros(acts.shape[1], dtype=torch.float32).index_add_(0, acts.latents, (acts.values > 0).float()) / len(acts)
     return (acts > 0).float().mean(0)
+
+
+# ---- the sparse products on a GPU: two Triton kernels ----------------------------------------------------------------------------------
+#
+# bag() and dots() call these where by_kernel() says so; each adds in a fixed order, in fp32, whatever it reads. No GPU has run them yet: tests
+# run them by Triton's interpreter and compile them for sm_80 and sm_90.
+#
+# What to expect, derived from rates and not measured: a row with k codes gathers k d_in numbers four times (decode, gradient of the values, of
+# W_dec, of W_enc), the first two from memory, the others from the cache that holds the batch; dense it is four products of 2 d_sae d_in
+# operations and some eight passes over [B, d_sae]. With 600 TFLOP/s and 3.4 TB/s (cache 7 TB/s) the two are equal, in bfloat16, where
+# k is 0.8 to 0.9 % of d_sae (d_in 2,304: k 140 of 16,384, 560 of 65,536).
+
+tl = None                    # triton.language, once compiled() was called: it takes long to load and is not wanted on a CPU
+
+
+def gather_sum(out, values, columns, starts, W, d, N: tl.constexpr, D: tl.constexpr):
+    """out[row] = the sum of values[i] W[columns[i]] over i from starts[row] to starts[row + 1]. A program has a row and D of its d columns."""
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * D + tl.arange(0, D)
+    first, end = tl.load(starts + row), tl.load(starts + row + 1)
+    sums = tl.zeros([N, D], tl.float32)
+    for start in range(first, end, N):
+        i = start + tl.arange(0, N)
+        value, column = tl.load(values + i, i < end, 0.0).to(tl.float32), tl.load(columns + i, i < end, 0)
+        w = tl.load(W + column[:, None] * d + at[None, :], (i < end)[:, None] & (at < d)[None, :], 0.0)
+        sums += value[:, None] * w.to(tl.float32)
+    tl.store(out + row * d + at, tl.sum(sums, 0), at < d)
+
+
+def gather_dot(out, G, W, rows, columns, n, d, N: tl.constexpr, D: tl.constexpr):
+    """out[i] = G[rows[i]] . W[columns[i]]. A program has N of the n places i."""
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    g, w = G + tl.load(rows + i, i < n, 0)[:, None] * d, W + tl.load(columns + i, i < n, 0)[:, None] * d
+    sums = tl.zeros([N, D], tl.float32)
+    for start in range(0, d, D):
+        at = start + tl.arange(0, D)[None, :]
+        inside = (i < n)[:, None] & (at < d)
+        sums += tl.load(g + at, inside, 0.0).to(tl.float32) * tl.load(w + at, inside, 0.0).to(tl.float32)
+    tl.store(out + i, tl.sum(sums, 1), i < n)
+
+
+@functools.cache
+def compiled(kernel):
+    global tl
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")                       # Triton 3.9 warns where nothing is said
+    import triton
+    import triton.language as tl
+    return triton.jit(kernel, do_not_specialize=["n"])
+
+
+def tile(d):
+    """(N, D): a program looks at 2,048 numbers at a time, D columns of N rows."""
+    D = min(256, 1 << (d - 1).bit_length())
+    return min(128, 2048 // D), D
+
+
+def by_kernel(W):
+    """Whether products with W are the kernels': on a GPU, where Triton is installed."""
+    return W.is_cuda and HAS_TRITON and W.dtype != torch.float64
+
+
+def bag_by_kernel(values, columns, starts, W):
+    (N, D), d = tile(W.shape[1]), W.shape[1]
+    out = W.new_empty(len(starts) - 1, d, dtype=torch.float32)
+    with torch.cuda.device_of(W):
+        compiled(gather_sum)[len(out), -(-d // D)](out, values.contiguous(), columns, starts, W.contiguous(), d, N, D)
+    return out
+
+
+def dots_by_kernel(G, W, rows, columns):
+    (N, D), d = tile(W.shape[1]), W.shape[1]
+    out = W.new_empty(len(rows), dtype=torch.float32)
+    with torch.cuda.device_of(W):
+        compiled(gather_dot)[-(-len(out) // N),](out, G, W.contiguous(), rows, columns, len(out), d, N, D)
+    return out
+
+
+@functools.cache
+def kernels_pay(device, rows, d_in, d_sae, k):
+    """Whether a product of codes, k of d_sae a row, with a decoder and its gradients by the kernels are right and faster than dense ones: tried
+    in bfloat16, on random numbers, once a size, and told in one line. Kernels that don't compile or are wrong leave codes dense."""
+    g = generator("kernels", device=device)
+    random = lambda *size: torch.rand(size, generator=g, device=device)
+    owners, latents = torch.arange(rows, device=device).repeat_interleave(k), torch.randint(d_sae, (rows * k,), generator=g, device=device)
+    found, seconds = {}, {}
+    try:
+        values, W, G = random(rows * k).bfloat16().requires_grad_(), (random(d_sae, d_in) - 0.5).requires_grad_(), random(rows, d_in) - 0.5
+        for way in ("sparse", "dense"):
+            for _ in range(4):                                                   # the first one compiles, the last one counts
+                started = time.perf_counter()
+                with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+                    codes = Codes(values, owners, latents, torch.Size((rows, d_sae)))
+                    product = (codes if way == "sparse" else codes.dense()) @ W
+                found[way] = product, *torch.autograd.grad(product, [values, W], G.to(product.dtype))
+                found[way][-1][0, 0].item()                                      # waits for the GPU
+                seconds[way] = time.perf_counter() - started
+        right = all((a.float() - b.float()).norm() < 0.02 * b.float().norm() for a, b in zip(*found.values()))
+        said = "" if right else ": they give wrong numbers here"
+    except Exception as e:
+        right, said = False, f": they do not run here: {type(e).__name__}: {str(e).strip().splitlines()[0]}"
+    pays = right and seconds["sparse"] < seconds["dense"]
+    said = said or f" ({seconds['sparse'] * 1e3:.2f} ms sparse, {seconds['dense'] * 1e3:.2f} ms dense)"
+    print(f"codes of {d_in:,} x {d_sae:,}, {k} a row, are {'sparse, by kernels' if pays else 'dense'}{said}")
+    return pays
 
 
 class SAE(nn.Module):
@@ -426,7 +545,7 @@ class SAE(nn.Module):
             threshold = self.log_threshold.exp()
             cut = threshold.detach() - self.bandwidth / 2          # above it are also the zeros whose gradient moves a threshold
             at = above(pre, cut.masked_fill(cut < 0, -torch.inf))
-            if len(at) > 2 * SPARSE_BELOW * pre.numel():
+            if not self.sparse_pays(pre, len(at) / len(pre)) if pre.is_cuda else len(at) > 2 * SPARSE_BELOW * pre.numel():
                 return JumpReLU.apply(pre.relu(), threshold, self.bandwidth)
             return Codes.of(pre, at, lambda values: JumpReLU.apply(values.relu(), threshold.index_select(0, at % self.d_sae), self.bandwidth))
         return Codes.of(pre, above(pre, 0), torch.relu)
@@ -455,8 +574,9 @@ class SAE(nn.Module):
         return min(1.0, up, down)
 
     def accept(self, loss):
-        """Whether to take the step; a refused one is counted and leaves the weights alone. loss: the scalar of this batch."""
-        return bool(loss.isfinite())
+        """Whether to take the step, a bool or a tensor with one; a refused one is counted and leaves the weights alone. loss: the scalar of
+        this batch. A tensor spares a wait for the GPU."""
+        return loss.isfinite()
 
     @torch.no_grad()
     def before_step(self, opt):
@@ -485,11 +605,14 @@ class SAE(nn.Module):
         """Which normalised rows x [n, d_in] are no spikes, and finite [n]."""
         return x.norm(dim=-1) < self.spike * self.d_in ** 0.5
 
-    def sparse_pays(self, pre):
-        """Whether so few latents fire that Codes are faster than dense products: by measurement, on a CPU (SPARSE_BELOW)."""
-        if pre.is_cuda:
-            return False
-        return (self.l0_now if self.activation in ("relu", "jumprelu") else self.wanted_l0()) < SPARSE_BELOW * self.d_sae - 4
+    def sparse_pays(self, pre, l0=None):
+        """Whether so few latents fire, l0 a row, that Codes are faster than dense products: by measurement, once for all on a CPU (SPARSE_BELOW),
+        at the start on a GPU, for the next of the values 1, 1.2, 1.4, 1.7, 2, 2.4 ..."""
+        if l0 is None:                                             # as it is now; but to read l0_now would wait for the GPU
+            l0 = self.l0_now if self.activation in ("relu", "jumprelu") and not pre.is_cuda else self.wanted_l0()
+        few = l0 < SPARSE_BELOW * self.d_sae - 4
+        k = round(2 ** (math.ceil(4 * math.log2(max(1, l0))) / 4)) if few and pre.is_cuda else None
+        return few and (k is None or kernels_pay(pre.device, min(2048, self.batch_size), self.d_in, self.d_sae, k))
 
     def memory(self, fraction):
         """The weight of the newest value in a moving average that remembers `fraction` of the run (its plain mean at first)."""
@@ -656,7 +779,8 @@ class SAE(nn.Module):
     @functools.cache
     def code_checksum(cls):
         """Changes when the code of the class chain does, not when a comment or docstring does."""
-        parts = [unit, generator, JumpReLU, Step, Codes, starts, bag, bag_transposed, Product, Pick, Encode, above, highest, nonzeros, firing]
+        parts = [unit, generator, JumpReLU, Step, Codes, starts, bag, bag_transposed, dots, Product, Pick, Encode, above, highest, nonzeros, firing,
+                 gather_sum, gather_dot, compiled, tile, by_kernel, bag_by_kernel, dots_by_kernel, kernels_pay]
         return checksum("\n".join(code_of(part) for part in cls.chain() + parts).encode())
 
 

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")      # before Triton is loaded: kernels run on the CPU, see test_kernels.py
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sae  # noqa: E402
 import toys  # noqa: E402
@@ -56,7 +59,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if config.long and hasattr(item.module, "SEEDS"):
             item.add_marker(pytest.mark.slow)
-        if "slow" in item.keywords and "slow" not in config.option.markexpr:
+        if item.get_closest_marker("slow") and "slow" not in config.option.markexpr:        # not keywords: they hold folder names too
             item.add_marker(pytest.mark.skip(reason="run with -m slow"))
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU"))

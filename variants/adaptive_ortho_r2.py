@@ -50,7 +50,7 @@ class Variant(Base):
         """Asked in every step, taken or not, so also in the last."""
         good = super().accept(loss)
         if self.loop_fix == "median" and self.step + 1 == self.steps and self.steps_taken + good < self.loop_taken * self.steps:
-            raise Refuse(f"only {int(self.steps_taken) + good} of {self.steps} steps were taken, the others refused", 5)
+            raise Refuse(f"only {int(self.steps_taken + good)} of {self.steps} steps were taken, the others refused", 5)
         return good
 
     @torch.no_grad()
