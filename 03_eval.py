@@ -123,6 +123,8 @@ class LanguageModel:
         self.tokens, self.rows = tokens, mask & (norm <= 10 * norm[mask].median())
         self.counts = self.rows[:, :-1] & self.rows[:, 1:]                    # predictions from a row, of a row
         self.targets = tokens[:, 1:][self.counts]
+        self.at = torch.arange(tokens.shape[1] - 1, device=tokens.device).expand_as(self.counts)[self.counts]      # of each prediction
+        self.eighth = torch.nn.functional.one_hot(8 * self.at // (tokens.shape[1] - 1), 8).double()
         if logits:
             log_p = self.log_probs(out.logits)
             self.p, self.clean_loss = log_p.exp(), self.loss(log_p)
@@ -131,7 +133,8 @@ class LanguageModel:
 
     @torch.no_grad()
     def splice(self, x):
-        """Loss and divergence from the clean pass, summed over the predictions, with x [rows, d_in] in place of the rows."""
+        """Loss and divergence from the clean pass with x [rows, d_in] in place of the rows, summed over the predictions: the loss for each
+        eighth of the context [8], the divergence for all."""
         hidden = self.clean.clone()
         hidden[self.rows] = x
         handle = self.point.register_forward_hook(lambda module, args, out: (hidden, *out[1:]) if isinstance(out, tuple) else hidden)
@@ -149,7 +152,7 @@ class LanguageModel:
         return logits[:, :-1][self.counts].float().log_softmax(-1)
 
     def loss(self, log_p):
-        return -log_p.gather(-1, self.targets[:, None]).sum(dtype=torch.float64).item()
+        return -log_p.gather(-1, self.targets[:, None]).double()[:, 0] @ self.eighth
 
 
 def first(out):
@@ -214,7 +217,8 @@ def evaluate_core(held_out, runs, failures):
         data.add(x)
         if model:
             data.language["ce_clean"] += model.clean_loss
-            data.language["predictions"] += len(model.targets)
+            data.language["predictions"] += model.eighth.sum(0)
+            data.language["position"] += model.at.double() @ model.eighth
             for name, fill in (("zero", torch.zeros_like(x)), ("mean", held_out.mean.to(x).expand_as(x))):
                 ce, kl = model.splice(fill)
                 data.language[f"ce_{name}"] += ce
@@ -306,27 +310,30 @@ class Score:
              "l0": l0, "l1": s["l1"] / n, "l2_ratio": s["norm"] / data.norm, "slope": s["dot"] / max(s["square"], 1e-30),
              "dead": (rate == 0).double().mean().item(), "dense": dense.double().mean().item(),
              "dense_share": (rate[dense].sum() / max(l0, 1e-30)).item(), "silent_rows": s["silent_rows"] / n,
-             "decoder_max_cosine": max_cosine(self.sae.W_dec.detach()),
+             "decoder_max_cosine": max_cosine(self.sae.W_dec.detach()).mean().item(),
              "decoder_norm_error": (self.sae.W_dec.detach().norm(dim=-1) - 1).abs().max().item(),
              "explained_variance_zero": 1 - data.square.trace().item() / data.total,
              "explained_variance_pca": pca[min(int(l0), data.d_in)] if math.isfinite(l0) else math.nan, "density": density(rate)}
         if data.language:
-            tokens = data.language["predictions"]
-            m |= {k: v / tokens for k, v in data.language.items() if k != "predictions"}
-            m |= {"ce_sae": s["ce"] / tokens, "kl_sae": s["kl"] / tokens}
+            sums = {**data.language, "ce_sae": s["ce"], "kl_sae": s["kl"]}
+            count, position = sums.pop("predictions"), sums.pop("position")
+            m |= {k: float(torch.as_tensor(v).sum() / count.sum()) for k, v in sums.items()}
             m["ce_recovered"] = (m["ce_zero"] - m["ce_sae"]) / (m["ce_zero"] - m["ce_clean"])
             m["kl_recovered"] = 1 - m["kl_sae"] / m["kl_zero"]
+            recovered = (sums["ce_zero"] - s["ce"]) / (sums["ce_zero"] - sums["ce_clean"])
+            parts = {"at": position / count, "ce_clean": sums["ce_clean"] / count, "ce_sae": s["ce"] / count, "ce_recovered": recovered}
+            m["by_position"] = {k: [plain(x) for x in v.tolist()] for k, v in parts.items()}        # eighths of the context; at: their mean position
         return m | (self.truth.metrics() if self.truth else {})
 
 
 def max_cosine(W_dec, block=1024):
-    """Mean over latents of the highest cosine of its decoder row with another one's; never all pairs at once."""
+    """The highest cosine of each latent's decoder row with another one's [d_sae], 0 of a single one; never all pairs at once."""
     rows, highest = unit(W_dec), []
-    for start in range(0, len(rows) if len(rows) > 1 else 0, block):
+    for start in range(0, len(rows), block):
         cosine = rows[start:start + block] @ rows.T
-        cosine.diagonal(start).fill_(-2.0)
+        cosine.diagonal(start).fill_(-2.0 if len(rows) > 1 else 0.0)
         highest.append(cosine.amax(-1))
-    return torch.cat(highest).mean().item() if highest else 0.0
+    return torch.cat(highest)
 
 
 def density(rate, low=-6.0, width=0.25):
@@ -517,6 +524,7 @@ def absorbed_latents(run):
 GEOMETRY_ROWS = 8192             # held-out rows on which co-firing is seen
 GEOMETRY_LATENTS = 2048          # latents that are looked at in pairs: all, or as many of them at random
 JL_DIMENSIONS = (32, 64, 128, 256, 512)
+JL_ABOVE = (0.05, 0.1, 0.2, 0.4)     # cosines above which pairs are looked for, in the projection and in truth
 TOP_PAIRS = 0.001                # share of all pairs that a batch selects, as in topk_ortho_r1
 PAIR_BATCHES = (256, 1024, 4096)     # rows
 GROUP, GROUPS = 32, 64           # latents in a group, and how many groups are looked at
@@ -609,13 +617,17 @@ def marchenko_pastur(sets, d):
 def projections(W, g):
     """How well k random orthonormal axes (d, if less, which is exact) keep what unit rows W [n, d] say of each other (Johnson and
     Lindenstrauss 1984), for each k of JL_DIMENSIONS, on GEOMETRY_LATENTS rows: standard deviation and largest size of the cosines' error,
-    which of the n closest pairs are still among the n closest (share), and the share of the rows' squared length that the axes hold."""
+    which of the n closest pairs are still among the n closest (share), and the share of the rows' squared length that the axes hold. above: of
+    the pairs with a cosine above each of JL_ABOVE the share that has one in the projection too (recall; null of none), and the reverse
+    (precision)."""
     W = W[torch.randperm(len(W), generator=g)[:GEOMETRY_LATENTS].to(W.device)]
     axes = torch.linalg.qr(torch.randn(W.shape[1], W.shape[1], generator=g))[0].to(W)
     above = torch.ones(len(W), len(W), dtype=torch.bool, device=W.device).triu(1)                # each pair once
     exact = (W @ W.T)[above]
     closest = lambda cosine: cosine.topk(min(len(W), len(exact))).indices
     true, found = closest(exact), defaultdict(list)
+    share = lambda of, among: (of & among).sum().item() / among.sum().item() if among.any() else None
+    over = {str(tau): {"recall": [], "precision": []} for tau in JL_ABOVE}
     for k in JL_DIMENSIONS:
         low = W @ axes[:, :k]
         rough = (unit(low) @ unit(low).T)[above]
@@ -623,7 +635,10 @@ def projections(W, g):
         found["error_max"].append((rough - exact).abs().max().item())
         found["recall"].append(torch.isin(true, closest(rough)).double().mean().item())
         found["reconstruction"].append((low.square().sum() / W.square().sum()).item())
-    return dict(found)
+        for tau, kept in over.items():
+            kept["recall"].append(share(rough > float(tau), exact > float(tau)))
+            kept["precision"].append(share(exact > float(tau), rough > float(tau)))
+    return {**found, "above": over}
 
 
 class Code:
@@ -638,8 +653,10 @@ class Code:
             self.fires = self.fires + on.sum(0)
             self.active += [latents.nonzero().flatten() for latents in on[:GROUPS - len(self.active)]]
             hoyer = (root - out.acts.sum(-1) / out.acts.norm(dim=-1).clamp_min(1e-12)) / max(root - 1, 1e-12)
-            rows.append(torch.stack([on.sum(-1), hoyer, part.norm(dim=-1), (part - out.x_hat / sae.scale).square().sum(-1)], -1).double())
-        self.l0, self.hoyer, self.norm, self.error = torch.cat(rows).unbind(-1)              # of each row
+            x_hat = out.x_hat / sae.scale
+            rows.append(torch.stack([on.sum(-1), hoyer, part.norm(dim=-1), (part - x_hat).square().sum(-1), x_hat.norm(dim=-1),
+                                     (part * x_hat).sum(-1)], -1).double())
+        self.l0, self.hoyer, self.norm, self.error, self.norm_hat, self.dot = torch.cat(rows).unbind(-1)      # of each row
         self.variance = (x - x.mean(0)).double().square().sum(-1)
         firing = self.fires.nonzero().flatten()
         self.latents = firing[torch.randperm(len(firing), generator=g)[:GEOMETRY_LATENTS].to(firing.device)].sort().values
@@ -649,7 +666,7 @@ class Code:
     def metrics(self):
         """hoyer: (sqrt(d) - L1 / L2) / (sqrt(d) - 1) of a row's activations, 1 for a single latent (Hoyer 2004), mean over rows that fire;
         gini of the latents' firing rates, 0 if all fire alike; correlation: mean absolute correlation of two latents' activations; and by
-        tenths of the rows' norm L0 and explained variance."""
+        tenths of the rows' norm L0, explained variance, and what is lost in length: l2_ratio (x_hat's to x's) and slope (of x on x_hat)."""
         rate = (self.fires.double() / len(self.l0)).sort().values
         n, rank = len(rate), torch.arange(1, len(rate) + 1, device=rate.device)
         gini = (2 * (rank * rate).sum() / (n * rate.sum()) - (n + 1) / n).item() if rate.sum() else None
@@ -658,7 +675,9 @@ class Code:
         return {"hoyer": self.hoyer[fires].mean().item() if fires.any() else None, "gini": gini, "correlation": mean_correlation(self.acts),
                 "l0_of_rows": quantiles(self.l0), "tenths": {
                     "norm": [self.norm[t].mean().item() for t in tenths], "l0": [self.l0[t].mean().item() for t in tenths],
-                    "explained_variance": [1 - (self.error[t].sum() / self.variance[t].sum()).item() for t in tenths]}}
+                    "explained_variance": [1 - (self.error[t].sum() / self.variance[t].sum()).item() for t in tenths],
+                    "l2_ratio": [plain((self.norm_hat[t].sum() / self.norm[t].sum()).item()) for t in tenths],
+                    "slope": [plain((self.dot[t].sum() / self.norm_hat[t].square().sum()).item()) for t in tenths]}}
 
     def sets(self, g):
         """Sets of latents. `group`: a latent and those whose firing correlates most with its own; `across`: as many at random (GROUP, or
@@ -693,18 +712,24 @@ def shifted(columns, g):
 
 def pair_stability(code):
     """How much the TOP_PAIRS of all pairs that a batch selects are those that the next batch selects, at fixed weights: mean Jaccard index and
-    rank-biased overlap over successive batches, per rule (those of topk_ortho_r1) and number of rows. `null`: the Jaccard index of chance."""
+    rank-biased overlap over successive batches, per rule (those of topk_ortho_r1) and number of rows; `dense`: the share of the pairs that
+    involve one of the 1 % most frequent latents. `null`: the Jaccard index of chance; `null_dense`: the share among all pairs."""
     n, m = code.acts.shape
     count = round(TOP_PAIRS * m * (m - 1) / 2)
     if not count:
         return None
-    result = {"pairs": count, "rows": [b for b in PAIR_BATCHES if 2 * b <= n], "null": TOP_PAIRS / (2 - TOP_PAIRS)}
+    densest = (code.acts > 0).sum(0).topk(math.ceil(m / 100)).indices
+    rare = m - len(densest)
+    result = {"pairs": count, "rows": [b for b in PAIR_BATCHES if 2 * b <= n], "null": TOP_PAIRS / (2 - TOP_PAIRS),
+              "null_dense": 1 - rare * (rare - 1) / (m * (m - 1))}
     score = {"coactivation": lambda acts, pre: coactivation(acts), "phi": lambda acts, pre: correlations((acts > 0).float()),
              "preact": lambda acts, pre: correlations(pre)}
     for rule, f in score.items():
-        result[rule] = {"jaccard": [], "rbo": []}
+        result[rule] = {"jaccard": [], "rbo": [], "dense": []}
         for b in result["rows"]:
             chosen = [top_pairs(f(code.acts[at:at + b], code.pre[at:at + b]), count) for at in range(0, min(n // b, 4) * b, b)]
+            pairs = torch.cat(chosen)
+            result[rule]["dense"].append((torch.isin(pairs // m, densest) | torch.isin(pairs % m, densest)).double().mean().item())
             for name, f_pair in (("jaccard", jaccard), ("rbo", rank_biased_overlap)):
                 values = [f_pair(a, c) for a, c in zip(chosen, chosen[1:])]
                 result[rule][name].append(sum(values) / len(values))
@@ -854,14 +879,19 @@ def trees(parent, latents, rate, given):
     return found
 
 
-def interference(acts, W):
-    """What the other latents put on a latent's direction, in units of its own activation: sum over j of |cos(d_i, d_j)| E[f_j] / E[f_i], median in
-    ten equal parts of the latents, rarest first; captured: share of the covariance of acts [rows, m] in its first RANKS directions. W [m, d]: the
-    latents' unit decoder rows."""
+def interference_load(acts, W):
+    """What the others put on each latent's direction, in units of its own activation [m]: sum over j of |cos(d_i, d_j)| E[f_j] / E[f_i].
+    acts [rows, m]; W [m, d]: the latents' unit decoder rows."""
     usual = acts.mean(0)
-    load = (((W @ W.T).abs() @ usual - usual) / usual.clamp_min(1e-12))
+    return ((W @ W.T).abs() @ usual - usual) / usual.clamp_min(1e-12)
+
+
+def interference(acts, W):
+    """by_rate: interference_load(), median in ten equal parts of the latents, rarest first; captured: share of the covariance of acts [rows, m]
+    in its first RANKS directions."""
+    load = interference_load(acts, W)
     parts = [part for part in (acts > 0).sum(0).argsort().tensor_split(10) if len(part)]
-    power = torch.linalg.eigvalsh(torch.cov(acts.double().T).reshape(len(usual), len(usual))).flip(0).clamp_min(0)
+    power = torch.linalg.eigvalsh(torch.cov(acts.double().T).reshape(len(load), len(load))).flip(0).clamp_min(0)
     return {"by_rate": [load[part].median().item() for part in parts], "ranks": RANKS,
             "captured": [(power[:r].sum() / power.sum().clamp_min(1e-30)).item() for r in RANKS]}
 
@@ -999,7 +1029,8 @@ def compare(sae, other, x):
 
     matched: mean cosine of the matched decoder rows; encoder: of their encoder columns; again: share of matches above 0.7, 0.8, 0.9; best:
     mean over latents of the highest cosine with any of the other's, not one-to-one; activations: mean correlation of the activations of matched
-    latents that fire in both; by_rate: mean cosine in ten equal parts, rarest first; pairs: Jaccard index of the TOP_PAIRS that fire together."""
+    latents that fire in both; by_rate: mean cosine and share above 0.7 (again_by_rate) in ten equal parts, rarest first; pairs: Jaccard index of
+    the TOP_PAIRS that fire together; unmatched: whether those not above 0.7 lie in the same subspace() nevertheless."""
     W, V = unit(sae.W_dec.float()), unit(other.W_dec.float())
     mine, theirs, cosine = match(W, V)
     encoder = (unit(sae.W_enc.T[mine].float()) * unit(other.W_enc.T[theirs].float())).sum(-1)
@@ -1013,7 +1044,19 @@ def compare(sae, other, x):
             "best": torch.cat([(part @ V.T).amax(-1) for part in W.split(1024)]).mean().item(),
             "activations": together.mean().item() if len(together) else None,
             "by_rate": [cosine[part].mean().item() for part in rarest if len(part)],
+            "again_by_rate": [(cosine[part] > 0.7).double().mean().item() for part in rarest if len(part)],
+            "unmatched": subspace(W[mine[cosine <= 0.7]], V[theirs[cosine <= 0.7]]),
             "pairs": jaccard(top_pairs(coactivation(a), count), top_pairs(coactivation(b), count)) if count else None}
+
+
+def subspace(U, V):
+    """Mean squared cosine of the principal angles between the subspaces of U's and of V's rows [k, d]: of their GROUP leading right singular
+    vectors (k, or d / 4, if that is less). `null`: what random subspaces of the same size have on average. None of fewer than two rows."""
+    size = min(GROUP, U.shape[1] // 4, len(U))
+    if size < 2:
+        return None
+    a, b = (torch.linalg.eigh((M.T @ M).double()).eigenvectors[:, -size:] for M in (U, V))
+    return {"rows": len(U), "size": size, "cosine": ((a.T @ b).square().sum() / size).item(), "null": size / U.shape[1]}
 
 
 # ---- training: how a run came about ---------------------------------------------------------------------------------------------------------
@@ -1025,9 +1068,10 @@ STAGE_METRICS = ("explained_variance", "mse", "l0", "l1", "l2_ratio", "dead", "c
 
 def evaluate_training(held_out, runs, failures):
     """Core metrics and geometry of each snapshot that training kept, and of its end, on few contexts, the same for all. Beside them, `same`: mean
-    cosine of the decoder rows with the final ones; `pairs`: Jaccard index of the TOP_PAIRS that fire together with those at the end;
-    `survived`: the share of the latents that were revived before the snapshot which are not revived again and fire at the end.
-    `revived`: how many latents were ever revived. No snapshots leave `stages` empty."""
+    cosine of the decoder rows with the final ones; `pairs`: Jaccard index of the TOP_PAIRS that fire together with those at the end
+    (pair_half_life: how many tokens before the end it was one half); `revived`: how many latents were ever revived; revived_cosine: of their
+    decoder rows with the nearest other one, mean; the survival() of latents; and what share of those that fire at a stage are dead or revived
+    at the next one, in ten equal parts by interference_load(), least first (deaths). No snapshots leave `stages` empty."""
     runs, results, few = [r for r in runs if "control" not in r.config], {}, copy.copy(held_out)
     few.n = min(held_out.n, TRAINING_CONTEXTS * (1 if held_out.model else 64))
     x = some_rows(held_out) if any((r.folder / "snapshots").exists() for r in runs) else None
@@ -1038,24 +1082,79 @@ def evaluate_training(held_out, runs, failures):
             core = evaluate_core(few, stages, failures) if stages else {}
             if run.folder in failures:
                 continue
-            end, fires = run.sae, core[run]["rates"] > 0 if stages else None
+            end = run.sae
             latents = torch.randperm(end.d_sae, generator=generator("training"))[:GEOMETRY_LATENTS].to(end.W_dec.device)
             count = round(TOP_PAIRS * len(latents) * (len(latents) - 1) / 2)
-            chosen = lambda sae: top_pairs(coactivation(acts_of(sae, x, latents)), count)
-            final = chosen(end) if stages and count else None
-            results[run] = {"contexts_used": few.n, "stages": []}
-            for stage in stages:
-                sae, geometry = stage.sae, directions(unit(stage.sae.W_dec.float()))
-                revived = getattr(sae, "revived_at", torch.zeros(0)).cpu() > 0
-                still = fires[revived] & (sae.revived_at == end.revived_at).cpu()[revived] if revived.any() else None
+            final = top_pairs(coactivation(acts_of(end, x, latents)), count) if stages and count else None
+            results[run], fate = {"contexts_used": few.n, "stages": []}, []
+            for stage, after in zip(stages, [*stages[1:], None]):
+                sae, geometry, acts = stage.sae, directions(unit(stage.sae.W_dec.float())), acts_of(stage.sae, x, latents)
+                revived, fires = revived_at(sae) > 0, (acts > 0).any(0)
+                if after:
+                    lost = after.sae.dead() | (revived_at(after.sae) != revived_at(sae))
+                    load = interference_load(acts, unit(sae.W_dec[latents].float()))
+                    fate.append(torch.stack([load[fires], lost[latents][fires].float()]))
                 results[run]["stages"].append({
                     "step": sae.step, "tokens": sae.step * sae.batch_size, "revived": int(revived.sum()),
-                    "survived": still.double().mean().item() if revived.any() else None,
+                    "revived_cosine": max_cosine(sae.W_dec)[revived].mean().item() if revived.any() else None,
                     "same": torch.linalg.vecdot(unit(sae.W_dec), unit(end.W_dec)).mean().item(),
-                    "pairs": jaccard(chosen(sae), final) if count else None,
+                    "pairs": jaccard(top_pairs(coactivation(acts), count), final) if count else None,
                     **{k: geometry[k] for k in ("effective_rank", "mean_max_cosine", "unique")},
                     **{k: core[stage]["metrics"][k] for k in STAGE_METRICS if k in core[stage]["metrics"]}})
+            if stages:
+                made = results[run]["stages"]
+                results[run] |= {"deaths": deaths(*torch.cat(fate, 1)), "survival": survival([stage.sae for stage in stages]),
+                                 "pair_half_life": half_life([s["tokens"] for s in made], [s["pairs"] for s in made]) if count else None}
     return results
+
+
+def deaths(load, lost):
+    """Mean of `lost` [n] (1 or 0) in ten equal parts by `load` [n], least first; empty for fewer than 10."""
+    return [lost[part].mean().item() for part in load.argsort().tensor_split(10)] if len(load) >= 10 else []
+
+
+def half_life(tokens, share):
+    """How long before the end the share, which is 1 there, was one half, linear between the stages; None if it was never less."""
+    below = [i for i, s in enumerate(share) if s < 0.5]
+    if not below:
+        return None
+    i = below[-1]
+    return tokens[-1] - (tokens[i] + (0.5 - share[i]) / (share[i + 1] - share[i]) * (tokens[i + 1] - tokens[i]))
+
+
+def revived_at(sae):
+    """After which step each latent was last revived [d_sae], 0 where never."""
+    return getattr(sae, "revived_at", torch.zeros_like(sae.silent))
+
+
+def survival(saes, points=40):
+    """How long latents fire, by Kaplan and Meier's estimate (1958): the share that still does `tokens` after the run began, of all latents
+    (`start`), and after they were revived (`revived`, null without any). saes: a run's SAE at its stages, the end last.
+
+    The last stage that sees a life tells how it ends: where the latent fired last, if it is dead() there; else at its next revival; else, at
+    the end of the run, not yet. A life between two stages, begun and ended by a revival, is not seen."""
+    lives = {"start": [], "revived": []}                                       # (steps, whether that is the end) of each life
+    for sae, after in zip(saes, [*saes[1:], None]):
+        born = revived_at(sae)
+        over = revived_at(after) != born if after else torch.ones_like(born, dtype=torch.bool)
+        dead, until = sae.dead(), revived_at(after) if after else torch.full_like(born, sae.step)
+        length = (torch.where(dead, sae.step - sae.silent, until) - born).clamp_min(0)
+        ended = dead | (after is not None)
+        for name, which in (("start", over & (born == 0)), ("revived", over & (born > 0))):
+            lives[name].append(torch.stack([length[which], ended[which].float()]))
+    end, grid = saes[-1], [i / points for i in range(points + 1)]
+    found = {name: torch.cat(parts, 1) for name, parts in lives.items()}
+    return {"tokens": [f * end.step * end.batch_size for f in grid],
+            **{name: kaplan_meier(*them, [f * end.step for f in grid]) if them.numel() else None for name, them in found.items()}}
+
+
+def kaplan_meier(length, ended, at):
+    """The share of lives longer than each of `at`: the product, over the lengths [n] at which lives ended [n] (1; 0: seen no longer), of the
+    share of those seen as long that went on. None beyond the longest."""
+    times, count = length[ended > 0].unique(return_counts=True)
+    seen = len(length) - torch.searchsorted(length.sort().values, times)
+    share = 1 - count.double() / seen
+    return [share[times <= t].prod().item() if t <= length.max() else None for t in at]
 
 
 def snapshot(run, path):

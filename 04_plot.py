@@ -26,6 +26,7 @@ import json
 import math
 import re
 import statistics
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -244,18 +245,19 @@ def overridden(run):
 
 
 def swept(runs):
-    """{(variant, setting): {value: runs}} for the settings that take several values among a variant's runs, nothing else differing."""
+    """{(variant, setting): {other settings in words: {value: runs}}} for the settings that take several values among a variant's runs, nothing
+    else differing: a line for each combination of the others (--sweep of two settings)."""
     found = {}
     for variant in dict.fromkeys(r.variant for r in runs):
         mine = [r for r in runs if r.variant == variant]
         for key in dict.fromkeys(k for r in mine for k in overridden(r)):
-            rest = {}
+            lines = {}
             for r in (r for r in mine if key in r.settings):                  # a run from before the setting was added has no value
-                rest.setdefault(tuple(sorted((k, v) for k, v in overridden(r).items() if k != key)), []).append(r)
-            series = max(rest.values(), key=lambda rs: len({r.settings[key] for r in rs}))
-            values = sorted({r.settings[key] for r in series}, key=lambda v: (isinstance(v, str), v))
-            if len(values) > 1:
-                found[variant, key] = {v: [r for r in series if r.settings[key] == v] for v in values}
+                others = " ".join(f"{k}={v}" for k, v in sorted(overridden(r).items()) if k != key)
+                lines.setdefault(others, {}).setdefault(r.settings[key], []).append(r)
+            lines = {others: values for others, values in lines.items() if len(values) > 1}
+            if lines:
+                found[variant, key] = lines
     return found
 
 
@@ -435,6 +437,7 @@ class Difference(NamedTuple):
     worth: float = 0.0
     gap: float = 0.0         # the share by which the L0s still differ (mean over seeds)
     holm: float = 1.0        # p after Holm's correction
+    units: list = []         # the same for each letter or data set: one {name: delta} a seed
 
 
 def reference(run, others, metric):
@@ -491,7 +494,7 @@ def difference(members, others, metric):
         low, high = (min(low, b_low), max(high, b_high))
     worth = metric.worth * (abs(statistics.mean(levels)) if metric.relative else 1)
     p = float(p_value(deltas)) if abs(mean) > 2 * metric.noise and (low > 0 or high < 0) else 1.0
-    return Difference("", deltas, mean, low, high, p, worth, statistics.mean(gaps))
+    return Difference("", deltas, mean, low, high, p, worth, statistics.mean(gaps), units=units)
 
 
 def compare(runs, primary):
@@ -857,8 +860,11 @@ def stored_figure(folder, key):
 def looks(runs):
     """{variant: (colour, marker, line style)}, the same in every figure; the baseline is black."""
     variants = sorted({r.variant for r in runs if r.variant != "baseline"}, key=natural)
-    return {"baseline": ("#222222", "o", "-")} | {
-        v: (COLOURS[i % len(COLOURS)], MARKERS[(i + 1) % len(MARKERS)], STYLES[i // len(COLOURS) % len(STYLES)]) for i, v in enumerate(variants)}
+    return {"baseline": ("#222222", "o", "-")} | {v: nth_look(i) for i, v in enumerate(variants)}
+
+
+def nth_look(i):
+    return COLOURS[i % len(COLOURS)], MARKERS[(i + 1) % len(MARKERS)], STYLES[i // len(COLOURS) % len(STYLES)]
 
 
 def natural(name):
@@ -878,6 +884,11 @@ def legend(figure, handles):
                       ncols=math.ceil(len(handles) / per_column), handlelength=2.2)
 
 
+def margin(names):
+    """Inches that the names of rows take at 7 points, no fewer than the usual ones do."""
+    return max(2.2, 0.3 + 0.057 * max(map(len, names), default=0))
+
+
 def say(axis, words):
     """A gap with a word instead of an empty panel."""
     axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center", color="#777777")
@@ -894,19 +905,22 @@ def save(figure, path):
     write_file(path, png.getvalue())
 
 
-def draw_pareto(caches, look, path):
-    """Quality against sparsity: a marker per group with the seeds' standard deviation; settings of a variant that differ in l0 are joined."""
+def draw_pareto(caches, look, path, specs=()):
+    """Quality (or each of the Panels `specs`) against sparsity: a marker per group with the seeds' standard deviation; settings of a variant
+    that differ in l0 are joined."""
+    if specs and not any(look_up(r, spec.y) is not None for runs, _ in caches.values() for r in runs if r.valid for spec in specs):
+        return lacking(specs)
     rows = [(acts, title, [r for members in groups.values() for r in members], controls)
-            for acts, (runs, controls) in caches.items() for title, groups in studies([r for r in runs if r.valid] or runs)]
-    figure, axes = panels(len(rows), 2)
+            for acts, (runs, controls) in caches.items() for title, groups in studies([r for r in runs if r.valid] or runs, lambda r: r.variant)]
+    figure, axes = panels(len(rows), len(specs) or 2)
     handles = {}
     for row, (acts, title, runs, controls) in zip(axes, rows):
         language = any("ce_recovered" in r.core["metrics"] for r in caches[acts][0] if r.core)
-        for axis, (metric, label) in zip(row, [("explained_variance", "explained variance"),
-                                               ("ce_recovered", "cross-entropy recovered") if language else ("mcc", "MCC with the true features")]):
+        second = Panel("ce_recovered", "cross-entropy recovered") if language else Panel("mcc", "MCC with the true features")
+        for axis, (metric, label, *_) in zip(row, specs or (Panel("explained_variance", "explained variance"), second)):
             lines = {}
-            for name, members in grouped([r for r in runs if r.valid and r.get(metric) is not None and r.get("l0")]).items():
-                xs, ys = [r.get("l0") for r in members], [r.get(metric) for r in members]
+            for name, members in grouped([r for r in runs if r.valid and look_up(r, metric) is not None and r.get("l0")]).items():
+                xs, ys = [r.get("l0") for r in members], [look_up(r, metric) for r in members]
                 point = statistics.mean(xs), statistics.mean(ys), sd(xs), sd(ys), members[0].variant
                 rest = sorted((k, v) for k, v in overridden(members[0]).items() if k != "l0")
                 lines.setdefault((members[0].variant, str(rest)), []).append(point)
@@ -970,7 +984,8 @@ def draw_verdicts(caches, compared, primary, path):
     if not groups:
         return "nothing but the baseline"
     heights = [max(2.0, 0.21 * len(names) + 0.7) for names in groups.values()]
-    figure, axes = plt.subplots(len(groups), 3, figsize=(15.5, sum(heights) + 0.5), squeeze=False, layout="constrained",
+    wide = 13.3 + margin({name for names in groups.values() for name in names})
+    figure, axes = plt.subplots(len(groups), 3, figsize=(wide, sum(heights) + 0.5), squeeze=False, layout="constrained",
                                 height_ratios=heights)
     for row, (acts, names) in zip(axes, groups.items()):
         found, tried = compared[acts]
@@ -1011,53 +1026,59 @@ def draw_verdicts(caches, compared, primary, path):
 
 
 def draw_ablation(caches, look, path, keys="(?!l0$)", metrics=("explained_variance", "ce_recovered|mcc", "l0", "dead")):
-    """A row of panels per swept setting (--sweep) that `keys` matches: metrics against its values, the baseline as a line. a|b: a, or b if
-    nothing has a."""
-    series = [(acts, runs, variant, key, values) for acts, (runs, _) in caches.items() for (variant, key), values in swept(runs).items()
+    """Panels for each swept setting (--sweep) that `keys` matches: metrics against its values, a line for each combination of the other swept
+    settings, the baseline as a line. metrics: keys of METRICS (a|b: a, or b if nothing has a) or Panels."""
+    series = [(acts, runs, variant, key, lines) for acts, (runs, _) in caches.items() for (variant, key), lines in swept(runs).items()
               if re.match(keys, key)]
     if not series:
         return "no such setting was swept (02_train.py --sweep NAME=V1,V2)"
-    figure, axes = panels(len(series), len(metrics), width=3.4, height=2.7)
-    handles = {}
-    for row, (acts, runs, variant, key, values) in zip(axes, series):
-        colour, marker, style = look[variant]
-        for axis, names in zip(row, metrics):
-            metric = next((m for m in names.split("|") if any(r.get(m) is not None for r in runs)), names.split("|")[0])
-            there = {v: [r.get(metric) for r in rs if r.valid and r.get(metric) is not None] for v, rs in values.items()}
-            shown = [(i, ys) for i, ys in enumerate(there.values()) if ys]
-            for i, ys in shown:
-                axis.plot([i] * len(ys), ys, ".", color=colour, ms=3, alpha=0.5)
-            if shown:
-                line = axis.errorbar([i for i, _ in shown], [statistics.mean(ys) for _, ys in shown], [sd(ys) for _, ys in shown],
-                                     color=colour, marker=marker, ls=style, ms=5, lw=1.2, capsize=2)
-                handles.setdefault(variant, line)
-            else:
+    titles = {m.key: m.title for m in METRICS}
+    specs = [[m] if isinstance(m, Panel) else [Panel(key, titles[key]) for key in m.split("|")] for m in metrics]
+    wide = min(4, len(specs))
+    high = math.ceil(len(specs) / wide)
+    figure, axes = panels(high * len(series), wide, width=3.4, height=2.6)
+    for row, (acts, runs, variant, key, lines) in zip(axes.reshape(len(series), -1), series):
+        values, handles = sorted({v for line in lines.values() for v in line}, key=lambda v: (isinstance(v, str), v)), {}
+        for axis, options in zip(row, specs):
+            spec = next((spec for spec in options if any(r.valid and look_up(r, spec.y) is not None for r in runs)), options[0])
+            measured = lambda them: [v for v in (look_up(r, spec.y) for r in them if r.valid) if v is not None]
+            for which, (others, line) in enumerate(lines.items()):
+                colour, marker, style = look[variant] if len(lines) == 1 else nth_look(which)
+                aside = 0.07 * (which - (len(lines) - 1) / 2)                 # so that lines do not hide each other's bars
+                shown = [(i + aside, ys) for i, v in enumerate(values) if (ys := measured(line.get(v, [])))]
+                for i, ys in shown:
+                    axis.plot([i] * len(ys), ys, ".", color=colour, ms=3, alpha=0.5)
+                if shown:
+                    handles[others or variant] = axis.errorbar(
+                        [i for i, _ in shown], [statistics.mean(ys) for _, ys in shown], [sd(ys) for _, ys in shown],
+                        color=colour, marker=marker, ls=style, ms=5, lw=1.2, capsize=2)
+            if not any(measured(them) for line in lines.values() for them in line.values()):
                 say(axis, "no valid run with this metric")
-            base = [r.get(metric) for r in runs if r.variant == "baseline" and not overridden(r) and r.valid and r.get(metric) is not None]
+            base = measured(r for r in runs if r.variant == "baseline" and not overridden(r))
             if base:
-                handles.setdefault("baseline (grey: its seeds)", axis.axhline(statistics.mean(base), color=look["baseline"][0], lw=1))
+                handles["baseline (grey: its seeds)"] = axis.axhline(statistics.mean(base), color=look["baseline"][0], lw=1)
                 axis.axhspan(min(base), max(base), color="#DDDDDD", zorder=0)
-            label = next(m.title for m in METRICS if m.key == metric)
-            axis.set(xlabel=key, ylabel=label, title=f"{acts}: {variant}" if axis is row[0] else "", xlim=(-0.5, len(values) - 0.5))
-            axis.set_xticks(range(len(values)), [f"{v:g}" if isinstance(v, float) else str(v) for v in values], fontsize=7.5)
+            axis.set(xlabel=key, ylabel=spec.label, title=f"{acts}: {variant}" if axis is row[0] else "", xlim=(-0.5, len(values) - 0.5))
+            names = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+            axis.set_xticks(range(len(values)), names, fontsize=7.5, rotation=20 if max(map(len, names)) > 7 else 0)
             axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
-    legend(figure, handles)
+        for axis in row[len(specs):]:
+            axis.set_axis_off()
+        row[wide - 1].legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=7, handlelength=2.4)
     footnote(figure, "mean over seeds; bars: standard deviation; dots: seeds; steps on the x axis are not to scale")
     save(figure, path)
 
 
 def rates_of(run):
-    """Firing rates [d_sae] beside the run's core result, if they are of the same weights."""
+    """(firing rates [d_sae], on how many rows) beside a run's core result, if they are of the same weights; else ([], 0)."""
     path = run.folder / "eval" / "rates.safetensors"
-    if not path.exists():
-        return None
-    tensors, meta = read_tensors(path)
-    return tensors["rate"] if meta["sae_checksum"] == run.config["sae_checksum"] else None
+    tensors, meta = read_tensors(path) if run.config and path.exists() else ({}, {})
+    return (tensors["rate"].tolist(), meta["rows"]) if meta and meta["sae_checksum"] == run.config["sae_checksum"] else ([], 0)
 
 
 # ---- the notes' plots: a few ways of drawing, and tables of what is drawn -----------------------------------------------------------------
 # What is drawn stands at a path: `l0` is a metric; `log/-1/tau` is in the last line of the training log; `geometry/metrics/gini` in
-# eval/geometry.json. A * is every entry of a list (a list again) or of a dict (their mean).
+# eval/geometry.json. A * is every entry of a list (a list again) or of a dict (their mean; of lists place by place).
 
 
 class Panel(NamedTuple):
@@ -1096,6 +1117,8 @@ def descend(value, keys):
     key, *rest = keys
     if key == "*" and isinstance(value, dict):
         found = [v for v in (descend(v, rest) for v in value.values()) if v is not None]
+        if found and isinstance(found[0], list):
+            return [statistics.mean(them) for them in zip(*found)]
         return statistics.mean(found) if found else None
     if key == "*":
         return [descend(v, rest) for v in value]
@@ -1124,7 +1147,8 @@ def draw_dots(*specs, columns=4, lines=("baseline",)):
             return lacking(specs)
         blocks = [(acts, grouped(runs), shown[at:at + columns]) for acts, (runs, _) in caches.items() for at in range(0, len(shown), columns)]
         heights, wide = [0.9 + 0.17 * len(groups) for _, groups, _ in blocks], min(columns, len(shown))
-        figure, axes = plt.subplots(len(blocks), wide, figsize=(2.2 + 3.2 * wide, sum(heights) + 0.3), squeeze=False, layout="constrained",
+        names = {name for _, groups, _ in blocks for name in groups}
+        figure, axes = plt.subplots(len(blocks), wide, figsize=(margin(names) + 3.2 * wide, sum(heights) + 0.3), squeeze=False, layout="constrained",
                                     height_ratios=heights, sharey="row")
         for row, (acts, groups, part) in zip(axes, blocks):
             for axis, spec in zip(row, part):
@@ -1133,7 +1157,8 @@ def draw_dots(*specs, columns=4, lines=("baseline",)):
             row[0].set_ylim(len(groups) - 0.4, -0.6)
             for axis in row[len(part):]:
                 axis.set_axis_off()
-        footnote(figure, f"hollow: seeds; full: mean, bars: standard deviation\nline: mean of {'; dashed: of '.join(lines)}")
+        drawn = [v for v in lines if any(m[0].variant == v for _, groups, _ in blocks for m in groups.values())]
+        footnote(figure, "hollow: seeds; full: mean, bars: standard deviation" + "\nline: mean of " * bool(drawn) + "; dashed: of ".join(drawn))
         save(figure, path)
     return draw
 
@@ -1151,7 +1176,8 @@ def dots(axis, groups, look, spec, acts, lines):
         nulls = [v for v in (look_up(r, spec.null) for r in members if r.valid and spec.null) if v is not None]
         if nulls:
             null, = axis.plot(statistics.mean(nulls), y, "|", color="#777777", ms=9, mew=1.5)
-    for name, style in zip(lines, STYLES):
+    there = [v for v in lines if any(m[0].variant == v for m in groups.values())]
+    for name, style in zip(there, STYLES):
         one = min((m for m in groups.values() if m[0].variant == name), key=lambda m: len(overridden(m[0])), default=[])
         values = [v for v in (look_up(r, spec.y) for r in one if r.valid) if v is not None]
         if values:
@@ -1175,21 +1201,33 @@ def gap(members, metric=None):
     return f"invalid {' '.join(invalid)}" if invalid else next((r.missing for r in members if not r.core), why or "not measured")
 
 
+class Seeds(NamedTuple):
+    """A heat map among panels: a row per variant and setting, a column per pair of seeds. y: path of {other seed's run: {key: number}}."""
+    y: str
+    key: str
+    label: str
+
+
 def draw_curves(*specs, pick=lambda runs: runs, beside=None):
     """A line per variant and setting, mean over seeds in a band of their standard deviation; a panel per spec. More than 10 lines are split into
     a row of panels per study, the baseline (black) in each. pick(runs): which of a cache's runs to draw; beside: {control: line style} of those
     to draw in grey, out of the scale."""
     def draw(caches, look, path):
         rows = [(acts, title, groups) for acts, (runs, _) in caches.items() for title, groups in studies(pick([r for r in runs if not r.fatal]))]
-        rows = [row for row in rows if any(curve(members, s, s.y)[0] for members in row[2].values() for s in specs)]
+        lines = [s for s in specs if isinstance(s, Panel)]
+        rows = [row for row in rows if any(curve(members, s, s.y)[0] for members in row[2].values() for s in lines)]
         if not rows:
             return lacking(specs)
-        wide = min(len(specs), 5 if len(rows) > 1 else 2 if len(specs) == 4 else 3)
-        lines = math.ceil(len(specs) / wide)                                  # of panels, in a row
-        figure, axes = plt.subplots(lines * len(rows), wide, figsize=(4.2 * wide + 2, 2.9 * lines * len(rows) + 0.2), squeeze=False, layout="constrained")
+        wide = min(len(specs), 5 if len(rows) > 1 or len(specs) > 9 else 2 if len(specs) == 4 else 3)
+        high = math.ceil(len(specs) / wide) * len(rows)
+        names = {name for *_, groups in rows for name in groups}
+        figure, axes = plt.subplots(high, wide, figsize=(4.2 * wide + margin(names), 2.9 * high + 0.2), squeeze=False, layout="constrained")
         for row, (acts, title, groups) in zip(axes.reshape(len(rows), -1), rows):
             handles = {}
             for axis, spec in zip(row, specs):
+                if isinstance(spec, Seeds):
+                    seeds(axis, groups, spec)
+                    continue
                 curves(axis, groups, look, spec, handles)
                 for c in (c for c in caches[acts][1] if c.folder.name in (beside or {}) and look_up(c, spec.y)):
                     handles[c.name], = axis.plot(look_up(c, spec.x), look_up(c, spec.y), color="#999999", ls=beside[c.folder.name], lw=1)
@@ -1202,15 +1240,60 @@ def draw_curves(*specs, pick=lambda runs: runs, beside=None):
     return draw
 
 
-def studies(runs):
-    """[(title, groups of runs)]: all in one, or by study (the name before _r1, _r2 ...; the rest are yardsticks) where that is too many."""
+def seeds(axis, groups, spec):
+    """One heat map of a Seeds panel; both directions of a pair are averaged."""
+    found = {name: {} for name in groups}
+    for name, members in groups.items():
+        for r, (other, values) in ((r, item) for r in members for item in (look_up(r, spec.y) or {}).items()):
+            found[name].setdefault(tuple(sorted((r.seed, int(other.rsplit("-s", 1)[1])))), []).append(values.get(spec.key))
+    pairs = sorted({pair for them in found.values() for pair in them})
+    axis.set_title(spec.label, fontsize=8)
+    if not pairs:
+        axis.set(xticks=[], yticks=[])
+        return say(axis, lacking([spec]).replace(": ", ":\n"))
+    mean = lambda values: statistics.mean(values) if values and None not in values else math.nan
+    heat_map(axis, [[mean(them.get(pair)) for pair in pairs] for them in found.values()], list(groups), [f"{a}, {b}" for a, b in pairs])
+    axis.set_xlabel("pair of seeds")
+
+
+def heat_map(axis, cells, rows, columns, gaps=()):
+    """Numbers `cells` [rows][columns] as colours and in digits, - for nan; a row with a word in `gaps` says it instead."""
+    image = axis.imshow(np.ma.masked_invalid(cells), cmap="cividis", aspect="auto", vmin=0)
+    for y, (row, why) in enumerate(zip(cells, gaps or [""] * len(rows))):
+        if why:
+            axis.text(-0.4, y, why, va="center", fontsize=6.5, color="#888888")
+        for x, value in enumerate([] if why else row):
+            axis.text(x, y, "-" if math.isnan(value) else f"{value:.2f}".removeprefix("0"), ha="center", va="center", fontsize=5.5,
+                      color="#666666" if math.isnan(value) else "white" if value < image.get_clim()[1] * 0.6 else "black")
+    axis.set_xticks(range(len(columns)), columns, fontsize=7)
+    axis.set_yticks(range(len(rows)), rows, fontsize=7)
+    axis.grid(False)
+    return image
+
+
+MANY = 10                    # lines that can be told apart in a panel
+
+
+def studies(runs, line=lambda r: r.name):
+    """[(title, groups of runs)]: all in one, or where that makes more than MANY lines (what has the same line(run) is one): by study (the name
+    before _r1, _r2 ...; the rest are yardsticks), a swept variant by itself, no more than MANY in each beside the baseline's."""
     groups = grouped(runs)
-    if len(groups) <= 10:
+    of = {name: line(members[0]) for name, members in groups.items()}
+    if len(set(of.values())) <= MANY:
         return [("", groups)]
-    study = lambda members: re.sub(r"_r\d+$", "", members[0].variant) if re.search(r"_r\d+$", members[0].variant) else "yardsticks"
-    base = {name: members for name, members in groups.items() if members[0].variant == "baseline"}
-    titles = sorted({study(m) for name, m in groups.items() if name not in base}, key=lambda t: (t == "yardsticks", t))
-    return [(t, base | {name: m for name, m in groups.items() if study(m) == t}) for t in titles]
+    base, found = {name: members for name, members in groups.items() if members[0].variant == "baseline"}, {}
+    settings = {v: len({of[name] for name, m in groups.items() if m[0].variant == v}) for v in {m[0].variant for m in groups.values()}}
+    for name, (one, *_) in ((name, m) for name, m in groups.items() if name not in base):
+        idea = re.fullmatch(r"(.+)_r\d+", one.variant)
+        study = one.variant if settings[one.variant] > 3 else idea[1] if idea else "yardsticks"
+        found.setdefault(study, {}).setdefault(of[name], []).append(name)
+    parts = []
+    for study in sorted(found, key=lambda t: (t == "yardsticks", natural(t))):
+        lines = list(found[study].values())
+        for at in range(0, len(lines), MANY):
+            title = study + f" ({at // MANY + 1})" * (len(lines) > MANY)
+            parts.append((title, base | {name: groups[name] for names in lines[at:at + MANY] for name in names}))
+    return parts
 
 
 def curve(members, spec, path):
@@ -1223,14 +1306,17 @@ def curve(members, spec, path):
 
 def curves(axis, groups, look, spec, handles):
     late, spread, drawn = [], [], []
+    alone = len({members[0].variant for members in groups.values()} - {"baseline"}) == 1
     for name, members in groups.items():
         x, y, width = curve(members, spec, spec.y)
         drawn.append(members[0].variant)
         if x:
             colour, marker, style = look[members[0].variant]
-            which = drawn.count(members[0].variant) - 1                       # a variant's further settings: paler, each with a mark of its own
+            which = drawn.count(members[0].variant) - 1                       # a variant's further settings: paler, with marks of their own, or, ...
             colour = matplotlib.colors.to_hex([1 - (1 - c) * 0.85 ** which for c in matplotlib.colors.to_rgb(colour)])
             marker = MARKERS[(MARKERS.index(marker) + which) % len(MARKERS)]
+            if alone and drawn[-1] != "baseline":                             # ... if there is no other variant, in colours of their own
+                colour, marker, style = nth_look(which)
             low, high = [a - b for a, b in zip(y, width)], [a + b for a, b in zip(y, width)]
             handles[name], = axis.plot(x, y, color=colour, ls=style, lw=1.2, alpha=0.9, marker=marker if len(x) < 12 or which else None, ms=3.5,
                                        markevery=max(1, len(x) // 10))
@@ -1258,7 +1344,7 @@ def curves(axis, groups, look, spec, handles):
         margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
         axis.set_ylim(low - margin if low < 0 or low > margin else -0.05 * margin, high + margin)
         axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))      # as many at any size, so that labels keep their place
-    axis.set(xlabel=spec.x_label, ylabel=spec.label)
+    axis.set(xlabel=spec.x_label, ylabel=textwrap.fill(spec.label, 40, break_on_hyphens=False))
     axis.yaxis.label.set_size(8)
     format_x = matplotlib.ticker.EngFormatter(sep="") if "tokens" in spec.x_label else matplotlib.ticker.FormatStrFormatter("%g")
     xs = sorted({x for line in axis.lines for x in line.get_xdata()})
@@ -1284,7 +1370,9 @@ def draw_losses(caches, look, path):
     if not terms:
         return "no training log"
     heights = [0.9 + 0.17 * len(groups) for groups in finals.values()]
-    figure, axes = plt.subplots(len(finals), 1, figsize=(8.5, sum(heights) + 0.3), squeeze=False, layout="constrained", height_ratios=heights)
+    names = {name for groups in finals.values() for name in groups}
+    figure, axes = plt.subplots(len(finals), 1, figsize=(6.3 + margin(names), sum(heights) + 0.3), squeeze=False, layout="constrained",
+                                height_ratios=heights)
     hatches = ["", "", "", "", "", "", "", "//", "..", "xx", "\\\\", "--"]
     for axis, (acts, groups) in zip(axes[:, 0], finals.items()):
         for y, lines in enumerate(groups.values()):
@@ -1313,39 +1401,81 @@ FEW = 20                     # probe true positives of a letter below which its 
 
 
 def draw_letters(caches, look, path):
-    """Full absorption by first letter, mean over seeds: a heat map of variants by letters; under each letter how many words it rests on."""
-    blocks = {}
+    """Full absorption by first letter. A heat map of variants by letters, mean over seeds; under each letter how many words it rests on. Below
+    it a forest plot per variant: each letter's difference to the baseline."""
+    metric, blocks = next(m for m in METRICS if m.key == "absorption_full"), {}
     for acts, (runs, _) in caches.items():
         groups = {name: {} for name in grouped(runs)}
         for r in [r for r in runs if r.valid]:
             for d in descend(result(r, "absorption"), ["eval_result_details"]) or []:
                 groups[r.name].setdefault(d["first_letter"], []).append(d)
         if any(groups.values()):
-            blocks[acts] = groups
+            base = [r for r in runs if r.variant == "baseline"]
+            ideas = {name: members for name, members in grouped(runs).items() if groups[name] and members[0].variant != "baseline"}
+            blocks[acts] = groups, {name: difference(members, base, metric) for name, members in ideas.items()}
     if not blocks:
         return lacking([Panel("absorption/x", "")])
-    heights = [1.2 + 0.19 * len(groups) for groups in blocks.values()]
-    figure, axes = plt.subplots(len(blocks), 1, figsize=(11, sum(heights) + 0.2), squeeze=False, layout="constrained", height_ratios=heights)
-    for axis, (acts, groups) in zip(axes[:, 0], blocks.items()):
+    rows = {acts: math.ceil(len(differ) / 6) for acts, (_, differ) in blocks.items()}
+    heights = [height for acts, (groups, _) in blocks.items() for height in (1.2 + 0.19 * len(groups), 3.1 * rows[acts]) if height]
+    names = {name for groups, _ in blocks.values() for name in groups}
+    figure = plt.figure(figsize=(9 + margin(names), sum(heights) + 0.5), layout="constrained")
+    parts = iter(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
+    for acts, (groups, differ) in blocks.items():
         letters = sorted({letter for found in groups.values() for letter in found})
         words = {c: statistics.mean(d["num_probe_true_positives"] for found in groups.values() for d in found.get(c, [])) for c in letters}
-        rates = [[statistics.mean(d["full_absorption_rate"] for d in found[c]) if c in found and
-                  statistics.mean(d["num_probe_true_positives"] for d in found[c]) >= FEW else math.nan for c in letters] for found in groups.values()]
-        image = axis.imshow(np.ma.masked_invalid(rates), cmap="cividis", aspect="auto", vmin=0)
-        for y, (row, (name, found)) in enumerate(zip(rates, groups.items())):
-            if not found:
-                why = gap([r for r in caches[acts][0] if r.name == name], "absorption_full")
-                axis.text(-0.4, y, why, va="center", fontsize=6.5, color="#888888")
-            for x, rate in enumerate(row if found else []):
-                axis.text(x, y, "-" if math.isnan(rate) else f"{rate:.2f}".removeprefix("0"), ha="center", va="center", fontsize=5.5,
-                          color="#666666" if math.isnan(rate) else "white" if rate < image.get_clim()[1] * 0.6 else "black")
-        axis.set_xticks(range(len(letters)), [f"{c}\n{words[c]:.0f}" for c in letters], fontsize=7)
-        axis.set_yticks(range(len(groups)), groups, fontsize=7)
+        mean = lambda found, c, key: statistics.mean(d[key] for d in found[c]) if c in found else math.nan
+        enough = lambda found, c: mean(found, c, "num_probe_true_positives") >= FEW
+        rates = {name: [mean(found, c, "full_absorption_rate") if enough(found, c) else math.nan for c in letters] for name, found in groups.items()}
+        gaps = ["" if found else gap([r for r in caches[acts][0] if r.name == name], "absorption_full") for name, found in groups.items()]
+        part = next(parts)
+        axis = part.subplots()
+        image = heat_map(axis, list(rates.values()), list(groups), [f"{c}\n{words[c]:.0f}" for c in letters], gaps)
         axis.set(xlabel=f"first letter, and on how many words its rate rests (mean; - where fewer than {FEW})")
         axis.set_title(acts, fontsize=8)
-        axis.grid(False)
-        figure.colorbar(image, ax=axis, label="full absorption rate", pad=0.01)
+        part.colorbar(image, ax=axis, label="full absorption rate", pad=0.01, fraction=0.03, anchor=(0, 1), shrink=min(1, 15 / len(groups)))
+        axes = next(parts).subplots(rows[acts], 6, squeeze=False, sharey=True).flat if differ else ()
+        for axis in axes[len(differ):]:
+            axis.set_axis_off()
+        for axis, (name, d) in zip(axes, differ.items()):
+            letter_forest(axis, letters, rates[name], words, d, look[next(r.variant for r in caches[acts][0] if r.name == name)])
+            worst = sorted((x for x in rates[name] if x > 0), reverse=True)
+            said = f"5 worst letters: {sum(worst[:5]) / sum(worst):.0%} of all" if worst else "nothing absorbed"
+            axis.set_title(f"{textwrap.fill(name, 26)}\n{said}", fontsize=7)
+    footnote(figure, "below: full absorption rate - the baseline's, by letter (left: less is absorbed); line: 95 % interval, the wider one of the\n"
+                     "words' (Wilson, Newcombe) and of Student's t over seeds; ticks: seeds")
     save(figure, path)
+
+
+def letter_forest(axis, letters, rates, words, d, style):
+    """One variant's differences to the baseline by letter. rates: its own [letters]; d: their Difference, of which d.units is used."""
+    if d.why:
+        say(axis, f"{WORDS.get(d.why, d.why)}: no difference")
+    drawn = [0.01]
+    for y, (c, rate) in enumerate(zip(letters, rates)):
+        deltas = [u[c] for u in d.units if c in u]
+        if not deltas or math.isnan(rate):
+            continue
+        middle, low, high = newcombe(rate, rate - statistics.mean(deltas), words[c])
+        if len(deltas) >= MIN_SEEDS:
+            _, t_low, t_high = t_interval(deltas)
+            low, high = min(low, t_low), max(high, t_high)
+        axis.plot([low, high], [y, y], color=style[0], lw=1)
+        axis.plot(middle, y, style[1], color=style[0], ms=3.5)
+        axis.plot(deltas, [y + 0.3] * len(deltas), "|", color=style[0], ms=3, mew=0.6)
+        drawn += [abs(low), abs(high)]
+    axis.axvline(0, color="#222222", lw=0.8)
+    axis.set(ylim=(len(letters) - 0.4, -0.6), xlim=(-1.05 * max(drawn), 1.05 * max(drawn)))
+    axis.set_yticks(range(len(letters)), letters, fontsize=5.5)
+    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+    axis.tick_params(axis="x", labelsize=7)
+
+
+def newcombe(p, q, n, z=1.96):
+    """(p - q, low, high): the 95 % interval of the difference of two rates of n words each, from Wilson's of both (Newcombe 1998, method 10)."""
+    spread = lambda rate: z * math.sqrt(max(0.0, rate * (1 - rate) / n + z * z / (4 * n * n))) / (1 + z * z / n)
+    middle = lambda rate: (rate + z * z / (2 * n)) / (1 + z * z / n)
+    down, up = (lambda rate: rate - (middle(rate) - spread(rate))), (lambda rate: middle(rate) + spread(rate) - rate)
+    return p - q, p - q - math.hypot(down(p), up(q)), p - q + math.hypot(up(p), down(q))
 
 
 def draw_efficiency(caches, look, path):
@@ -1364,7 +1494,9 @@ def draw_efficiency(caches, look, path):
     if not rows:
         return "not measured: 03_eval.py --eval absorption, or synthetic data"
     heights = [max(3.4, 0.9 + 0.17 * len(deltas)) for *_, deltas in rows]
-    figure, axes = plt.subplots(len(rows), 2, figsize=(11.5, sum(heights) + 0.2), squeeze=False, layout="constrained", height_ratios=heights)
+    names = {name for *_, deltas in rows for name in deltas}
+    figure, axes = plt.subplots(len(rows), 2, figsize=(9.3 + margin(names), sum(heights) + 0.2), squeeze=False, layout="constrained",
+                                height_ratios=heights)
     for (plane, bars), (acts, title, level, deltas) in zip(axes, rows):
         for y, (name, (members, ev, absorbed)) in enumerate(deltas.items()):
             colour, marker, _ = look[members[0].variant]
@@ -1478,15 +1610,40 @@ def every(step, path):
     return lambda run: [step * i for i in range(len(look_up(run, path) or []))]
 
 
+def before_end(run):
+    tokens = look_up(run, "training/stages/*/tokens") or []
+    return [tokens[-1] - t for t in tokens]
+
+
+def one_half(run):
+    return [0.5] * len(before_end(run))
+
+
 def share_of_zeros(run):
     return [None if line.get("l0") is None else 1 - line["l0"] / run.settings["d_sae"] for line in result(run, "log")]
 
 
 def usage(run):
     """(place in the dictionary in percent, firing rate) of the latents that fire, most frequent first; about 400 of them."""
-    rates = rates_of(run) if run.config else None
-    found = sorted((r for r in rates.tolist() if r > 0), reverse=True) if rates is not None else []
+    rates, _ = rates_of(run)
+    found = sorted((r for r in rates if r > 0), reverse=True)
     return [(100 * (i + 1) / len(rates), found[i]) for i in range(0, len(found), max(1, len(rates) // 400))] if found else []
+
+
+def zipf(run):
+    """The s of rate = c / rank^s by least squares on log scales, ranks weighted by 1 / rank, so that each factor of ranks counts the same; of
+    the latents that fire on 10 rows or more."""
+    rates, rows = rates_of(run)
+    rates = sorted((r for r in rates if r * rows >= 9.5), reverse=True)
+    rank = np.arange(1, len(rates) + 1)
+    return -np.polyfit(np.log(rank), np.log(rates), 1, w=rank ** -0.5)[0] if len(rates) >= 10 else None
+
+
+def penalty_ratio(run):
+    """The penalties of the variant's idea over the reconstruction error, at the end of training."""
+    ratios = {k: v for k, v in (look_up(run, "log/-1") or {}).items() if k.startswith("ratio_") and v is not None}
+    found = [v for k, v in ratios.items() if k not in ("ratio_aux", "ratio_sparsity")]
+    return sum(found) if found else None
 
 
 def density(run):
@@ -1526,8 +1683,14 @@ def at_least(run):
 
 SHAPE, NULL, RANDOM = "geometry/metrics/", "geometry/null/", "null: random directions"
 PLACE = "structure/hierarchy/by_place/"
+TENTHS, BY_NORM = "geometry/metrics/tenths/", {"x": "geometry/metrics/tenths/norm", "x_label": "norm of the row (mean of a tenth)"}
+BY_POSITION = {"x": "structure/position/at", "x_label": "position in the context (mean of an eighth)"}
 STAGE, STAGES = "training/stages/*/", {"x": "training/stages/*/tokens"}
-EFFECTS = ("explained_variance", "ce_recovered|mcc", "absorption_full|absorption", "decoder_max_cosine", "l0")
+EFFECTS = ("explained_variance", "ce_recovered|mcc", "absorption_full|absorption", "absorption_fraction", "decoder_max_cosine", "dead", "l0",
+           Panel(penalty_ratio, "penalty / reconstruction error"))
+ABSORPTION = (Panel("absorption_full", "full absorption (share of words; lower is better)"),
+              Panel("absorption_fraction", "absorption fraction (lower is better)"),
+              Panel("absorption", "true absorption, synthetic data (lower is better)"))
 EV = Panel("log/*/explained_variance", "explained variance (training)")
 MSE = Panel("log/*/mse", "mse (fraction of E||x||^2 / d_in)", scale="log")
 L0 = Panel("log/*/l0", "L0 (active latents per row)", scale="log")
@@ -1540,32 +1703,46 @@ CONDITION = [Panel(f"geometry/condition/{kind}/run/median", f"condition number, 
                    "the same sets of random directions")
              for kind, words in (("group", "32 latents that fire together"), ("across", "32 latents at random"), ("active", "a row's active latents"))]
 NOTES = {
-    "absorption_scores": draw_dots(Panel("absorption_full", "full absorption (share of words; lower is better)"),
-                                   Panel("absorption_fraction", "absorption fraction (lower is better)"),
-                                   Panel("absorption", "true absorption, synthetic data (lower is better)")),
+    "absorption_scores": draw_dots(*ABSORPTION),
     "feature_splits": draw_dots(Panel("absorption/eval_result_metrics/mean/mean_num_split_features", "split features per letter")),
     "training_curves": draw_curves(Panel("log/*/loss", "loss, all terms (no comparison)", scale="log"), RECON, L0, EV, DEAD),
     "final_losses": draw_losses,
     "letter_absorption": draw_letters,
     "jl_quality": draw_curves(*(Panel(f"geometry/jl/run/{key}", label, f"geometry/jl/null/{key}", "null: random directions", "geometry/jl/dimensions",
                                       "dimensions of the projection")
-                                for key, label in (("error_sd", "cosine error (standard deviation)"), ("recall", "recall of the closest pairs"),
-                                                   ("reconstruction", "squared length kept (share)")))),
+                                for key, label in (("error_sd", "cosine error (standard deviation)"), ("error_max", "cosine error (largest)"),
+                                                   ("recall", "recall of the closest pairs"), ("reconstruction", "squared length kept (share)"),
+                                                   *((f"above/{tau}/recall", f"recall of the pairs above {tau}") for tau in ("0.05", "0.1", "0.2", "0.4")),
+                                                   *((f"above/{tau}/precision", f"precision of the pairs above {tau}") for tau in ("0.05", "0.4"))))),
     "activation_sparsity": draw_curves(
         Panel(at_least, "rows with at least so many (share)", x=l0_grid, x_label="active latents of a row"),
-        *(Panel(f"geometry/metrics/tenths/{key}", label, x="geometry/metrics/tenths/norm", x_label="norm of the row (mean of a tenth)")
-          for key, label in (("l0", "L0 (active latents per row)"), ("explained_variance", "explained variance"))),
-        *(Panel(f"structure/position/{key}", label, x="structure/position/at", x_label="position in the context (mean of an eighth)")
-          for key, label in (("l0", "L0 (active latents per row)"), ("explained_variance", "explained variance")))),
+        Panel(TENTHS + "l0", "L0 (active latents per row)", **BY_NORM), Panel("structure/position/l0", "L0 (active latents per row)", **BY_POSITION)),
+    "shrinkage": draw_curves(
+        Panel(TENTHS + "explained_variance", "explained variance", **BY_NORM), Panel(TENTHS + "l2_ratio", "L2 ratio ||x_hat|| / ||x||", **BY_NORM),
+        Panel(TENTHS + "slope", "slope of x on x_hat (1: no shrinkage)", **BY_NORM),
+        Panel("structure/position/explained_variance", "explained variance", **BY_POSITION),
+        Panel("core/metrics/by_position/ce_recovered", "cross-entropy recovered", x="core/metrics/by_position/at",
+              x_label=BY_POSITION["x_label"])),
     "sparsity_indices": draw_dots(Panel("geometry/metrics/hoyer", "Hoyer index of a row's activations (1: one latent)"),
                                   Panel("geometry/metrics/gini", "Gini index of the firing rates (0: all alike)"),
-                                  Panel("dead", "dead latents (share)"), Panel("dense", "latents firing on > 10 % of rows (share)")),
+                                  Panel("dead", "dead latents (share)"), Panel("dense", "latents firing on > 10 % of rows (share)"),
+                                  Panel(zipf, "Zipf exponent of the firing rates\n(rate = c / rank^s; 0: all alike)"), columns=3),
     "condition_numbers": draw_dots(*CONDITION),
     "coherence": draw_dots(
         Panel(SHAPE + "mean_max_cosine", "cosine with the nearest other decoder row (mean)", NULL + "mean_max_cosine", RANDOM),
+        Panel(SHAPE + "coherence", "largest absolute cosine of two decoder rows", NULL + "coherence", RANDOM),
+        Panel(SHAPE + "pairs_above/0.5", "pairs of decoder rows with a cosine above 0.5", NULL + "pairs_above/0.5", RANDOM),
         Panel(SHAPE + "mean_square_cosine", "squared cosine (mean over pairs)", NULL + "welch", "Welch's lower bound"),
         Panel(SHAPE + "effective_rank", "effective rank of the decoder", NULL + "effective_rank", RANDOM),
-        Panel(SHAPE + "frame_ratio", "frame ratio: largest / d_in-th singular value", NULL + "frame_ratio", RANDOM)),
+        Panel(SHAPE + "frame_ratio", "frame ratio: largest / d_in-th singular value", NULL + "frame_ratio", RANDOM), columns=3),
+    "coherence_l0": functools.partial(draw_pareto, specs=[Panel(SHAPE + "mean_abs_cosine", "mean |cosine| of two decoder rows")]),
+    "cosine_distributions": draw_curves(
+        Panel(SHAPE + "nearest_cosine", "cosine with the nearest other decoder row", NULL + "nearest_cosine", RANDOM,
+              every(1, SHAPE + "nearest_cosine"), "latents (%, lowest first)"),
+        Panel("stability/others/*/cosines", "cosine with its match in another seed", "stability/null/cosines", RANDOM,
+              every(1, "stability/others/*/cosines"), "latents (%, lowest first)"),
+        Panel("stability/others/*/again_by_rate", "matched above 0.7 (share)", x=every(10, "stability/others/*/again_by_rate"),
+              x_label="latents (%, rarest first)")),
     "alpha_ablation": functools.partial(draw_ablation, keys=".*(alpha|coef|(ortho|ortsae|con)_(weight|share))", metrics=EFFECTS),
     "topk_ablation": functools.partial(draw_ablation, keys="pair_", metrics=EFFECTS),
     "tau_ablation": functools.partial(draw_ablation, keys=".*tau", metrics=EFFECTS),
@@ -1587,7 +1764,11 @@ NOTES = {
           for rule, words, key, label in (("coactivation", "co-activation", "jaccard", "pairs of successive batches (Jaccard)"),
                                           ("coactivation", "co-activation", "rbo", "the same (rank-biased overlap)"),
                                           ("preact", "pre-activation", "jaccard", "pairs of successive batches (Jaccard)"))),
-        Panel(STAGE + "pairs", "pairs now and at the end (Jaccard)", **STAGES)),
+        Panel(STAGE + "pairs", "pairs now and at the end (Jaccard)", one_half, "one half", before_end, "training tokens before the end"),
+        Seeds("stability/others", "pairs", "top co-firing pairs shared by two seeds (Jaccard)")),
+    "pair_selection": draw_dots(Panel("geometry/pairs/coactivation/dense/-1", "top pairs with one of the 1 % most\nfrequent latents (share)",
+                                      "geometry/pairs/null_dense", "null: all pairs"),
+                                Panel("training/pair_half_life", "the final top pairs were half there so\nmany training tokens before the end")),
     "absorption_efficiency": draw_efficiency,
     "absorption_l0": draw_absorption_law,
     "missed_parents": draw_dots(*(Panel(f"structure/missed/missed/{k - 1}", f"parent's latent silent, child at depth {k}\n(share of rows with both; synthetic data)")
@@ -1615,22 +1796,25 @@ NOTES = {
         Panel("structure/interference/by_rate", "others' load on a latent's direction\n(times its own activation, median)", "structure/interference/null/by_rate",
               "null: random directions", every(10, "structure/interference/by_rate"), "latents (%, rarest first)", "log"),
         Panel("structure/interference/captured", "activations' covariance held (share)", "structure/interference/null/captured", "null: random directions",
-              "structure/interference/ranks", "directions")),
+              "structure/interference/ranks", "directions"),
+        Panel("training/deaths", "fire at a stage of the training, dead or\nrevived at the next one (share)", x=every(10, "training/deaths"),
+              x_label="latents (%, least load first)")),
     "explained_variance_evolution": draw_curves(EV), "mse_evolution": draw_curves(MSE), "l0_evolution": draw_curves(L0), "l1_evolution": draw_curves(L1),
     "kl_div_score_evolution": draw_curves(KL), "ce_loss_score_evolution": draw_curves(CE),
     "l2_ratio_evolution": draw_curves(Panel(STAGE + "l2_ratio", "L2 ratio ||x_hat|| / ||x|| (held-out)", **STAGES)),
-    "key_metrics_combined": draw_curves(EV, MSE, L0, CE),
+    "key_metrics_combined": draw_curves(EV, L0, CE, KL),
     "reactivation": draw_curves(DEAD, Panel("log/*/revived", "latents revived so far"),
-                                Panel(STAGE + "survived", "revived by then, firing at the end (share)", **STAGES),
-                                Panel(STAGE + "effective_rank", "effective rank of the decoder", **STAGES),
-                                Panel(STAGE + "mean_max_cosine", "cosine with the nearest row (mean)", **STAGES), pick=with_and_without),
+                                Panel("training/survival/start", "latents still firing since the start\n(Kaplan-Meier, share)", x="training/survival/tokens"),
+                                Panel("training/survival/revived", "revived latents still firing\n(Kaplan-Meier, share)", x="training/survival/tokens",
+                                      x_label="training tokens since the revival"),
+                                EV, Panel(STAGE + "effective_rank", "effective rank of the decoder", **STAGES),
+                                Panel(STAGE + "unique", "latents whose nearest other row has\na cosine below 0.2 (share)", **STAGES),
+                                Panel(STAGE + "mean_max_cosine", "cosine with the nearest row (mean)", **STAGES),
+                                Panel(STAGE + "revived_cosine", "the same, of revived latents", **STAGES), pick=with_and_without),
     "metrics_comparison": draw_dots(
         Panel("explained_variance", "explained variance (higher is better)"), Panel("kl_sae", "KL divergence (nats per token; lower is better)"),
         Panel("l0", "L0 (active latents per row)"), Panel("l1", "L1 (row's activations, in units of the data)"), columns=2),
-    "absorption_rates": draw_dots(Panel("absorption_full", "full absorption (share of words; lower is better)"),
-                                  Panel("absorption_fraction", "absorption fraction (lower is better)"),
-                                  Panel("absorption", "true absorption, synthetic data (lower is better)"),
-                                  Panel("parent_recall", "true parents found, synthetic data (share)")),
+    "absorption_rates": draw_dots(*ABSORPTION, Panel("parent_recall", "true parents found, synthetic data (share)")),
     "probing_accuracy": draw_dots(
         *(Panel(f"probe_{k}", f"top-{k} probing accuracy", f"sparse_probing/eval_result_metrics/llm/llm_top_{k}_test_accuracy",
                 f"top {k} of the model's own dimensions") for k in (1, 5, 20))),
@@ -1638,7 +1822,9 @@ NOTES = {
                                          "null: random directions"),
                                    Panel("stability/others/*/again/0.7", "matched above 0.7 (share of latents)"),
                                    Panel("stability/others/*/activations", "correlation of matched latents' activations"),
-                                   Panel("stability/others/*/pairs", "top co-firing pairs shared (Jaccard)")),
+                                   Panel("stability/others/*/pairs", "top co-firing pairs shared (Jaccard)"),
+                                   Panel("stability/others/*/unmatched/cosine", "leading subspaces of the rest: squared cosine\nof the principal angles (mean)",
+                                         "stability/others/*/unmatched/null", "null: random subspaces"), columns=3),
 }
 
 

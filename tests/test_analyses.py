@@ -8,7 +8,7 @@ import torch
 from test_eval import CPU, D, finished_run, language_cache, some_sae, truth_cache, with_decoder
 from toys import orthonormal, train_py
 
-from sae import Acts, generator, load_run, read_json, unit, write_tensors
+from sae import SAE, Acts, generator, load_run, read_json, unit, write_tensors
 
 ev = importlib.import_module("03_eval")
 
@@ -93,6 +93,15 @@ def test_projection_errors_fall_as_one_over_root_k_and_are_exact_from_d_on():
     assert found["recall"][0] < found["recall"][1] < found["recall"][2] < 1
 
 
+def test_pairs_above_a_threshold_are_counted_in_truth_and_in_the_projection():
+    above = ev.projections(torch.cat([orthonormal(64, 64)] * 2), generator("jl"))["above"]          # 64 pairs are one, all others orthogonal
+    assert above["0.4"]["recall"] == [1.0] * 5 and above["0.4"]["precision"][1:] == [1.0] * 4
+    rough = math.erfc(0.05 / (1 / 64) ** 0.5 / 2 ** 0.5) / 2                                    # cosines of 32 of 64 axes: normal, sd sqrt((1 - 1/2) / 32)
+    assert above["0.05"]["precision"][0] == pytest.approx(64 / (64 + rough * 128 * 126 / 2), rel=0.15)
+    none = ev.projections(orthonormal(64, 64), generator("jl"))["above"]["0.4"]
+    assert none["recall"] == [None] * 5 and none["precision"][1:] == [None] * 4                 # there is nothing to find
+
+
 # ---- codes -------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +152,23 @@ def test_pairs_that_always_fire_together_are_chosen_in_every_batch_and_independe
     assert stable["rows"] == [256, 1024, 4096] and stable["pairs"] == 12
     assert min(stable["phi"]["jaccard"]) >= 8 / 16 and chance["phi"]["jaccard"][0] < 0.25
     assert stable["null"] == pytest.approx(0.1 / 1.9)
+
+
+def test_pairs_of_the_densest_latents_are_counted(monkeypatch):
+    monkeypatch.setattr(ev, "TOP_PAIRS", 15 / 120)
+    on = torch.rand(8192, 16, generator=generator("dense")) < 0.05
+    on[:, 5] = True                                                                            # the densest: co-activation picks its 15 pairs, phi none
+    found = ev.pair_stability(planted_code(on))
+    assert min(found["coactivation"]["dense"]) > 0.9 and max(found["phi"]["dense"]) < 0.3 and found["null_dense"] == pytest.approx(15 / 120)
+
+
+def test_what_is_lost_in_length_is_seen_in_each_tenth_of_the_norms():
+    sae = with_decoder(FAKE, torch.eye(16))
+    x = torch.eye(16).repeat(20, 1) * torch.arange(1.0, 11).repeat_interleave(32)[:, None]
+    sae.b_enc.data -= 0.5                                                                      # each activation falls short by one half
+    tenths = ev.Code(sae, x, generator("latents")).metrics()["tenths"]
+    norm = torch.tensor(tenths["norm"])
+    assert tenths["l2_ratio"] == pytest.approx(((norm - 0.5) / norm).tolist()) and tenths["slope"] == pytest.approx((norm / (norm - 0.5)).tolist())
 
 
 def test_jaccard_and_rank_biased_overlap_of_planted_rankings():
@@ -329,6 +355,15 @@ def test_random_dictionaries_match_as_the_null_says():
     assert 0.5 * math.sqrt(2 * math.log(n) / d) < matched < math.sqrt(2 * math.log(n) / d)        # that is the best of n, one-to-one takes less
 
 
+def test_the_rest_may_lie_in_the_same_subspace_though_no_latent_is_found_again():
+    W = orthonormal(64, 64)
+    a, b = (unit(rows(100, 16, key)) @ W[:16] for key in "ab")
+    far = unit(rows(100, 48, "c")) @ W[16:]
+    assert ev.subspace(a, b) == {"rows": 100, "size": 16, "cosine": pytest.approx(1, abs=1e-4), "null": 0.25} and ev.subspace(a, far)["cosine"] < 1e-4
+    chance = ev.subspace(unit(rows(100, 64, "d")), unit(rows(100, 64, "e")))
+    assert chance["cosine"] == pytest.approx(0.25, abs=0.06) and ev.subspace(a[:1], b[:1]) is None
+
+
 def test_large_dictionaries_are_matched_by_a_sample(monkeypatch):
     monkeypatch.setattr(ev, "GEOMETRY_LATENTS", 10)
     W = unit(rows(40, 16))
@@ -359,7 +394,7 @@ def test_geometry_of_a_run_stands_in_its_file_beside_the_null(here):
     finished_run(here, Acts("acts/toy"))
     result = evaluated("geometry")["topk-s0"]["geometry"]
     W = load_run(here / "topk-s0")[0].W_dec.detach()
-    assert result["metrics"]["mean_max_cosine"] == pytest.approx(ev.max_cosine(W), rel=1e-5)
+    assert result["metrics"]["mean_max_cosine"] == pytest.approx(ev.max_cosine(W).mean().item(), rel=1e-5)
     assert result["null"]["effective_rank"] <= D and result["null"]["welch"] == pytest.approx((32 - D) / (D * 31))
     assert set(result["condition"]) == {"group", "across", "active"} and result["condition"]["active"]["run"]["sets"] == 64
     assert result["jl"]["run"]["recall"][0] == 1.0 and result["metrics"]["l0_of_rows"][50] == 3.0                # d_in is 16
@@ -397,6 +432,50 @@ def test_synthetic_data_have_a_geometry_too(tmp_path, monkeypatch):
     assert result["rows"] == 600 and result["pairs"] is None                                   # a thousandth of 496 pairs is none
 
 
+# ---- how latents live ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_kaplan_and_meiers_estimate_is_the_textbooks():
+    weeks = [6, 6, 6, 7, 10, 13, 16, 22, 23, 6, 9, 10, 11, 17, 19, 20, 25, 32, 32, 34, 35]      # remission in leukaemia, Freireich 1963: 9 ended
+    ended = [1] * 9 + [0] * 12
+    found = ev.kaplan_meier(torch.tensor(weeks).float(), torch.tensor(ended).float(), [0, 6, 7, 10, 13, 16, 22, 23, 35, 36])
+    assert found == pytest.approx([1, 0.857, 0.807, 0.753, 0.690, 0.627, 0.538, 0.448, 0.448, None], abs=6e-4)
+
+
+def at_stage(step, silent, revived_at=None):
+    """An SAE of four latents at a step of 100, as far as its lives go."""
+    sae = SAE(16, 100, 0, d_sae=4, l0=1.0, batch_size=10)
+    sae.step = step
+    sae.silent.copy_(torch.tensor(silent))
+    if revived_at is not None:
+        sae.revived_at = torch.tensor(revived_at)
+    return sae
+
+
+def test_a_life_ends_when_the_latent_fired_last_or_is_revived_and_begins_anew_then():
+    stages = [at_stage(20, [0., 0., 20., 15.], [0., 0., 0., 0.]), at_stage(50, [0., 30., 4., 45.], [0., 0., 30., 0.]), at_stage(100, [0., 80., 40., 1.], [0., 0., 30., 60.])]
+    found = ev.survival(stages)
+    # from the start: 0 goes on to 100; 1 ended at 20; 2 at 0, as it never fired; 3 at 5, after which it was silent until it was revived at 60
+    assert [found["start"][i] for i in (0, 1, 2, 7, 8, 40)] == [0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+    # revived: 2 at 30, fired last at 60; 3 at 60, fires at the end
+    assert [found["revived"][i] for i in (0, 11, 12, 16, 17)] == [1.0, 1.0, 0.5, 0.5, None] and found["tokens"][40] == 1000
+    assert ev.survival([at_stage(50, [0.] * 4), at_stage(100, [0.] * 4)]) == {"tokens": found["tokens"], "start": [1.0] * 41, "revived": None}
+
+
+def test_a_latent_that_fires_again_by_itself_was_not_dead():
+    assert ev.survival([at_stage(50, [40.] * 4), at_stage(100, [0.] * 4)])["start"][-1] == 1.0
+
+
+def test_latents_with_the_most_load_that_die_are_in_the_last_tenth():
+    load = torch.arange(100.0).flip(0)
+    assert ev.deaths(load, (load >= 95).float()) == pytest.approx([0] * 9 + [0.5]) and ev.deaths(load[:9], load[:9]) == []
+
+
+def test_the_half_life_is_read_between_stages():
+    assert ev.half_life([100, 200, 400, 800], [0.1, 0.2, 0.6, 1.0]) == pytest.approx(800 - (200 + 200 * 3 / 4))
+    assert ev.half_life([100, 200], [0.3, 1.0]) == pytest.approx(100 * 5 / 7) and ev.half_life([100, 200], [0.6, 1.0]) is None
+
+
 # ---- training --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -430,9 +509,15 @@ def test_the_stages_of_a_run_end_at_its_core_metrics(tmp_path, monkeypatch):
     end = stages[-1]
     assert end["explained_variance"] == pytest.approx(topk["core"]["metrics"]["explained_variance"]) and "absorption" in end
     assert end["same"] == pytest.approx(1) and end["pairs"] == 1.0 and stages[0]["same"] < end["same"]
-    assert stages[0]["explained_variance"] < end["explained_variance"] and end["revived"] == 0 and end["survived"] is None
+    assert stages[0]["explained_variance"] < end["explained_variance"] and end["revived"] == 0 and end["revived_cosine"] is None
     assert [s["revived"] for s in revive["training"]["stages"]] == [0, 0, 0, 64, 64, 64]
-    assert [s["survived"] for s in revive["training"]["stages"]][:5] == [None, None, None, 0.0, 0.0] and revive["training"]["stages"][-1]["survived"] > 0   # again at 30
+    assert [s["revived_cosine"] is None for s in revive["training"]["stages"]] == [True] * 3 + [False] * 3
+    assert end["mean_max_cosine"] < 1 and revive["training"]["stages"][-1]["revived_cosine"] == revive["training"]["stages"][-1]["mean_max_cosine"]     # all were
+    lives = revive["training"]["survival"]
+    assert topk["training"]["survival"]["revived"] is None and lives["tokens"][-1] == 4000
+    assert lives["start"][10] is None or lives["start"][10] < 1                # all are revived after step 10
+    assert lives["revived"][0] > 0.9 and lives["revived"][30] is None         # and again after 20 and 30: no life is longer than 20 of 40 steps
+    assert len(topk["training"]["deaths"]) == 10 and sum(topk["training"]["deaths"]) < sum(revive["training"]["deaths"]) <= 10
 
 
 def test_a_run_without_snapshots_has_no_stages(here):

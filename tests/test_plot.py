@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from sae import ROOT, Refuse, write_json, write_tensors
 
 sys.path.insert(0, str(ROOT))
 plot = importlib.import_module("04_plot")
+plot.plt.rcParams.update(plot.STYLE)
 SETTINGS = {"activation": "topk", "d_sae": 64, "l0": 4.0, "batch_size": 100, "lr": 1e-3}
 
 
@@ -37,7 +39,7 @@ def evaluated(folder, guards=(), acts="tiny", rates=True, checksum=None, context
     """Its core result, and rates."""
     counts = [0] * 23 + [64]
     m = {"l0": 4.0, "explained_variance": 0.8, "dead": 0.0, "density": {"log10_edges": [-6 + 0.25 * i for i in range(25)], "counts": counts, "silent": 0}}
-    m |= {"ce_recovered": 0.9, "kl_sae": 0.1} if acts == "tiny" else {"mcc": 0.7, "f1": 0.6, "absorption": 0.3}
+    m |= {"ce_recovered": 0.9, "kl_sae": 0.1, "by_position": {"at": [8, 24, 40], "ce_recovered": [0.8, 0.85, 0.9]}} if acts == "tiny" else {"mcc": 0.7, "f1": 0.6, "absorption": 0.3}
     m |= metrics
     said = checksum or folder.name
     write_json(folder / "eval" / "core.json", {"eval": "core", "run": folder.name, "acts": acts, "sae_checksum": said, "contexts": contexts, "metrics": m,
@@ -234,19 +236,24 @@ def test_neither_the_model_nor_the_data_is_needed():
 LETTERS = "abcdefghijklmnoprstuvw"
 
 
-def analysed(folder, seed=0, others=(), level=0.0, language=True):
+def analysed(folder, seed=0, others=(), level=0.0, language=True, revived=False):
     """All the files that 03_eval.py would leave in a run's folder, with numbers around `level`."""
     said, jitter = {"sae_checksum": folder.name}, 0.01 * seed + level
     condition = {"run": {"median": 3.0 + jitter}, "null": {"median": 2.0}, "marchenko_pastur": 2.1}
-    batches = {"jaccard": [0.1, 0.2 + jitter, 0.4], "rbo": [0.1, 0.3, 0.5]}
-    projected = {"error_sd": [0.2, 0.1, 0.05, 0.02, 0.0], "recall": [0.1 + jitter, 0.3, 0.6, 0.9, 1.0], "reconstruction": [0.1, 0.2, 0.4, 0.8, 1.0]}
-    shape = {"mean_max_cosine": 0.3 + jitter, "mean_square_cosine": 0.01, "mean_abs_cosine": 0.08, "effective_rank": 20.0, "frame_ratio": 3.0}
+    batches = {"jaccard": [0.1, 0.2 + jitter, 0.4], "rbo": [0.1, 0.3, 0.5], "dense": [0.3, 0.25, 0.2 + jitter]}
+    projected = {"error_sd": [0.2, 0.1, 0.05, 0.02, 0.0], "recall": [0.1 + jitter, 0.3, 0.6, 0.9, 1.0], "reconstruction": [0.1, 0.2, 0.4, 0.8, 1.0],
+                 "error_max": [0.5, 0.3, 0.2, 0.1, 0.0], "above": {tau: {"recall": [0.5, 0.6, 0.8, 0.9, 1.0], "precision": [None, 0.1, 0.3, 0.6, 1.0]}
+                                                                   for tau in ("0.05", "0.1", "0.2", "0.4")}}
+    shape = {"mean_max_cosine": 0.3 + jitter, "mean_square_cosine": 0.01, "mean_abs_cosine": 0.08, "effective_rank": 20.0, "frame_ratio": 3.0, "unique": 0.4,
+             "coherence": 0.9, "pairs_above": {"0.5": 30}, "nearest_cosine": [0.1 + i / 125 for i in range(101)]}
+    survived = [None if i > 30 else 1 - i / 100 - jitter for i in range(41)]
     files = {
         "geometry": {"metrics": shape | {"hoyer": 0.9, "gini": 0.4 + jitter, "correlation": 0.02, "l0_of_rows": [float(i // 10) for i in range(101)],
-                                         "tenths": {"norm": [1 + i / 10 for i in range(10)], "l0": [3 + i / 10 for i in range(10)], "explained_variance": [0.8] * 10}},
+                                         "tenths": {"norm": [1 + i / 10 for i in range(10)], "l0": [3 + i / 10 for i in range(10)], "explained_variance": [0.8] * 10,
+                                                    "l2_ratio": [0.9 + i / 100 for i in range(10)], "slope": [1.05 - i / 200 for i in range(10)]}},
                      "null": shape | {"welch": 0.007, "correlation": 0.01}, "condition": {"group": condition, "across": condition, "active": condition},
                      "jl": {"dimensions": [32, 64, 128, 256, 512], "run": projected, "null": projected},
-                     "pairs": {"pairs": 20, "rows": [256, 1024, 4096], "coactivation": batches, "phi": batches, "preact": batches}},
+                     "pairs": {"pairs": 20, "rows": [256, 1024, 4096], "coactivation": batches, "phi": batches, "preact": batches, "null_dense": 0.02}},
         "structure": {
             "composition": {"run": 0.6 + jitter, "null": 0.5}, "diversity": {"clusters": 0.9, "token_entropy": 1.5 + jitter},
             "position": {"at": [8, 24, 40, 56, 72, 88, 104, 120], "l0": [4.0] * 8, "explained_variance": [0.8 + i / 100 for i in range(8)]},
@@ -260,10 +267,14 @@ def analysed(folder, seed=0, others=(), level=0.0, language=True):
             "precision": {"fp32": {"l0": 4.0, "explained_variance": 0.8}, "weights": {"l0": 4.01, "explained_variance": 0.8 + jitter / 10},
                           "weights_acts": {"l0": 4.01, "explained_variance": 0.8}},
             **({} if language else {"missed": {"depth": [1, 2], "missed": [0.3 + jitter, None], "pairs": [12, 0]}})},
-        "stability": {"others": {o: {"matched": 0.5 + jitter, "again": {"0.7": 0.4}, "activations": 0.6, "pairs": 0.3} for o in others},
-                      "null": {"matched": 0.3}},
-        "training": {"stages": [{"tokens": 100 * n, "ce_recovered": 0.5 + n / 200, "kl_recovered": 0.4 + n / 200, "l2_ratio": 0.9, "pairs": n / 100, "survived": None,
-                                 "effective_rank": 10.0, "mean_max_cosine": 0.3} for n in (3, 6, 12, 25, 50, 100)]}}
+        "stability": {"others": {o: {"matched": 0.5 + jitter, "again": {"0.7": 0.4}, "activations": 0.6, "pairs": 0.3 + jitter,
+                                     "cosines": [i / 100 for i in range(101)], "again_by_rate": [0.1 + i / 20 for i in range(10)],
+                                     "unmatched": {"cosine": 0.4 + jitter, "null": 0.25}} for o in others},
+                      "null": {"matched": 0.3, "cosines": [0.2 + i / 400 for i in range(101)]}},
+        "training": {"stages": [{"tokens": 100 * n, "ce_recovered": 0.5 + n / 200, "kl_recovered": 0.4 + n / 200, "l2_ratio": 0.9, "pairs": n / 100,
+                                 "effective_rank": 10.0, "mean_max_cosine": 0.3, "unique": 0.4, "revived_cosine": 0.2 if revived and n > 6 else None}
+                                for n in (3, 6, 12, 25, 50, 100)], "pair_half_life": 5000 + 1000 * jitter, "deaths": [i / 50 for i in range(10)],
+                     "survival": {"tokens": [250 * i for i in range(41)], "start": [1 - i / 200 for i in range(41)], "revived": survived if revived else None}}}
     if language:
         files |= {
             "absorption": {"eval_result_metrics": {"mean": {"mean_absorption_fraction_score": 0.05 + jitter, "mean_full_absorption_score": 0.1 + jitter, "mean_num_split_features": 1.2}},
@@ -279,7 +290,7 @@ def analysed(folder, seed=0, others=(), level=0.0, language=True):
 
 def logged(folder, revived=False, tau=None):
     """A training log with all that the curves show."""
-    lines = [{"step": s, "tokens": 100 * s, "loss": 1.1 / s, "loss_recon": 1 / s, "loss_sparsity": 0.1 / s, "mse": 1 / s, "l0": 4.0, "l1": 2.0, "explained_variance": 1 - 1 / s,
+    lines = [{"step": s, "tokens": 100 * s, "loss": 1.1 / s, "loss_recon": 1 / s, "loss_sparsity": 0.1 / s, "ratio_sparsity": 0.1, "mse": 1 / s, "l0": 4.0, "l1": 2.0, "explained_variance": 1 - 1 / s,
               "dead": 0.0, **({"revived": s, "z": 1.5} if revived else {}), **({"pair_cos": 0.1, "ratio_ortho": 0.05, "tau": tau} if tau else {})} for s in range(1, 101)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -294,7 +305,7 @@ def everything(root, variants, seeds=3, acts="tiny"):
             part = i + s / 10                                                    # no two runs measure the same
             evaluated(folder, acts=acts, explained_variance=0.8 + 0.001 * part, kl_sae=0.1 + 0.01 * part, l1=5.0 + 0.01 * part, mse=0.01 + 0.0001 * part,
                       decoder_max_cosine=0.3 + 0.001 * part, cosine=0.9 - 0.001 * part, l0=4 + 0.001 * part, **({"ce_recovered": 0.9 + 0.0001 * part} if acts == "tiny" else {}))
-            analysed(folder, s, [name(v, o) for o in range(seeds) if o != s], level=0.003 * i, language=acts == "tiny")
+            analysed(folder, s, [name(v, o) for o in range(seeds) if o != s], level=0.003 * i, language=acts == "tiny", revived="zscore" in v)
 
 
 MANY = ["baseline", "topk", "batch_topk", "jumprelu", "gated", *(f"{study}_r{i}" for study in ("contrastive", "adaptive_ortho", "topk_ortho", "zscore") for i in range(1, 11))]
@@ -398,6 +409,103 @@ def test_letters_with_few_words_are_dashes(here):
     axis = drawn("letter_absorption", here)[1].axes[0]
     assert words(axis).count("-") == 2 and ".11" in words(axis)               # w, of both; (0.10 + 0.11 + 0.12) / 3
     assert [t.get_text() for t in axis.get_xticklabels()][0] == "a\n40"
+
+
+def test_each_letter_has_its_difference_with_an_interval_that_the_words_and_the_seeds_allow(here):
+    everything(here, ["baseline", "idea"])
+    forest = drawn("letter_absorption", here)[1].axes[-6]                     # the first of six, after the heat map and its colours
+    assert forest.get_title(loc="left") == "idea\n5 worst letters: 24% of all"
+    lines = {line.get_ydata()[0]: line for line in forest.lines if len(line.get_xdata()) == 2 and line.get_ydata()[0] == line.get_ydata()[1]}
+    assert len(lines) == 21                                                   # not w, which has five words
+    rate, base, n = 0.113, 0.11, 40                                           # a's, means over seeds; no seed differs from another in what the idea adds
+    assert lines[0].get_xdata().tolist() == pytest.approx(list(plot.newcombe(rate, base, n)[1:]))
+    assert max(abs(x) for line in lines.values() for x in line.get_xdata()) <= forest.get_xlim()[1]
+
+
+def test_newcombes_interval_of_two_rates_is_the_papers():
+    assert plot.newcombe(56 / 70, 48 / 80, 1e9)[0] == pytest.approx(0.2)
+    assert plot.newcombe(0.5, 0.5, 100)[1:] == pytest.approx((-0.1360, 0.1360), abs=5e-4)      # Wilson: 0.4038 to 0.5962, 0.0962 x sqrt 2
+    assert plot.newcombe(0.0, 0.0, 10)[1:] == pytest.approx((-0.2775, 0.2775), abs=5e-4)       # table II (h) of Newcombe 1998: 0 of 10 and 0 of 10
+
+
+def test_pairs_of_seeds_are_a_heat_map_by_variant(here):
+    everything(here, ["baseline", "idea"])
+    run(here, "never")
+    axis = next(a for a in drawn("pair_stability", here)[1].axes if a.images)
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["0, 1", "0, 2", "1, 2"]
+    assert [t.get_text() for t in axis.get_yticklabels()] == ["baseline", "idea", "never"]
+    cells = axis.images[0].get_array()
+    assert cells[0].tolist() == pytest.approx([0.305, 0.31, 0.315]) and cells.mask[2].all()    # both directions of a pair, averaged
+
+
+def test_a_grid_of_two_settings_is_a_line_for_each_value_of_the_other(here):
+    for seed in range(2):
+        evaluated(run(here, "baseline", seed))
+        for fraction in (0.001, 0.01, 0.1):
+            for rule in ("phi", "random"):
+                evaluated(run(here, "topk_ortho_r1", seed, pair_fraction=fraction, pair_rule=rule), explained_variance=fraction + len(rule) / 100 + seed / 1000)
+        evaluated(run(here, "topk_ortho_r1", seed, pair_fraction=0.5, pair_rule="decoder"))     # no second value: no line
+    figure = drawn("topk_ablation", here)[1]
+    by_fraction, by_rule = (a for a in figure.axes if a.get_legend())
+    said = lambda axis: [t.get_text() for t in axis.get_legend().get_texts()]
+    assert said(by_fraction) == ["pair_rule=phi", "pair_rule=random", "baseline (grey: its seeds)"]
+    assert said(by_rule)[:3] == ["pair_fraction=0.001", "pair_fraction=0.01", "pair_fraction=0.1"]
+    first = figure.axes[0].containers
+    assert [line.lines[0].get_ydata().tolist() for line in first] == [pytest.approx([f + n / 100 + 0.0005 for f in (0.001, 0.01, 0.1)]) for n in (3, 6)]
+
+
+def test_what_the_penalty_weighs_beside_the_error_is_drawn_where_it_is_logged(here):
+    for weight in (0.0, 0.1):
+        folder = run(here, "ortsae", ortsae_weight=weight)
+        evaluated(folder, explained_variance=0.5 + weight)
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 100, "loss": 1.0, "lr": 1e-3, "ratio_ortho": weight, "ratio_aux": 9.0, "ratio_sparsity": 9.0}) + "\n")
+    figure = drawn("alpha_ablation", here)[1]
+    assert [a.get_ylabel() for a in figure.axes if a.lines] == ["EV", "CE rec.", "dead", "L0", "penalty / reconstruction error"]      # nothing has the others
+    last = [a for a in figure.axes if a.lines][-1]
+    assert last.containers[0].lines[0].get_ydata().tolist() == [0.0, 0.1]
+
+
+def test_the_zipf_exponent_is_that_of_planted_rates(here):
+    folder = run(here, "baseline")
+    evaluated(folder, rates=False)
+    for s in (0.0, 0.5, 1.2):
+        rate = 0.5 * torch.arange(1, 2001).double() ** -s
+        write_tensors(folder / "eval" / "rates.safetensors", {"rate": rate}, {"sae_checksum": folder.name, "rows": 1_000_000})
+        assert plot.zipf(plot.Run(folder)) == pytest.approx(s, abs=1e-6)
+    write_tensors(folder / "eval" / "rates.safetensors", {"rate": rate}, {"sae_checksum": folder.name, "rows": 100})
+    assert plot.zipf(plot.Run(folder)) is None                                # on so few rows only three fire ten times
+
+
+def test_a_caption_names_the_lines_that_are_there(here):
+    everything(here, ["baseline", "idea"])
+    assert drawn("unlearning", here)[1].get_supxlabel().endswith("line: mean of baseline")
+    everything(here, ["fixed_ortho"])
+    assert drawn("unlearning", here)[1].get_supxlabel().endswith("line: mean of baseline; dashed: of fixed_ortho")
+
+
+def test_long_names_leave_room_for_the_panels(here):
+    long = {f"pair_{key}": value for key, value in (("rule_of_selection", "coactivation"), ("fraction_of_all", 0.001), ("latents_at_most", 123456), ("ortho_weight", 0.25))}
+    for v in ("baseline", "idea"):
+        folder = run(here, v, **(long if v == "idea" else {}))
+        logged(folder)
+        evaluated(folder, explained_variance=len(v) / 10, mse=len(v) / 10)
+        analysed(folder, level=len(v) / 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("final_losses", "probing_accuracy", "absorption_efficiency", "letter_absorption", "key_metrics_combined"):
+            drawn(name, here)[1].savefig(io.BytesIO())
+
+
+def test_more_lines_than_can_be_told_apart_are_parted_and_a_sweep_stands_by_itself(here):
+    for name in ["baseline", *(f"idea_r{i}" for i in range(1, 4))]:
+        run(here, name)
+    for l0 in range(1, 14):
+        run(here, "topk", l0=float(l0))
+    runs, _ = plot.find_runs([])
+    parts = plot.studies(runs)
+    assert [(title, len(groups)) for title, groups in parts] == [("idea", 4), ("topk (1)", 11), ("topk (2)", 4)]
+    assert all("baseline" in groups for _, groups in parts)
+    assert [title for title, _ in plot.studies(runs, lambda r: r.variant)] == [""]
 
 
 def test_efficiency_is_the_reduction_per_point_lost_and_has_words_where_it_has_no_meaning(here):
