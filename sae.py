@@ -65,19 +65,22 @@ def generator(*key, device="cpu"):
 
 
 class JumpReLU(torch.autograd.Function):
-    """pre where pre > threshold, else 0; the threshold's gradient by a rectangle kernel (Rajamanoharan 2024b, eq. 11)."""
+    """pre where pre > threshold, else 0; the threshold's gradient by a rectangle kernel (Rajamanoharan 2024b, eq. 11).
+
+    Masks are numbers made in place (gt_ and lt_ give 1 or 0): where() and products with a bool cost a multiple of it on a CPU."""
 
     @staticmethod
     def forward(ctx, pre, threshold, bandwidth):
         ctx.save_for_backward(pre, threshold)
         ctx.bandwidth = bandwidth
-        return pre * (pre > threshold)
+        return (pre - threshold.to(pre.dtype)).gt_(0).mul_(pre)
 
     @staticmethod
     def backward(ctx, grad):
         pre, threshold = ctx.saved_tensors
-        near = ((pre - threshold).abs() < ctx.bandwidth / 2) * grad
-        return grad * (pre > threshold), -(threshold / ctx.bandwidth * near).sum_to_size(threshold.shape), None
+        over = pre - threshold.to(pre.dtype)
+        near = over.abs().lt_(ctx.bandwidth / 2).mul_(grad).sum_to_size(threshold.shape)
+        return over.gt_(0).mul_(grad), -threshold / ctx.bandwidth * near, None
 
 
 class Step(torch.autograd.Function):
@@ -87,13 +90,13 @@ class Step(torch.autograd.Function):
     def forward(ctx, pre, threshold, bandwidth):
         ctx.save_for_backward(pre, threshold)
         ctx.bandwidth = bandwidth
-        return (pre > threshold).to(pre.dtype)
+        return (pre - threshold.to(pre.dtype)).gt_(0)
 
     @staticmethod
     def backward(ctx, grad):
         pre, threshold = ctx.saved_tensors
-        near = ((pre - threshold).abs() < ctx.bandwidth / 2) * grad
-        return None, -(near / ctx.bandwidth).sum_to_size(threshold.shape), None
+        near = (pre - threshold.to(pre.dtype)).abs_().lt_(ctx.bandwidth / 2).mul_(grad)
+        return None, -near.sum_to_size(threshold.shape) / ctx.bandwidth, None
 
 
 # ---- sparse codes: products touch the latents that fire, not the zeros ---------------------------------------------------------------
@@ -245,13 +248,14 @@ class Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, b_dec):
-        ctx.save_for_backward(x, W_enc, b_dec)
-        return torch.addmm(b_enc - b_dec @ W_enc, x, W_enc)
+        x = x - b_dec
+        ctx.save_for_backward(x, W_enc)
+        return torch.addmm(b_enc, x, W_enc)
 
     @staticmethod
     def backward(ctx, grad):
-        x, W_enc, b_dec = ctx.saved_tensors
-        x = (x - b_dec).to(grad.dtype)
+        x, W_enc = ctx.saved_tensors
+        x = x if grad.is_sparse and not grad.is_cuda else x.to(grad.dtype)       # embedding_bag would add in bfloat16
         if grad.is_sparse:
             (rows, latents), values = grad._indices(), grad._values()
             to_W = bag_transposed(values, rows, latents, W_enc.shape[1], x).T
@@ -270,11 +274,11 @@ def above(pre, cut):
 
 def highest(pre, k):
     """The latents of the k highest entries of each row of pre [B, d_sae], in any order [B, k]. Where they are few, they are looked for in the
-    k of d_sae / 8 groups with the highest maxima, where all of them are: 0.5 to 0.8 of the CPU time of topk alone."""
-    if pre.is_cuda or pre.shape[1] % 8 or 64 * k > pre.shape[1]:
+    k of d_sae / 8 groups with the highest maxima, where all of them are: 0.5 to 0.9 of the CPU time of topk alone."""
+    if pre.is_cuda or pre.shape[1] % 8 or 32 * k > pre.shape[1]:
         return pre.topk(k, sorted=False).indices
     groups = pre.unflatten(1, (8, -1)).amax(1)                                   # group g: latents g, g + d_sae / 8, g + 2 d_sae / 8 ...
-    inside = groups.topk(k, sorted=False).indices[:, :, None] + groups.shape[1] * torch.arange(8)
+    inside = highest(groups, k)[:, :, None] + groups.shape[1] * torch.arange(8)
     inside = inside.flatten(1)
     return inside.gather(1, pre.gather(1, inside).topk(k, sorted=False).indices)
 
@@ -288,6 +292,8 @@ def firing(acts):
     """How often each latent fires: the share of the rows of acts [B, d_sae] where it is above 0 [d_sae]."""
     if isinstance(acts, Codes):
         return acts.values.new_zeros(acts.shape[1], dtype=torch.float32).index_add_(0, acts.latents, (acts.values > 0).float()) / len(acts)
+    if not acts.is_cuda:
+        return torch.from_numpy((acts > 0).numpy().sum(0)) / len(acts)           # a third of torch's time
     return (acts > 0).float().mean(0)
 
 
@@ -423,6 +429,7 @@ class SAE(nn.Module):
         self.step = 0
         self.stats = {}               # a variant writes what it wants logged: name -> number
         self.row_weight = None        # how much each row of the batch counts [B], where choose_batch draws some more often than others
+        self.cut = None               # batch_topk: what a latent had to exceed in the batch in work
         self.part = slice(None)       # the rows of the batch that are in work, where it is worked on in several parts
         self.latents = {}             # parameter or buffer -> (its latent axis, the value of a fresh latent or None)
         for name, value in settings.items():
@@ -527,8 +534,8 @@ class SAE(nn.Module):
             top = pre.relu().topk(round(self.wanted_l0()), sorted=False)
             return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
         if self.activation == "batch_topk":
-            cut = self.batch_threshold(pre.detach()) if self.training else self.threshold
-            return pre * (pre > cut)
+            self.cut = self.batch_threshold(pre.detach()) if self.training else self.threshold
+            return pre * (pre > self.cut)
         if self.activation == "jumprelu":
             return JumpReLU.apply(pre.relu(), self.log_threshold.exp(), self.bandwidth)
         return pre.relu()
@@ -539,8 +546,8 @@ class SAE(nn.Module):
             top = highest(pre.detach(), round(self.wanted_l0()))
             return Codes.of(pre, (top + self.d_sae * torch.arange(len(pre), device=pre.device)[:, None]).flatten(), torch.relu)
         if self.activation == "batch_topk":
-            cut, at, values = self.batch_cut(pre.detach())
-            return Codes.of(pre, at[(values <= cut).logical_not_()], torch.relu)
+            self.cut, at, values = self.batch_cut(pre.detach())
+            return Codes.of(pre, at[(values <= self.cut).logical_not_()], torch.relu)
         if self.activation == "jumprelu":
             threshold = self.log_threshold.exp()
             cut = threshold.detach() - self.bandwidth / 2          # above it are also the zeros whose gradient moves a threshold
@@ -597,7 +604,7 @@ class SAE(nn.Module):
         if self.activation in ("relu", "jumprelu"):
             self.steer_sparsity(fires.sum())
         if self.activation == "batch_topk":
-            self.threshold.lerp_(self.batch_threshold(out.pre.float()), self.memory(0.02))
+            self.threshold.lerp_(self.cut.float(), self.memory(0.02))
 
     # ---- tools for variants ----------------------------------------------------------------------------------------------------
 

@@ -179,7 +179,7 @@ def test_raw_activations_in_raw_activations_out(activation):
     raw = X[:100] / 0.01
     with torch.no_grad():
         out = sae(X[:100])
-    assert torch.allclose(sae.reconstruct(raw), out.x_hat / 0.01, rtol=1e-4)
+    assert torch.allclose(sae.reconstruct(raw), out.x_hat / 0.01, rtol=1e-4, atol=1e-3)      # of values of about 100, some of them near 0
     assert torch.allclose(sae.encode(raw) @ sae.W_dec + sae.b_dec / sae.scale, sae.reconstruct(raw), rtol=1e-3, atol=1e-2)
     assert sae.encode(raw.view(4, 25, -1)).shape == (4, 25, sae.d_sae)
 

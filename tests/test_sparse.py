@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import sae as sae_py
 from sae import ROOT, SAE, Codes, Encode, Pick, above, firing, generator, highest
-from toys import build, evaluate, mixture, steps, train
+from toys import build, evaluate, mixture, steps, train, train_py
 
 KINDS = ["relu", "topk", "batch_topk", "jumprelu"]
 
@@ -229,6 +229,24 @@ def test_the_first_steps_are_those_of_the_dense_path(activation, path):
         saes.append(sae)
     for (k, a), b in zip(saes[0].state_dict().items(), saes[1].state_dict().values()):
         assert torch.allclose(a, b, atol=1e-4), k
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("activation", KINDS)
+def test_in_bfloat16_a_step_reaches_what_it_reaches_in_fp32(activation, sparse, path, monkeypatch):
+    """As big runs are trained on a CPU with units for it. The same bits twice; the wanted L0; weights and moments in fp32."""
+    path(sparse)
+    reached, seen = {}, set()
+    for dtype, start in ((torch.float32, 1e30), (torch.bfloat16, 0), (torch.bfloat16, 0)):
+        monkeypatch.setattr(train_py, "BF16_FROM", start)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+        sae = train("baseline", X, 200, each=lambda sae, out, terms: seen.add((dtype, out.pre.dtype)), activation=activation)
+        assert all(v.dtype == torch.float32 for v in sae.state_dict().values())
+        reached.setdefault(dtype, []).append((evaluate(sae, X[-8192:]), sae.state_dict()))
+    assert seen == {(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)}
+    ((ev, l0, _), _), ((ev16, l016, _), a), (_, b) = *reached[torch.float32], *reached[torch.bfloat16]
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert abs(ev16 - ev) < 0.02 and abs(l016 - l0) < 0.03 * l0
 
 
 @pytest.mark.slow
