@@ -267,7 +267,8 @@ def unpack(sae, opt, tensors, plain):
 def train_step(sae, opt, x, check=False):
     """One optimizer step on normalised rows x [B, d_in] -> (Out, loss terms, whether the step was taken).
 
-    It is not taken if a row is a spike, if accept() refuses the loss, or if a gradient is not finite.
+    It is not taken if a row is a spike, if accept() refuses the loss, or if a gradient is not finite. A GPU is waited for three times: for
+    that, for the gradient's norm, and in aux(); once more where the number of codes is not fixed, and twice for a batch's cut.
     check: verify shapes and types of what the variant's methods return, naming the method."""
     sae.train()
     while not (done := backward(sae, opt, x, check)):        # out of memory
@@ -384,11 +385,16 @@ def stream(acts, plan, device, start):
     rows_before = [0, *itertools.accumulate(acts.sizes)]
     size = acts.rows * acts.d_in * (2 if acts.meta["dtype"] in ("bfloat16", "float16") else 4)       # int8 is float32 once it is read
     keep, kept = plan[-1][0] > 0 and size < free_memory(device) / 2, {}
+    copying = torch.cuda.Stream(device) if device.type == "cuda" else None      # beside the training steps, which have the default one
 
     def load(i):
         if i not in kept:
             rows = acts.shard(i)["acts"]
-            rows = rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
+            if copying:
+                with torch.cuda.stream(copying):
+                    rows = rows.pin_memory().to(device, non_blocking=True)
+                rows.record_stream(torch.cuda.default_stream(device))           # its memory is used again only after the steps that read it
+                copying.synchronize()
             if not keep:
                 return rows
             kept[i] = rows

@@ -4,10 +4,12 @@ import copy
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
+import sae as sae_py
 from sae import ROOT, Acts, generator, read_json, variant_names
 from test_cache import save, texts, write_jsonl
 from toys import D_IN, build, evaluate, mixture, steps, train_py, write_cache
@@ -17,6 +19,14 @@ pytestmark = pytest.mark.gpu
 GPU = "cuda"
 ACTIVATIONS = ["relu", "topk", "batch_topk", "jumprelu"]
 RICH = mixture(features=96, l0=8.0, zipf=0.3)[0]
+
+
+@pytest.fixture(params=["sparse", "dense"])
+def path(request, monkeypatch):
+    """Codes are sparse, and their products the kernels', whatever their size; or never."""
+    monkeypatch.setattr(sae_py, "SPARSE_BELOW", 1e9 if request.param == "sparse" else 0.0)
+    monkeypatch.setattr(sae_py, "kernels_pay", lambda *size: True)
+    return request.param
 
 
 def on_gpu(variant, x, n_steps, **settings):
@@ -32,7 +42,7 @@ def mostly_equal(a, b):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_a_step_in_fp32_is_the_cpus(activation, monkeypatch):
+def test_a_step_in_fp32_is_the_cpus(activation, monkeypatch, path):
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())      # the step as it is, without bfloat16
     on_cpu, opt = build("baseline", RICH, 100, activation=activation, l0=5.0)
     there = copy.deepcopy(on_cpu).to(GPU)
@@ -55,7 +65,7 @@ def test_a_step_in_fp32_is_the_cpus(activation, monkeypatch):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_bfloat16_trains_fp32_weights_to_the_l0_that_was_asked_for(activation):
+def test_bfloat16_trains_fp32_weights_to_the_l0_that_was_asked_for(activation, path):
     sae, opt = on_gpu("baseline", RICH, 400, activation=activation, l0=5.0)
     seen, x = [], RICH.to(GPU)
     steps(sae, opt, x, each=lambda sae, out, terms: seen.append((out.x_hat.dtype, float(sum(terms.values())))))
@@ -70,13 +80,30 @@ def test_bfloat16_trains_fp32_weights_to_the_l0_that_was_asked_for(activation):
 
 
 @pytest.mark.parametrize("variant", variant_names())
-def test_every_variant_trains(variant):
+def test_every_variant_trains(variant, path):
     x = RICH.to(GPU)
     sae, opt = on_gpu(variant, RICH, 30)
     losses = []
     steps(sae, opt, x, each=lambda sae, out, terms: losses.append(float(sum(terms.values()))))
     assert len(losses) == 30 and all(abs(loss) < float("inf") for loss in losses)
     assert all(v.isfinite().all() for v in sae.state_dict().values()) and all(v.device.type == GPU for v in sae.state_dict().values())
+
+
+@pytest.mark.parametrize("activation, waits", [("topk", 3), ("relu", 4), ("batch_topk", 10)])
+def test_a_step_waits_for_the_gpu_only_to_refuse_to_count_and_to_look_for_the_dead(activation, waits, path):
+    """Once for the loss and the rows, once for the gradient's norm, once for AuxK's dead latents, once where the number of codes is not known
+    before; BatchTopK looks for its cut twice, three times each if the carried threshold is far off, and keeps what is above it."""
+    sae, opt = on_gpu("baseline", RICH, 100, activation=activation, l0=5.0)
+    x, seen = RICH.to(GPU), []
+    steps(sae, opt, x, stop=3)                                                  # the first ones compile
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            steps(sae, opt, x, start=3, stop=4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in seen if "synchroniz" in str(w.message)]) <= waits, [f"{w.filename}:{w.lineno}" for w in seen]
 
 
 def test_a_checkpoint_goes_on_where_it_was():

@@ -58,7 +58,7 @@ class Ours:
     def __init__(self, case, x, steps, seed):
         variant, _, d_in, d_sae, l0, batch, _ = case
         self.sae = load_variant(variant)(d_in, steps, seed, d_sae=d_sae, l0=float(l0), batch_size=batch, lr=LR, lr_warmup=0.0, lr_decay=0.0,
-                                         sparsity_warmup=0.0, dead_after=1.0)
+                                         sparsity_warmup=0.0, dead_after=1.0).to(x.device)
         self.opt = self.sae.make_optimizer()
         self.sae.init_from_data(x)
 
@@ -78,7 +78,7 @@ class DictionaryLearning:
         for name in ("nnsight", "zstandard"):
             sys.modules.setdefault(name, MagicMock())       # imported by parts of the package that are not used here
         from dictionary_learning.trainers import batch_top_k, jumprelu, matryoshka_batch_top_k, standard, top_k
-        settings = dict(steps=steps + 1, activation_dim=d_in, dict_size=d_sae, layer=0, lm_name="none", lr=LR, warmup_steps=0, seed=seed, device="cpu")
+        settings = dict(steps=steps + 1, activation_dim=d_in, dict_size=d_sae, layer=0, lm_name="none", lr=LR, warmup_steps=0, seed=seed, device=str(x.device))
         make = {"relu": lambda: standard.StandardTrainer(**settings, l1_penalty=0.03, sparsity_warmup_steps=None),
                 "topk": lambda: top_k.TopKTrainer(**settings, k=l0),
                 "batch_topk": lambda: batch_top_k.BatchTopKTrainer(**settings, k=l0),
@@ -103,7 +103,7 @@ class SAELens:
         from sae_lens.training.sae_trainer import SAETrainer
         _, kind, d_in, d_sae, l0, batch, _ = case
         torch.manual_seed(seed)
-        size = dict(d_in=d_in, d_sae=d_sae)
+        size = dict(d_in=d_in, d_sae=d_sae, device=str(x.device))
         cls, cfg = {
             "relu": lambda: (sae_lens.StandardTrainingSAE, sae_lens.StandardTrainingSAEConfig(**size, l1_coefficient=1.0)),
             "topk": lambda: (sae_lens.TopKTrainingSAE, sae_lens.TopKTrainingSAEConfig(**size, k=l0)),
@@ -112,7 +112,8 @@ class SAELens:
             "matryoshka": lambda: (MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig(
                 **size, k=l0, matryoshka_widths=[d_sae >> n for n in (4, 3, 2, 1, 0)]))}[kind]()
         self.sae = cls(cfg)
-        self.trainer = SAETrainer(SAETrainerConfig(total_training_samples=steps * batch, train_batch_size_samples=batch, lr=LR, lr_end=LR), self.sae, None)
+        self.trainer = SAETrainer(SAETrainerConfig(total_training_samples=steps * batch, train_batch_size_samples=batch, lr=LR, lr_end=LR,
+                                                   device=str(x.device)), self.sae, None)
 
     def step(self, i, x):
         self.trainer._train_step(self.sae, x)
@@ -127,12 +128,13 @@ class Sparsify:
     """Its per-step work without the language model that its trainer needs: the module, its two decoder constraints, Adam."""
 
     def __init__(self, case, x, steps, seed):
-        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+        if not x.is_cuda:
+            os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
         from sparsify.config import SparseCoderConfig
         from sparsify.sparse_coder import SparseCoder
         _, _, d_in, d_sae, l0, _, _ = case
         torch.manual_seed(seed)
-        self.sae = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=l0))
+        self.sae = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=l0), device=x.device)
         self.sae.b_dec.data = x.mean(0)
         self.opt = torch.optim.Adam(self.sae.parameters(), lr=LR)
 
