@@ -437,7 +437,8 @@ def guards(m, run, data, acts):
          f"dense: {m['dense']:.1%} of latents fire on more than {DENSE:.0%} of rows and make {m['dense_share']:.0%} of L0")
     usual = data.norm / data.n * data.scale / data.d_in ** 0.5
     flag(not 0.95 < usual < 1.05, "G20", "warn", f"held-out rows differ from the training rows: mean norm {usual:.3f} of theirs")
-    flag(m["decoder_norm_error"] > 1e-4, "G23", "warn", f"decoder rows are not unit: off by up to {m['decoder_norm_error']:.2g}")
+    off = m["decoder_norm_error"]
+    flag(off > 1e-4, "G23", "fatal" if off > 1e-2 else "warn", f"decoder rows are not unit: off by up to {off:.2g}")
     flag(get("l2_ratio") < SHRINKAGE or get("slope") > 1.05, "G24", "warn", f"shrinkage: l2 ratio {get('l2_ratio'):.3f}, slope {get('slope'):.3f}")
     late = [line for line in log if line["step"] > 0.5 * config["steps"]]
     for name in sorted({k for line in late for k in line if k.startswith("ratio_")}):

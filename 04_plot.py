@@ -917,7 +917,7 @@ def draw_pareto(caches, look, path, specs=()):
     for row, (acts, title, runs, controls) in zip(axes, rows):
         language = any("ce_recovered" in r.core["metrics"] for r in caches[acts][0] if r.core)
         second = Panel("ce_recovered", "cross-entropy recovered") if language else Panel("mcc", "MCC with the true features")
-        for axis, (metric, label, *_) in zip(row, specs or (Panel("explained_variance", "explained variance"), second)):
+        for axis, (metric, label, null, words, *_) in zip(row, specs or (Panel("explained_variance", "explained variance"), second)):
             lines = {}
             for name, members in grouped([r for r in runs if r.valid and look_up(r, metric) is not None and r.get("l0")]).items():
                 xs, ys = [r.get("l0") for r in members], [look_up(r, metric) for r in members]
@@ -930,11 +930,14 @@ def draw_pareto(caches, look, path, specs=()):
                 axis.errorbar(x, y, y_sd, x_sd, color=colour, ls="none", elinewidth=1, capsize=2)
                 line, = axis.plot(x, y, marker, color=colour, ls=style if len(x) > 1 else "none", ms=6, lw=1.2, alpha=0.9)
                 handles.setdefault(series[0][4], line)
+            nulls = sorted((r.get("l0"), v) for r in runs if r.valid and r.get("l0") and null and (v := look_up(r, null)) is not None)
+            if nulls:
+                handles[words], = axis.plot(*zip(*nulls), "_", color="#777777", ms=9, mew=1.5)
             if not lines:
                 say(axis, "no valid run with this metric")
             axis.set(xscale="log", xlabel="L0 (active latents per row)", ylabel=label, title=": ".join(filter(None, (acts, title, label))))
             if lines:
-                points = [(y - e, y + e) for series in lines.values() for _, y, _, e, _ in series]
+                points = [(y - e, y + e) for series in lines.values() for _, y, _, e, _ in series] + [(y, y) for _, y in nulls]
                 draw_controls(axis, controls, metric, min(low for low, _ in points), max(high for _, high in points), handles)
                 plain_ticks(axis, [x for series in lines.values() for x, *_ in series])
     legend(figure, handles)
@@ -1479,8 +1482,9 @@ def newcombe(p, q, n, z=1.96):
 
 
 def draw_efficiency(caches, look, path):
-    """How much absorption a variant takes off the baseline's, and what it costs: arrows from the baseline in the plane of explained variance
-    and absorption, and the relative reduction per percentage point of explained variance lost, both paired by seed at the same L0."""
+    """How much absorption a variant takes off the baseline's, and what it costs: arrows from the baseline in the planes of explained variance
+    and absorption and of time and absorption, and the relative reduction per percentage point of explained variance lost, paired by seed at the
+    same L0 (time: a ratio of means)."""
     metric = {m.key: m for m in METRICS}
     rows = []
     for acts, (runs, _) in caches.items():
@@ -1489,21 +1493,23 @@ def draw_efficiency(caches, look, path):
             base = [r for r in runs if r.variant == "baseline"]
             deltas = {name: (members, difference(members, base, metric["explained_variance"]), difference(members, base, metric[key]))
                       for name, members in grouped(runs).items() if members[0].variant != "baseline"}
-            level = [r.get(key) for r in base if r.valid and r.get(key) is not None]
-            rows.append((acts, metric[key].title, statistics.mean(level) if level else math.nan, deltas))
+            usual = {k: [r.get(k) for r in base if r.valid and r.get(k) is not None] for k in (key, "seconds")}
+            rows.append((acts, metric[key].title, *(statistics.mean(values) if values else math.nan for values in usual.values()), deltas))
     if not rows:
         return "not measured: 03_eval.py --eval absorption, or synthetic data"
     heights = [max(3.4, 0.9 + 0.17 * len(deltas)) for *_, deltas in rows]
     names = {name for *_, deltas in rows for name in deltas}
-    figure, axes = plt.subplots(len(rows), 2, figsize=(9.3 + margin(names), sum(heights) + 0.2), squeeze=False, layout="constrained",
+    figure, axes = plt.subplots(len(rows), 3, figsize=(12.6 + margin(names), sum(heights) + 0.2), squeeze=False, layout="constrained",
                                 height_ratios=heights)
-    for (plane, bars), (acts, title, level, deltas) in zip(axes, rows):
+    for (plane, clock, bars), (acts, title, level, seconds, deltas) in zip(axes, rows):
         for y, (name, (members, ev, absorbed)) in enumerate(deltas.items()):
             colour, marker, _ = look[members[0].variant]
             said = absorbed.why or ev.why
             if not said:
                 plane.annotate("", (100 * ev.mean, absorbed.mean), (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1})
                 plane.plot(100 * ev.mean, absorbed.mean, marker, color=colour, ms=4)
+                took = [r.get("seconds") / seconds for r in members if r.valid and r.get("seconds")]
+                clock.plot(statistics.mean(took) if took else math.nan, absorbed.mean, marker, color=colour, ms=4)
                 bars.plot(1.02, y, marker, color=colour, ms=4, transform=bars.get_yaxis_transform(), clip_on=False)   # the arrow's mark
                 cheap = "costs no explained variance" if ev.mean >= 0 else f"costs less than {100 * CHEAP:g} points in a seed: no ratio"
                 said = "the baseline has none" if level <= 0 else cheap if max(ev.deltas) > -CHEAP else ""
@@ -1518,6 +1524,8 @@ def draw_efficiency(caches, look, path):
         plane.annotate("baseline", (0, 0), (4, 4), textcoords="offset points", fontsize=7)
         plane.set(xlabel="explained variance - baseline's (percentage points)", ylabel=f"{title} - baseline's")
         plane.set_title(f"{acts}: down is less absorption, right is better reconstruction", fontsize=8)
+        clock.plot(1, 0, "o", color="#222222")
+        clock.set(xlabel="training time per token (times the baseline's)", ylabel=f"{title} - baseline's")
         bars.axvline(0, color="#222222", lw=0.8)
         bars.set_yticks(range(len(deltas)), deltas, fontsize=7)
         bars.set(ylim=(len(deltas) - 0.4, -0.6), xlabel="reduction (% of the baseline's) per point lost\nright edge: marks of the arrows")
@@ -1735,7 +1743,9 @@ NOTES = {
         Panel(SHAPE + "mean_square_cosine", "squared cosine (mean over pairs)", NULL + "welch", "Welch's lower bound"),
         Panel(SHAPE + "effective_rank", "effective rank of the decoder", NULL + "effective_rank", RANDOM),
         Panel(SHAPE + "frame_ratio", "frame ratio: largest / d_in-th singular value", NULL + "frame_ratio", RANDOM), columns=3),
-    "coherence_l0": functools.partial(draw_pareto, specs=[Panel(SHAPE + "mean_abs_cosine", "mean |cosine| of two decoder rows")]),
+    "geometry_l0": functools.partial(draw_pareto, specs=[
+        Panel(SHAPE + "mean_abs_cosine", "mean |cosine| of two decoder rows", NULL + "mean_abs_cosine", RANDOM),
+        Panel("geometry/condition/active/run/median", "condition number of active latents", "geometry/condition/active/marchenko_pastur", RANDOM)]),
     "cosine_distributions": draw_curves(
         Panel(SHAPE + "nearest_cosine", "cosine with the nearest other decoder row", NULL + "nearest_cosine", RANDOM,
               every(1, SHAPE + "nearest_cosine"), "latents (%, lowest first)"),
@@ -1757,6 +1767,7 @@ NOTES = {
                                       Panel("geometry/metrics/mean_abs_cosine", "cosine of two decoder rows (mean absolute)",
                                             "geometry/null/mean_abs_cosine", "null: random directions")),
     "tau_fixed_adaptive": draw_curves(Panel(tau_of, "threshold tau of a pair's cosine"), Panel("log/*/pair_cos", "mean cosine of the selected pairs"),
+                                      Panel("log/*/pair_over", "selected pairs above tau (share)"),
                                       Panel("log/*/ratio_ortho", "penalty / reconstruction error", scale="log"), EV,
                                       pick=lambda runs: [r for r in runs if look_up(r, "log/-1/pair_cos") is not None]),
     "pair_stability": draw_curves(
@@ -1820,6 +1831,7 @@ NOTES = {
                 f"top {k} of the model's own dimensions") for k in (1, 5, 20))),
     "feature_stability": draw_dots(Panel("stability/others/*/matched", "cosine of matched decoder rows of two seeds (mean)", "stability/null/matched",
                                          "null: random directions"),
+                                   Panel("stability/others/*/encoder", "cosine of their encoder columns (mean)"),
                                    Panel("stability/others/*/again/0.7", "matched above 0.7 (share of latents)"),
                                    Panel("stability/others/*/activations", "correlation of matched latents' activations"),
                                    Panel("stability/others/*/pairs", "top co-firing pairs shared (Jaccard)"),

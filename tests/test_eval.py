@@ -311,6 +311,14 @@ def test_dense_dead_and_shrunken_latents_are_doubtful(tmp_path):
     assert {"G18", "G19", "G24"} <= fired(core(tmp_path, [as_run(weak)])["run"], "warn")
 
 
+def test_decoder_rows_that_are_not_unit_are_doubtful_and_far_from_it_invalid(tmp_path):
+    directions, _ = truth_cache(tmp_path)
+    acts, both = Acts(tmp_path), torch.cat([directions, -directions])
+    found = core(tmp_path, [as_run(with_decoder(acts, both * factor, both.T), str(factor)) for factor in (1.0, 1.001, 1.5)])
+    said = {name: [g["level"] for g in result["guards"] if g["id"] == "G23"] for name, result in found.items()}
+    assert said == {"1.0": [], "1.001": ["warn"], "1.5": ["fatal"]}
+
+
 def test_penalties_that_dominate_or_do_nothing_are_named(tmp_path):
     truth_cache(tmp_path / "acts" / "toy")
     acts = Acts(tmp_path / "acts" / "toy")

@@ -269,7 +269,7 @@ def analysed(folder, seed=0, others=(), level=0.0, language=True, revived=False)
             **({} if language else {"missed": {"depth": [1, 2], "missed": [0.3 + jitter, None], "pairs": [12, 0]}})},
         "stability": {"others": {o: {"matched": 0.5 + jitter, "again": {"0.7": 0.4}, "activations": 0.6, "pairs": 0.3 + jitter,
                                      "cosines": [i / 100 for i in range(101)], "again_by_rate": [0.1 + i / 20 for i in range(10)],
-                                     "unmatched": {"cosine": 0.4 + jitter, "null": 0.25}} for o in others},
+                                     "encoder": 0.45, "unmatched": {"cosine": 0.4 + jitter, "null": 0.25}} for o in others},
                       "null": {"matched": 0.3, "cosines": [0.2 + i / 400 for i in range(101)]}},
         "training": {"stages": [{"tokens": 100 * n, "ce_recovered": 0.5 + n / 200, "kl_recovered": 0.4 + n / 200, "l2_ratio": 0.9, "pairs": n / 100,
                                  "effective_rank": 10.0, "mean_max_cosine": 0.3, "unique": 0.4, "revived_cosine": 0.2 if revived and n > 6 else None}
@@ -291,7 +291,7 @@ def analysed(folder, seed=0, others=(), level=0.0, language=True, revived=False)
 def logged(folder, revived=False, tau=None):
     """A training log with all that the curves show."""
     lines = [{"step": s, "tokens": 100 * s, "loss": 1.1 / s, "loss_recon": 1 / s, "loss_sparsity": 0.1 / s, "ratio_sparsity": 0.1, "mse": 1 / s, "l0": 4.0, "l1": 2.0, "explained_variance": 1 - 1 / s,
-              "dead": 0.0, **({"revived": s, "z": 1.5} if revived else {}), **({"pair_cos": 0.1, "ratio_ortho": 0.05, "tau": tau} if tau else {})} for s in range(1, 101)]
+              "dead": 0.0, **({"revived": s, "z": 1.5} if revived else {}), **({"pair_cos": 0.1, "pair_over": 0.3, "ratio_ortho": 0.05, "tau": tau} if tau else {})} for s in range(1, 101)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -510,19 +510,22 @@ def test_more_lines_than_can_be_told_apart_are_parted_and_a_sweep_stands_by_itse
 
 def test_efficiency_is_the_reduction_per_point_lost_and_has_words_where_it_has_no_meaning(here):
     base = run(here, "baseline")
+    write_json(base / "config.json", json.loads((base / "config.json").read_text()) | {"seconds": 10.0})
     evaluated(base, explained_variance=0.80)
     analysed(base, level=0.0)                                                 # full absorption 0.10
     for name, ev, level, l0 in (("pays", 0.78, -0.05, 4.0), ("gains", 0.81, -0.05, 4.0), ("sparse", 0.78, -0.05, 3.0), ("thrifty", 0.7995, -0.05, 4.0)):
         folder = run(here, name)
+        write_json(folder / "config.json", json.loads((folder / "config.json").read_text()) | {"seconds": 30.0})
         evaluated(folder, explained_variance=ev, l0=l0, mse=len(name), cosine=len(name))
         analysed(folder, level=level)
-    plane, bars = drawn("absorption_efficiency", here)[1].axes
+    plane, clock, bars = drawn("absorption_efficiency", here)[1].axes
     rows = [t.get_text() for t in bars.get_yticklabels()]
     assert {rows[t.xy[1]]: t.get_text() for t in bars.texts} == {
         "gains": "costs no explained variance", "sparse": "L0 differs from the baseline's", "thrifty": "costs less than 0.1 points in a seed: no ratio"}
     line = next(line for line in bars.lines if line.get_markerfacecolor() == "none")
     assert rows[line.get_ydata()[0]] == "pays" and line.get_xdata()[0] == pytest.approx(50 / 2)     # half of it for two points
     assert any(line.get_xydata()[0].tolist() == pytest.approx([-2.0, -0.05]) for line in plane.lines)
+    assert any(line.get_xydata()[0].tolist() == pytest.approx([3.0, -0.05]) for line in clock.lines)                     # three times as slow
 
 
 def test_the_fit_of_absorption_to_l0_is_the_planted_law_and_ends_where_the_l0s_end(here):

@@ -99,6 +99,10 @@ def test_only_the_best_pairs_of_firing_latents_are_pushed_and_each_once():
     upper = (W @ W.T)[torch.ones(10, 10, dtype=torch.bool).triu(1)].sort(descending=True).values[:2]       # 5 % of 45 pairs
     assert torch.isclose(terms["ortho"], (upper - 0.1).relu().square().mean())
     assert len(sae.pairs[0]) == 2 and int(sae.stats["pairs"]) == 2
+    for tau, share in ((upper[0] + 0.01, 0), (upper.mean(), 0.5), (upper[1] - 0.01, 1)):                  # of the selected, above tau
+        sae.ortho_tau = float(tau)
+        sae.losses(out)
+        assert sae.stats["pair_over"] == share
 
 
 def test_it_runs_with_65536_latents():

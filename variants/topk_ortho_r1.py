@@ -69,5 +69,5 @@ class Variant(SAE):
                 n = counts.sum().clamp_min(1)
                 terms["ortho"] = self.ortho_weight * ((cos - self.pair_tau()).relu().square() * counts).sum() / n
                 self.pair_cos = (cos.detach() * counts).sum() / n
-                self.stats |= {"pairs": counts.sum(), "pair_cos": self.pair_cos}
+                self.stats |= {"pairs": counts.sum(), "pair_cos": self.pair_cos, "pair_over": ((cos > self.pair_tau()) * counts).sum() / n}
         return terms
