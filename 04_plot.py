@@ -675,9 +675,9 @@ def notes(runs, controls, found, tried, primary):
             lines.append(f"{r.config['name']} failed in training: {r.config.get('reason', 'no reason given')}.")
     warned = {}
     for r in runs:
-        for g in {g["id"]: g for g in r.guards if g["level"] == "warn"}.values():
-            warned.setdefault(g["id"], []).append((r.config["name"], g["message"]))
-    for guard, them in sorted(warned.items()):
+        for g in {(g["id"], g["message"].split(":")[0]): g for g in r.guards if g["level"] == "warn"}.values():      # several evaluations may warn
+            warned.setdefault((g["id"], g["message"].split(":")[0]), []).append((r.config["name"], g["message"]))
+    for (guard, _), them in sorted(warned.items()):
         lines.append(f"{guard} warns at {len(them)} run{'s' * (len(them) > 1)}: {them[0][0]}: {them[0][1]}.")
     for m in METRICS:
         if m.key in uninformative(runs, controls):

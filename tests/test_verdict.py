@@ -277,6 +277,16 @@ def test_every_guard_that_a_line_in_the_table_names_is_said_in_full_below_it(tmp
     assert "1 variants and settings were tried" in said
 
 
+def test_two_evaluations_that_warn_by_the_same_guard_are_both_heard(tmp_path):
+    warns = lambda message: {"eval_result_details": [{}], "eval_result_metrics": {}, "guards": [{"id": "G14", "level": "warn", "message": message}]}
+    for variant in ("baseline", "idea"):
+        run(tmp_path, variant, bench={"scr": warns("out of scope: 20 letters"), "unlearning": warns("unlearning out of scope: no questions")})
+    runs, _ = plot.find_runs(sorted(p.parent for p in tmp_path.glob("*/config.json")))
+    said = plot.notes(runs, [], *plot.compare(runs, "explained_variance"), "explained_variance")
+    assert {"G14 warns at 2 runs: baseline-s0: out of scope: 20 letters.",
+            "G14 warns at 2 runs: baseline-s0: unlearning out of scope: no questions."} <= set(said)
+
+
 # ---- the notes' own figures ----------------------------------------------------------------------------------------------------------------------
 
 GEMMA = dict(set_d_sae=2304, set_d_in=2304, set_batch_size=2048)
