@@ -52,8 +52,8 @@ SAMPLE_ROWS = 16_384          # rows that init_from_data sees ...
 SAMPLE_PRE = 2 ** 28          # ... fewer where they would have more pre-activations than this
 COPIES = {"relu": (5.2, 4.4), "topk": (5.2, 1.6), "batch_topk": (5.2, 4.1), "jumprelu": (10, 4.4)}      # how often a step of the base holds
                               # [batch, d_sae] floats at its peak, and init_from_data [rows, d_sae]; measured on a CPU at d_in 512, d_sae 8,192
-BF16_FROM = 2 ** 28           # multiplications of a product [batch, d_in] @ [d_in, d_sae], from which a CPU with units for it takes bfloat16, as a
-                              # GPU does: a step takes 0.78 of its time at 2 ** 29, 0.74 at 2 ** 31; 0.87 just below
+BF16_FROM = 2 ** 29           # multiplications of a product [batch, d_in] @ [d_in, d_sae], from which a CPU with units for it takes bfloat16, as a
+                              # GPU does: a step takes 0.78 of its time there, 0.74 at 2 ** 31. The default job is below: equal figures on every CPU
 TIMED_STEPS = 3, 10           # the time that training will take is told after the second, from those after the first; again after a quarter of
                               # the run, from its second eighth: by then latents are dead, and AuxK takes its time too
 REFUSED_IN_A_ROW = 10         # steps; then the run has failed
@@ -109,6 +109,7 @@ class Run:
             self.sae = self.cls(acts.d_in, self.steps, self.seed, **self.settings).to(device)
             self.sae.scale.fill_(acts.scale)
             self.opt = self.sae.make_optimizer()
+            self.config["autocast"] = "bfloat16" if in_bf16(self.sae) else None
             if not self.load_checkpoint():
                 for name in ("eval", "snapshots"):
                     shutil.rmtree(self.folder / name, ignore_errors=True)    # of an older run of this name
@@ -300,7 +301,7 @@ def backward(sae, opt, x, check):
         for part in x.chunk(sae.micro_batches):
             share = len(part) / len(x)
             sae.part, at = slice(at, at + len(part)), at + len(part)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=in_bf16(sae, x)), watched(sae) if check else contextlib.nullcontext():
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=in_bf16(sae)), watched(sae) if check else contextlib.nullcontext():
                 out = sae(part)
                 new = sae.losses(out)
             if check:
@@ -313,10 +314,10 @@ def backward(sae, opt, x, check):
         return None                                          # what it held is freed only once this frame is left
 
 
-def in_bf16(sae, x):
-    """Whether dense products of a step on x take bfloat16 and add in fp32: on a GPU, and on a CPU with units for it from BF16_FROM on. The weights,
+def in_bf16(sae):
+    """Whether dense products of a training step take bfloat16 and add in fp32: on a GPU, and on a CPU with units for it from BF16_FROM on. The weights,
     the optimizer and sparse products are fp32 all the same, and evaluation is fp32 throughout."""
-    return x.is_cuda or torch.cpu._is_avx512_bf16_supported() and x.numel() * sae.d_sae >= BF16_FROM
+    return sae.scale.is_cuda or torch.cpu._is_avx512_bf16_supported() and sae.batch_size * sae.d_in * sae.d_sae >= BF16_FROM
 
 
 @contextlib.contextmanager
