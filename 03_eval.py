@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: wa
 import contextlib
 import copy
 import functools
+import gc
 import glob
 import importlib
 import importlib.metadata
@@ -53,7 +54,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
-from sae import (SAE, Acts, Parser, Refuse, blocks_of, checksum, generator, hook_point, hub_errors, is_disk_full, is_out_of_memory, language_model,
+from sae import (SAE, SPARSE_BELOW, Acts, Codes, Parser, Refuse, above, blocks_of, checksum, generator, highest, hook_point, hub_errors, is_disk_full, is_out_of_memory, language_model,
                  load_run, loads, model_checksum, pick_device, read_json, read_log, read_tensors, run_folders, run_script, take_lock, unit, whole, write_file,
                  write_json, write_tensors)
 
@@ -1198,6 +1199,7 @@ class Bench:
         self.name = self.model.cfg.model_name
         self.dtype, self.started = "float32", time.time()
         self.share = 1.0                                                      # of what is usually worked on at once; halved when memory is short
+        self.texts = Texts(self)
 
     def key(self, name, settings):
         """What the work kept for evaluation `name` depends on."""
@@ -1213,6 +1215,10 @@ class Bench:
         write_json(folder / "key.json", key)
         return folder.resolve()
 
+    def at_once(self, ctx):
+        """Contexts of ctx tokens whose logits are worked on at a time; on a CPU small blocks stay in its cache."""
+        return max(1, int(self.share * (2**28 if self.device.type == "cuda" else 2**21) // (ctx * self.model.cfg.d_vocab)))
+
     def label(self, run):
         """The name of a run in SAEBench's files; it carries the weights' checksum."""
         return f"{run.name}-{run.config['sae_checksum'][:8]}"
@@ -1222,6 +1228,7 @@ class Bench:
         """For the duration of a call into SAEBench: our model stands for its name, `data` says where a data set is (name -> folder with
         SPLIT.jsonl or CONFIG/SPLIT.jsonl, or the revision on the hub), every generator starts from `seed`, and what it prints goes to the file `log`.
         Afterwards the modules, the generators and the grad mode are as before."""
+        import jaxtyping
         import numpy
         import transformer_lens
 
@@ -1241,6 +1248,8 @@ class Bench:
         before = random.getstate(), numpy.random.get_state(), torch.is_grad_enabled()
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng())
+            stack.enter_context(replaced(gc, "collect", lambda *_: 0))            # a walk through all that was ever imported, for each SAE
+            stack.enter_context(replaced(jaxtyping.config, "jaxtyping_disable", True))      # checks of every shape, at every call
             stack.enter_context(replaced(transformer_lens.HookedTransformer, "from_pretrained_no_processing", staticmethod(from_pretrained)))
             for module in LOADERS:
                 stack.enter_context(replaced(importlib.import_module(module), "load_dataset", load_dataset))
@@ -1353,6 +1362,7 @@ class BenchSAE(torch.nn.Module):
         for name, value in (("W_enc", sae.W_enc), ("W_dec", sae.W_dec), ("b_enc", sae.b_enc / scale), ("b_dec", sae.b_dec / scale)):
             self.register_buffer(name, value.detach())
         self.composed = type(sae).forward is not SAE.forward
+        self.linear = not self.composed and type(sae).decode is SAE.decode
         self.device, self.dtype = bench.device, torch.float32
         self.cfg = CustomSAEConfig(bench.name, sae.d_in, sae.d_sae, bench.layer, bench.hook_name, architecture=run.config.get("variant", "control"),
                                    dtype=bench.dtype, device=str(bench.device), context_size=bench.acts.meta["ctx"])
@@ -1372,9 +1382,29 @@ class BenchSAE(torch.nn.Module):
             acts[real] = sae.activate(sae.pre_acts(flat[real]))
         return (acts / sae.scale).reshape(*x.shape[:-1], sae.d_sae).to(self.dtype)
 
+    @torch.no_grad()
+    def codes(self, x):
+        """encode() of rows x [n, d_in] as Codes, where few latents fire and on a CPU."""
+        sae = self.holds[0]
+        if self.composed or x.is_cuda:
+            return self.encode(x)
+        pre, base = sae.pre_acts(x.float() * sae.scale), type(sae).activate is SAE.activate
+        if base and sae.activation == "topk":
+            fires = (highest(pre, round(sae.wanted_l0())) + sae.d_sae * torch.arange(len(x))[:, None]).flatten()
+        else:
+            pre = sae.activate(pre) if not base or sae.activation == "jumprelu" else pre
+            fires = above(pre, sae.threshold if base and sae.activation == "batch_topk" else 0.0)
+        if len(fires) > SPARSE_BELOW * pre.numel():
+            return self.encode(x)
+        acts = Codes.of(pre, fires, torch.relu)
+        return Codes(acts.values / sae.scale, acts.rows, acts.latents, acts.full)
+
     def decode(self, acts):
         """acts [..., d_sae] -> x_hat [..., d_in], with a gradient to acts where one is asked for (RAVEL trains a mask on them)."""
-        sae, flat = self.holds[0], acts.reshape(-1, acts.shape[-1]).float() * self.holds[0].scale
+        sae = self.holds[0]
+        if isinstance(acts, Codes):
+            return sae.decode(Codes(acts.values * sae.scale, acts.rows, acts.latents, acts.full)) / sae.scale
+        flat = acts.reshape(-1, acts.shape[-1]).float() * sae.scale
         if not self.composed:
             x_hat = sae.decode(flat) / sae.scale
         elif self.x.shape[:-1] != acts.shape[:-1]:
@@ -1528,17 +1558,18 @@ def bench_core(bench, runs, settings, failures):
 
 def core_result(bench, run, sae, shared, config):
     """(SAEBench's result, our part) of one SAE that is already spliced in."""
+    import pydantic
     from sae_bench.evals.core import main as core
     shared.start(run)
     core.general_utils.load_and_format_sae(bench.label(run), sae, str(bench.device))
-    with replaced(core, "get_recons_loss", shared.losses):
+    with replaced(core, "get_recons_loss", shared.losses), replaced(sae, "encode", functools.partial(shared.encode, sae)):
         metrics, latents = core.run_evals(sae, shared, shared, config, ignore_tokens=shared.ignored)
     metrics["misc_metrics"] = core.calculate_misc_metrics(latents)
-    with tempfile.TemporaryDirectory() as folder:
-        of = {"sae_id": "custom_sae", "sae_set": bench.label(run), "eval_cfg": config, "metrics": metrics, "feature_metrics": latents}
-        path = core.save_single_eval_result(core.replace_nans_with_negative_one(of), core.get_eval_uuid(), core.get_sae_lens_version(),
-                                            core.get_sae_bench_version(), f"{folder}/result.json", sae)
-        result = json.loads(Path(path).read_text())
+    of, made = {"sae_id": "custom_sae", "sae_set": bench.label(run), "eval_cfg": config, "metrics": metrics, "feature_metrics": latents}, []
+    with replaced(core.CoreEvalOutput, "to_json_file", lambda output, _: made.append(output)):
+        core.save_single_eval_result(core.replace_nans_with_negative_one(of), core.get_eval_uuid(), core.get_sae_lens_version(),
+                                     core.get_sae_bench_version(), "", sae)
+    result = pydantic.TypeAdapter(core.CoreEvalOutput).dump_python(made[0], mode="json")
     scalars = {k: v for part in metrics.values() for k, v in part.items()}
     scalars["explained_variance_about_mean"] = shared.explained_variance[run]
     return result, {"metrics": {k: plain(v) for k, v in scalars.items()}, "guards": core_guards(scalars)}
@@ -1567,23 +1598,22 @@ class CoreShared:
         tokenizer = bench.model.tokenizer
         self.ignored = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
         self.special = torch.isin(self.tokens, torch.tensor([i for i in self.ignored if i is not None]))
-        logits = bench.share * (2**28 if bench.device.type == "cuda" else 2**22)
-        self.at_once = max(1, int(logits // (self.context_size * bench.model.cfg.d_vocab)))
+        self.at_once = bench.at_once(self.context_size)
         self.kept_contexts = min(len(self.tokens), KEPT // (4 * self.context_size * bench.model.cfg.d_model))
-        path = bench.folder("saebench_core", settings) / "clean.safetensors"
-        if not path.exists():
-            write_tensors(path, self.clean())
-        self.kept = read_tensors(path)[0]
-        self.spliced, self.explained_variance = {}, {}
+        self.path = bench.folder("saebench_core", settings) / "clean.safetensors"
+        self.kept = read_tensors(self.path)[0] if self.path.exists() else {}
+        self.spliced, self.explained_variance, self.codes, self.room = {}, {}, {}, KEPT
 
-    def parts(self):
-        """Slices of the contexts, as many at once as the logits' memory allows."""
-        return [slice(i, min(i + self.at_once, len(self.tokens))) for i in range(0, len(self.tokens), self.at_once)]
+    def parts(self, start=0, stop=None):
+        """Slices of the contexts start .. stop: SAEBench's batches, in as many pieces as the logits' memory asks for."""
+        batch = self.store_batch_size_prompts
+        return [slice(i, min(i + self.at_once, at + batch)) for at in range(start, stop or len(self.tokens), batch)
+                for i in range(at, at + batch, self.at_once)]
 
     @torch.no_grad()
     def acts(self, part):
         """Activations at the hook [n, ctx, d_in] of a slice of contexts: the kept ones, or read from the model."""
-        if part.stop <= self.kept_contexts and hasattr(self, "kept"):
+        if part.stop <= self.kept_contexts and self.kept:
             return self.kept["acts"][part].to(self.bench.device)
         name = self.bench.hook_name
         return self.model.run_with_cache(self.tokens[part].to(self.bench.device), prepend_bos=False, names_filter=[name],
@@ -1598,39 +1628,53 @@ class CoreShared:
         return -log_p[:, :-1].gather(-1, self.tokens[part, 1:, None].to(log_p.device)).squeeze(-1).cpu()
 
     @torch.no_grad()
-    def clean(self):
-        found = defaultdict(list)
-        for part in tqdm(self.parts(), desc="saebench_core: clean and ablated losses", disable=None):
-            x = self.acts(part)
-            log_p, log_q = self.log_probs(x), self.log_probs(torch.zeros_like(x))
-            found["acts"].append(x.cpu()[:max(0, self.kept_contexts - part.start)])
-            found["ce_clean"].append(self.ce(log_p, part))
-            found["ce_zero"].append(self.ce(log_q, part))
-            found["kl_zero"].append(divergence(log_p.exp(), log_p, log_q))
-        return {k: torch.cat(v) for k, v in found.items()}
-
-    @torch.no_grad()
     def splice(self, saes, failures):
-        """Loss and divergence with each SAE's reconstruction at the hook; the clean pass is made once for all SAEs."""
-        sums = {run: defaultdict(list) for run in saes}
+        """Losses and divergences with each SAE's reconstruction at the hook, and, if they are not kept yet, with the activations as they are and
+        with zeros, which are the same in every context. The clean pass is made once for all SAEs, and their codes are kept for SAEBench's own pass."""
+        sums, made, ablated = {run: defaultdict(list) for run in saes}, defaultdict(list), None
         mean, square, n = 0, 0.0, 0
-        for part in tqdm(self.parts(), desc="saebench_core: losses with the SAEs", disable=None):
+        for part in tqdm(self.parts(), desc="saebench_core: losses", disable=None):
             x, special = self.acts(part), self.special[part].to(self.bench.device)
             log_p, rows = self.log_probs(x), x[~special].double()
             p = log_p.exp()
+            negative_entropy = torch.linalg.vecdot(p, log_p)
+            divergence = lambda log_q: (negative_entropy - torch.linalg.vecdot(p, log_q)).cpu()          # KL(p || q) of each position
             mean, square, n = mean + rows.sum(0), square + rows.square().sum().item(), n + len(rows)
+            if not self.kept:
+                ablated = self.log_probs(torch.zeros_like(x[:1])) if ablated is None else ablated
+                made["acts"].append(x.cpu()[:max(0, self.kept_contexts - part.start)])
+                made["ce_clean"].append(self.ce(log_p, part))
+                made["ce_zero"].append(self.ce(ablated.expand_as(log_p), part))
+                made["kl_zero"].append(divergence(ablated))
             for run, sae in saes.items():
                 if (run.folder, "saebench_core") not in failures:
                     with blamed(run, failures, "saebench_core"):
-                        x_hat = torch.where(special[..., None], x, sae(x))
+                        acts = sae.encode(x) if sae.composed else sae.codes(x.flatten(0, 1))
+                        self.keep(run, part, acts)
+                        x_hat = torch.where(special[..., None], x, sae.decode(acts).view_as(x))
                         log_q = self.log_probs(x_hat)
                         sums[run]["ce"].append(self.ce(log_q, part))
-                        sums[run]["kl"].append(divergence(p, log_p, log_q))
+                        sums[run]["kl"].append(divergence(log_q))
                         sums[run]["error"].append((rows - x_hat[~special].double()).square().sum().item())
+        if made:
+            self.kept = {k: torch.cat(v) for k, v in made.items()}
+            write_tensors(self.path, self.kept)
         total = square - (mean / n).square().sum().item() * n
         for run in saes:
             self.spliced[run] = {k: torch.cat(sums[run][k]) for k in ("ce", "kl") if sums[run][k]}
             self.explained_variance[run] = 1 - sum(sums[run]["error"]) / total
+
+    def keep(self, run, part, acts):
+        if isinstance(acts, Codes) and 20 * len(acts.values) < self.room:                     # bytes of a value, its row and its latent
+            self.room -= 20 * len(acts.values)
+            self.codes[run, part.start] = acts
+
+    def encode(self, sae, x):
+        """The codes of the batch that SAEBench is at."""
+        found = [self.codes.pop((self.run, part.start), None) for part in self.parts(self.part.start, self.part.stop)]
+        if any(codes is None for codes in found):
+            return type(sae).encode(sae, x)
+        return torch.cat([codes.dense() for codes in found]).view(*x.shape[:-1], -1)
 
     # ---- what SAEBench's code asks of a store and of a model
 
@@ -1653,11 +1697,6 @@ class CoreShared:
         found = {"kl_div_with_sae": spliced["kl"], "kl_div_with_ablation": kept["kl_zero"], "ce_loss_with_sae": spliced["ce"],
                  "ce_loss_without_sae": kept["ce_clean"], "ce_loss_with_ablation": kept["ce_zero"]}
         return {k: v[self.part].to(device) for k, v in found.items()}
-
-
-def divergence(p, log_p, log_q):
-    """KL(p || q) of each position [n, ctx]."""
-    return torch.linalg.vecdot(p, log_p - log_q).cpu()
 
 
 # ---- SAEBench's absorption: probes, prompts and activations are made once for all SAEs ---------------------------------------------------
@@ -1816,16 +1855,16 @@ def absorption_result(bench, run, letters, config):
 def split_latents(sae, letters, config):
     """SAEBench's main latents of each letter: those of the k-sparse probe with the largest k up to which every k adds more than f1_jump to
     the F1 on the test words; -> (latents of each letter, F1 of its first one). Probes of larger k decide nothing and are not trained."""
-    from sae_bench.evals.absorption.k_sparse_probing import train_sparse_multi_probe
-    from sklearn.linear_model import LogisticRegression
+    from sae_bench.evals.absorption import k_sparse_probing, probing
     rows, y = letters["train"], letters["train_y"]
     precalc = len(rows) * sae.cfg.d_sae * 4 <= KEPT
     acts = encode_rows(sae, rows) if precalc else rows
     torch.set_rng_state(letters["rng"])
-    with torch.enable_grad():
-        probe = train_sparse_multi_probe(acts, torch.nn.functional.one_hot(y, LETTERS), l1_decay=config.k_sparse_probe_l1_decay,
-                                         batch_size=config.k_sparse_probe_batch_size, num_epochs=config.k_sparse_probe_num_epochs,
-                                         device=sae.device, map_acts=None if precalc else sae.encode, probe_dim=sae.cfg.d_sae)
+    with torch.enable_grad(), replaced(probing, "DataLoader", whole_batches):
+        probe = k_sparse_probing.train_sparse_multi_probe(
+            acts, torch.nn.functional.one_hot(y, LETTERS), l1_decay=config.k_sparse_probe_l1_decay, batch_size=config.k_sparse_probe_batch_size,
+            num_epochs=config.k_sparse_probe_num_epochs, show_progress=False, device=sae.device, map_acts=None if precalc else sae.encode,
+            probe_dim=sae.cfg.d_sae)
     best = probe.weights.detach().topk(config.max_k_value).indices                        # [26, max_k]
     used, place = best.unique(return_inverse=True)
     train, test = (encode_rows(sae, letters[k], used).cpu().float() for k in ("train", "test"))
@@ -1834,7 +1873,7 @@ def split_latents(sae, letters, config):
         reached, chosen_k = -100.0, 0
         for k in range(1, config.max_k_value + 1) if (y == a).any() else ():
             at = place[a, :k]
-            fit = LogisticRegression(max_iter=500, class_weight="balanced").fit(train[:, at].numpy(), (y == a).long().numpy())
+            fit = logistic(train[:, at], (y == a).long(), max_iter=500, class_weight="balanced")
             f1 = letter_f1(test[:, at] @ torch.tensor(fit.coef_[0]).float() + torch.tensor(fit.intercept_[0]).float(), test_y == a)
             first_f1 += [f1] if k == 1 else []
             if f1 <= reached + config.f1_jump_threshold:
@@ -1843,6 +1882,19 @@ def split_latents(sae, letters, config):
         chosen.append(best[a, :chosen_k].tolist())
         first_f1 += [math.nan] if not (y == a).any() else []
     return chosen, first_f1
+
+
+def whole_batches(data, batch_size, shuffle):
+    """A DataLoader of the same shuffled batches, each taken at once and not row by row."""
+    from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+    return DataLoader(data, sampler=BatchSampler(RandomSampler(data), batch_size, False), batch_size=None)
+
+
+def logistic(x, y, **settings):
+    """sklearn's LogisticRegression on x [n, k] for labels y [n], without the checks that take longer than the fit."""
+    import sklearn.linear_model
+    with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
+        return sklearn.linear_model.LogisticRegression(**settings).fit(x.float().cpu().numpy(), y.cpu().numpy())
 
 
 def encode_rows(sae, rows, latents=slice(None)):
@@ -2123,7 +2175,7 @@ def bench_labelled(name, module, config_class, fixed, counts, watch):
         from sae_bench.evals.scr_and_tpp import main as scr
         main, folder = importlib.import_module(module), bench.folder(name, settings)
 
-        def call(label, sae, artifacts):
+        def call(label, sae, artifacts, seam=contextlib.nullcontext()):
             """(SAEBench's result, of SCR the probes' accuracies before ablation of each pair)."""
             config = labelled_config(bench, settings, config_class, fixed, counts, sae)
             clean, plot = [], scr.get_scr_plotting_dict
@@ -2133,9 +2185,7 @@ def bench_labelled(name, module, config_class, fixed, counts, watch):
                 return plot(accuracies, before)
 
             with (tempfile.TemporaryDirectory() as results, labelled_tasks(bench, settings) as data,
-                  bench.seams(SEED, data, folder / "log.txt"),
-                  replaced(scr, "ablated_precomputed_activations", Ablated(scr.ablated_precomputed_activations)),
-                  replaced(scr, "get_scr_plotting_dict", watched)):
+                  bench.seams(SEED, data, folder / "log.txt"), replaced(scr, "get_scr_plotting_dict", watched), seam):
                 found = main.run_eval(config, [(label, sae)], str(bench.device), results, force_rerun=True, artifacts_path=str(artifacts))
             return json.loads(json.dumps(found[f"{label}_custom_sae"])), clean
 
@@ -2148,7 +2198,8 @@ def bench_labelled(name, module, config_class, fixed, counts, watch):
         for run in runs:
             made = []
             with blamed(run, failures, name):
-                result, clean = call(bench.label(run), BenchSAE(bench, run), folder / "shared")
+                sae = BenchSAE(bench, run)
+                result, clean = call(bench.label(run), sae, folder / "shared", bench.texts.seen_by(run, sae))
                 metrics = {k: v for part in result["eval_result_metrics"].values() for k, v in part.items() if v is not None}
                 if not metrics or -1 in metrics.values():
                     raise Refuse(f"SAEBench gives no figure for {', '.join(k for k, v in metrics.items() if v == -1) or 'anything'}")
@@ -2178,24 +2229,124 @@ def few_latents(bench):
     return Run(Path("none"), sae, {"variant": "baseline", "sae_checksum": ""})
 
 
-class Ablated:
-    """SAEBench's ablated_precomputed_activations without the repeated work: texts are encoded once, not once a class and number of latents.
+class Texts:
+    """The texts of SAEBench's kept activations: an SAE encodes each once, whatever the classes, pairs and evaluations that it is in.
 
-    The decoder is linear, so the mean activation without some latents is the mean less these latents' mean acts through their rows.
-    As there, acts of masked positions count (they are the SAE's answer to zeros), and the mean is over the positions that are not masked."""
+    SAEBench's code then sees a text as one token, whose activation is the text's number (from 1) and whose code is the mean of the text's."""
 
-    def __init__(self, slow):
-        self.slow, self.kept = slow, torch.utils.weak.WeakTensorKeyDictionary()
+    def __init__(self, bench):
+        self.bench, self.files, self.means, self.room = bench, {}, defaultdict(dict), KEPT
+
+    @contextlib.contextmanager
+    def seen_by(self, run, seen):
+        """For the duration of SAEBench's evaluation of `run`, which goes by the BenchSAE `seen`."""
+        from sae_bench.evals.scr_and_tpp import main as scr
+        from sae_bench.evals.sparse_probing import probe_training as probing
+        sae, slow, read = BenchSAE(self.bench, run), scr.ablated_precomputed_activations, torch.load
+        zero = sae.encode(torch.zeros(1, sae.cfg.d_in, device=sae.device))
+
+        def load(path, **more):
+            if not isinstance(path, str):                                      # of a tensor in a pickle of probes
+                return read(path, **more)
+            self.file = self.read(path, read)
+            self.mean = self.mean_codes(run, sae)
+            return {k: dict(v) for k, v in self.file.data.items()}             # SAEBench empties them
+
+        def encode(numbers):
+            return self.mean[numbers.long() - 1].flatten(-2)
+
+        @torch.no_grad()
+        def ablated(numbers, _, which, batch_size):
+            """The decoder is linear, so that the mean activation without some latents is the mean less these latents' mean acts through their
+            rows. Acts of masked positions, the SAE's answer to zeros, count here as well, and the mean is over the positions not masked."""
+            file, at = self.file, numbers[:, 0, 0].long() - 1
+            if not sae.linear:
+                x = [file.rows[file.of == i] for i in at.tolist()]
+                x = torch.nn.utils.rnn.pad_sequence([*x, file.rows.new_zeros(file.width, sae.cfg.d_in)], batch_first=True)[:-1]
+                return slow(x.to(sae.device), sae, which, batch_size)
+            masked = (file.width / file.length[at] - 1)[:, None] * zero[:, which]
+            return file.mean[at] - (self.mean[at][:, which] + masked) @ sae.W_dec[which]
+
+        with (replaced(torch, "load", load), replaced(seen, "encode", encode), replaced(scr, "ablated_precomputed_activations", ablated),
+              replaced(probing, "train_probe_gpu", train_probe), replaced(probing, "train_sklearn_probe", fit_probe)):
+            yield
+
+    def read(self, path, read):
+        """SAEBench's file of activations with numbers of texts in their place, and the texts: their unmasked rows, one text after another."""
+        if path in self.files:
+            return self.files[path]
+        data, number, rows = read(path), {}, []
+        for split in ("train", "test"):
+            for name, x in data[split].items():                                # [texts, tokens, d_in]; masked tokens are zero
+                at = []
+                for text, real in zip(x.cpu(), (x.sum(-1) != 0).cpu()):
+                    key = xxhash.xxh3_128_digest(text.numpy())
+                    if key not in number:
+                        number[key] = len(number) + 1
+                        rows.append(text[real])
+                    at.append(number[key])
+                data[split][name] = torch.tensor(at).to(x)[:, None, None]
+        length = torch.tensor([len(text) for text in rows])
+        file = SimpleNamespace(data=data, keys=list(number), rows=torch.cat(rows), of=torch.arange(len(rows)).repeat_interleave(length), width=x.shape[1])
+        sums = torch.zeros(len(rows), x.shape[2]).index_add_(0, file.of, file.rows)
+        file.length, file.mean = length.to(x.device), (sums / length[:, None]).to(x.device)
+        if file.rows.nbytes < self.room:
+            self.files[path], self.room = file, self.room - file.rows.nbytes
+        return file
 
     @torch.no_grad()
-    def __call__(self, x, sae, to_ablate, batch_size):
-        if sae.composed or type(sae.holds[0]).decode is not SAE.decode:
-            return self.slow(x, sae, to_ablate, batch_size)
-        if x not in self.kept:
-            n = (x.sum(-1) != 0).sum(1, keepdim=True)
-            self.kept[x] = x.sum(1) / n, torch.cat([sae.encode(part).sum(1) for part in x.split(batch_size)]) / n
-        mean, acts = self.kept[x]
-        return mean - acts[:, to_ablate] @ sae.W_dec[to_ablate]
+    def mean_codes(self, run, sae):
+        """Mean acts [texts, d_sae] over each text of self.file; those of texts that were in another file are known already."""
+        file, known, n = self.file, self.means[run], sae.cfg.d_sae
+        new = torch.tensor([key not in known for key in file.keys])
+        sums = torch.zeros(int(new.sum()) * n, device=sae.device)
+        at, chosen = (new.cumsum(0) - 1)[file.of], new[file.of]
+        step = max(1, int(self.bench.share * (2**26 if sae.device.type == "cuda" else 2**19) // n))
+        for x, to in zip(file.rows[chosen].split(step), at[chosen].split(step)):
+            acts, to = sae.codes(x.to(sae.device)), to.to(sae.device)
+            if isinstance(acts, Codes):
+                sums.index_add_(0, to[acts.rows] * n + acts.latents, acts.values)
+            else:
+                sums.view(-1, n).index_add_(0, to, acts)
+        made = sums.view(-1, n) / file.length[new.to(sae.device)][:, None]
+        found = known | dict(zip(itertools.compress(file.keys, new.tolist()), made))
+        if made.nbytes < self.room:
+            self.means[run], self.room = found, self.room - made.nbytes
+        return torch.stack([found[key] for key in file.keys])
+
+
+@torch.no_grad()
+def train_probe(x, y, test_x, test_y, dim, batch_size, epochs, lr, verbose, early_stopping_patience, l1_penalty):
+    """SAEBench's train_probe_gpu, bit for bit, without autograd, its optimizer's bookkeeping and the accuracy on x, which nobody reads: a probe of
+    x [n, dim] for labels y [n] by AdamW, and its accuracy on the test rows, at the epoch at which that is highest."""
+    from sae_bench.evals.sparse_probing.probe_training import Probe
+    assert not l1_penalty
+    probe, best = Probe(dim, x.dtype).to(x.device), (0.0, None)
+    parts = [[p.data, torch.zeros_like(p), torch.zeros_like(p)] for p in probe.parameters()]     # weight and bias, and their two moments
+    (weight, *_), (bias, *_) = parts
+    step = worse = 0
+    for epoch in range(epochs):
+        for at in torch.randperm(len(x)).split(batch_size):
+            rows, step = x[at], step + 1
+            slope = (torch.nn.functional.linear(rows, weight, bias).sigmoid() - y[at][:, None]) / len(at)
+            for (value, mean, square), gradient in zip(parts, (slope.T @ rows, slope.sum(0))):
+                mean.lerp_(gradient, 0.1)
+                square.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
+                value.mul_(1 - lr * 0.01).addcdiv_(mean, (square.sqrt() / (1 - 0.999 ** step) ** 0.5).add_(1e-8), value=-lr / (1 - 0.9 ** step))
+        right = ((torch.nn.functional.linear(test_x, weight, bias)[:, 0] > 0) == test_y.bool()).float().mean().item()
+        worse += 1
+        if right > best[0]:
+            best, worse = (right, copy.deepcopy(probe)), 0
+        if worse >= early_stopping_patience:
+            break
+    return best[1], best[0]
+
+
+def fit_probe(x, y, test_x, test_y, verbose):
+    """SAEBench's train_sklearn_probe, without the accuracy on x."""
+    probe = logistic(x, y, max_iter=1000)
+    guess = test_x.float().cpu().numpy() @ probe.coef_[0] + probe.intercept_[0] > 0
+    return probe, float((guess == test_y.cpu().numpy()).mean())
 
 
 def probing_guards(metrics, _):
@@ -2423,7 +2574,10 @@ class ForgetRetain:
         return sum(total) / len(self.kept[f"{topic}_score_tokens"])
 
     def loss(self, x, tokens):
-        return self.bench.model.loss_fn(self.bench.model(x, start_at_layer=self.bench.layer + 1, return_type="logits"), tokens).item()
+        """Mean loss a token with x [n, ctx, d_in] at the hook."""
+        model, n = self.bench.model, self.bench.at_once(x.shape[1])
+        return sum(model.loss_fn(model(part, start_at_layer=self.bench.layer + 1, return_type="logits"), t).item() * len(t)
+                   for part, t in zip(x.split(n), tokens.split(n))) / len(x)
 
     def rates(self, sae, topic):
         """How often each latent fires, on tokens that are not special (SAEBench's get_feature_activation_sparsity)."""
@@ -2447,10 +2601,13 @@ class ForgetRetain:
         for topic in ("forget", "retain"):
             sums, n = [0.0] * len(tried), 0
             for x, tokens in self.batches(topic, "score"):
-                acts = sae.encode(x)
-                once = SimpleNamespace(encode=lambda _: acts.clone(), decode=sae.decode)      # the same text for all settings
+                acts = sae.encode(x)                                          # once for all settings
                 for i, t in enumerate(tried):
-                    y = anthropic_clamp_resid_SAE_features(x, None, once, t["latents"], float(t["multiplier"])) if t["latents"] else x
+                    few = t["latents"]
+                    seen, names = SimpleNamespace(encode=lambda _: acts.clone(), decode=sae.decode), few
+                    if sae.linear:                                            # all other latents give the same to x and to y
+                        seen, names = SimpleNamespace(encode=lambda _: acts[..., few], decode=lambda f: f @ sae.W_dec[few]), list(range(len(few)))
+                    y = anthropic_clamp_resid_SAE_features(x, None, seen, names, float(t["multiplier"])) if few else x
                     sums[i] += self.loss(y, tokens) * len(x)
                 n += len(x)
             known = self.losses[topic]

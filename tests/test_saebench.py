@@ -631,15 +631,50 @@ def test_probing_scr_and_tpp_are_saebenchs_own_field_by_field(labelled, name, tm
         same(ours[key], theirs[key], key, atol=1e-6)
 
 
-def test_the_quick_ablation_is_saebenchs(labelled):
+def test_a_text_that_is_encoded_once_gives_saebenchs_means_effects_and_ablations(labelled, tmp_path):
     from sae_bench.evals.scr_and_tpp import main as scr
-    bench = ev.Bench(labelled, CPU)
-    x = labelled.shard(0)["acts"][:120].view(6, 20, D).clone()
+    from sae_bench.evals.sparse_probing.probe_training import Probe
+    from sae_bench.sae_bench_utils.activation_collection import get_sae_meaned_activations
+    bench, path = ev.Bench(labelled, CPU), str(tmp_path / "activations.pt")
+    x = labelled.shard(0)["acts"][:160].view(8, 20, D).clone()
     x[:, 0] = 0                                                               # masked positions
-    for sae in (alphabet_sae(labelled, b_dec=0.1), random_sae(labelled)):
-        seen, which = ev.BenchSAE(bench, make_run("any", sae)), torch.arange(sae.d_sae) % 5 == 0
-        want = scr.ablated_precomputed_activations(x, seen, which, 4)
-        assert torch.allclose(ev.Ablated(None)(x, seen, which, 4), want, atol=1e-5)
+    x[2, 9:] = 0
+    x[7] = x[1]                                                               # one text in two classes
+    real = {"a": x[:4], "b": x[4:]}
+    torch.save({"train": real, "test": dict(real), "llm_results": {}}, path)
+    skip = ev.load_run.__globals__["load_variant"]("skip")(D, 100, 0, d_sae=64)
+    with torch.no_grad():
+        skip.skip_raw.fill_(0.5)
+    for i, sae in enumerate((alphabet_sae(labelled, b_dec=0.1), random_sae(labelled), skip)):
+        run, which = make_run(f"any{i}", sae), torch.arange(sae.d_sae) % 5 == 0
+        plain, seen, slow = ev.BenchSAE(bench, run), ev.BenchSAE(bench, run), scr.ablated_precomputed_activations
+        probe = Probe(D, torch.float32)
+        effects = lambda sae, texts: scr.get_effects_per_class_precomputed_acts(sae, probe, "a", texts, False, 3)
+        with bench.texts.seen_by(run, seen):
+            numbers = torch.load(path)["test"]
+            assert numbers["a"].shape == (4, 1, 1) and numbers["b"][3] == numbers["a"][1]
+            for name in real:
+                assert torch.allclose(get_sae_meaned_activations(numbers, seen, 3)[name], get_sae_meaned_activations(real, plain, 3)[name], atol=1e-5)
+                assert torch.allclose(scr.ablated_precomputed_activations(numbers[name], seen, which, 3), slow(real[name], plain, which, 3), atol=1e-5)
+            assert torch.allclose(effects(seen, numbers), effects(plain, real), atol=1e-5)
+
+
+def test_probes_are_trained_to_saebenchs_bits_and_draw_the_same_numbers():
+    from sae_bench.evals.sparse_probing import probe_training as probing
+    g = generator("probes")
+    for n, dim in ((400, 300), (130, 20)):
+        x, y = torch.rand(n, dim, generator=g).round(decimals=1), torch.randint(2, (n,), generator=g, dtype=torch.int32)
+        test_x, test_y = torch.rand(50, dim, generator=g), torch.randint(2, (50,), generator=g, dtype=torch.int32)
+        settings = dict(dim=dim, batch_size=250, epochs=30, lr=1e-2, verbose=False, early_stopping_patience=10, l1_penalty=None)
+        made = []
+        for train in (ev.train_probe, probing.train_probe_gpu):
+            seed_all(3)
+            made.append((*train(x, y, test_x, test_y, **settings), torch.rand(1)))
+        (ours, accuracy, after), (theirs, their_accuracy, their_after) = made
+        assert torch.equal(ours.net.weight, theirs.net.weight) and torch.equal(ours.net.bias, theirs.net.bias)
+        assert accuracy == their_accuracy and after == their_after
+        (fit, accuracy), (their_fit, their_accuracy) = (f(x[:, :5], y, test_x[:, :5], test_y, verbose=False) for f in (ev.fit_probe, probing.train_sklearn_probe))
+        assert (fit.coef_ == their_fit.coef_).all() and accuracy == their_accuracy
 
 
 def planted_text(config, g):
@@ -706,16 +741,16 @@ def test_unlearnings_rates_and_losses_are_those_of_saebenchs_hooks(labelled):
 def test_short_memory_in_probing_is_met_with_smaller_batches(labelled, monkeypatch):
     run = make_run("little_memory", alphabet_sae(labelled))
     assert not evaluate(labelled, [run], "sparse_probing")
-    roomy, real, rows = result(run, "sparse_probing")["eval_result_metrics"], ev.BenchSAE.encode, []
+    roomy, real, rows = result(run, "sparse_probing")["eval_result_metrics"], ev.BenchSAE.codes, []
 
-    def encode(sae, x):
+    def codes(sae, x):
         rows.append(len(x))
-        if rows[-1] > 10:
+        if rows[-1] > 1000:
             raise torch.OutOfMemoryError("a GPU says so")
         return real(sae, x)
-    monkeypatch.setattr(ev.BenchSAE, "encode", encode)
+    monkeypatch.setattr(ev.BenchSAE, "codes", codes)
     assert not evaluate(labelled, [run], "sparse_probing", force=True)
-    assert rows[0] > 10 and rows[-1] <= 10
+    assert rows[0] > 1000 >= rows[-1]
     same(result(run, "sparse_probing")["eval_result_metrics"], roomy)
 
 
