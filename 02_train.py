@@ -269,7 +269,7 @@ def train_step(sae, opt, x, check=False):
     """One optimizer step on normalised rows x [B, d_in] -> (Out, loss terms, whether the step was taken).
 
     It is not taken if a row is a spike, if accept() refuses the loss, or if a gradient is not finite. A GPU is waited for three times: for
-    that, for the gradient's norm, and in aux(); once more where the number of codes is not fixed, and twice for a batch's cut.
+    that, for the gradient's norm, and in aux(); once or twice more where the number of codes is not fixed.
     check: verify shapes and types of what the variant's methods return, naming the method."""
     sae.train()
     while not (done := backward(sae, opt, x, check)):        # out of memory

@@ -89,10 +89,10 @@ def test_every_variant_trains(variant, path):
     assert all(v.isfinite().all() for v in sae.state_dict().values()) and all(v.device.type == GPU for v in sae.state_dict().values())
 
 
-@pytest.mark.parametrize("activation, waits", [("topk", 3), ("relu", 4), ("batch_topk", 10)])
+@pytest.mark.parametrize("activation, waits", [("topk", 3), ("relu", 4), ("batch_topk", 8)])
 def test_a_step_waits_for_the_gpu_only_to_refuse_to_count_and_to_look_for_the_dead(activation, waits, path):
     """Once for the loss and the rows, once for the gradient's norm, once for AuxK's dead latents, once where the number of codes is not known
-    before; BatchTopK looks for its cut twice, three times each if the carried threshold is far off, and keeps what is above it."""
+    before; BatchTopK looks for its cut up to three times, as far off the carried threshold is, and keeps what is above it."""
     sae, opt = on_gpu("baseline", RICH, 100, activation=activation, l0=5.0)
     x, seen = RICH.to(GPU), []
     steps(sae, opt, x, stop=3)                                                  # the first ones compile

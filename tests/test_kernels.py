@@ -1,4 +1,4 @@
-"""Promises of the two Triton kernels: the sparse products of any codes. They run on a GPU where there is one, else, slowly, by Triton's
+"""Promises of the Triton kernels: the sparse products of any codes, and what is done to a decoder's rows. They run on a GPU where there is one, else, slowly, by Triton's
 interpreter on the CPU (conftest.py asks for it), which shows that they compute the right thing and not that they are fast."""
 import copy
 import os
@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sae as sae_py
-from sae import ROOT, Codes, bag, bag_transposed, dots, generator, kernels_pay, starts
+from sae import (ROOT, Codes, bag, bag_transposed, dots, generator, kernels_pay, kernels_work, project_rows, rows_by_kernel, starts, unit,
+                 unit_rows)
 from toys import build, mixture, steps, train_py
 
 pytest.importorskip("triton")
@@ -24,7 +25,7 @@ def kernels(monkeypatch):
     """kernels(False): the same products by PyTorch's own operations; sparse codes whatever their size."""
     monkeypatch.setattr(sae_py, "SPARSE_BELOW", 1e9)
     monkeypatch.setattr(sae_py, "kernels_pay", lambda *size: True)
-    use = lambda on: monkeypatch.setattr(sae_py, "by_kernel", lambda W: on)
+    use = lambda on: monkeypatch.setattr(sae_py, "by_kernel", lambda *tensors: on)
     use(True)
     return use
 
@@ -134,33 +135,56 @@ def test_the_same_numbers_give_the_same_bits():
     assert torch.equal(*(bag_transposed(values, owners, latents, 30, G) for _ in range(2)))
 
 
-def test_kernels_are_tried_before_they_are_used(capsys, monkeypatch):
-    """They must run, be right, and be the faster way; whatever happens ends in an answer and one line."""
-    size = DEVICE, 4, 8, 16, 2
-    real = sae_py.bag_by_kernel
-    for broken, said in ((None, "ms sparse"), (lambda *a: real(*a) * 1.1, "wrong numbers"), (lambda *a: 1 / 0, "do not run here: ZeroDivisionError")):
-        kernels_pay.cache_clear()
-        monkeypatch.setattr(sae_py, "bag_by_kernel", broken or real)
-        with torch.no_grad():
-            pays = [kernels_pay(*size) for _ in range(2)]
+@pytest.mark.parametrize("d", [1, 3, 300, 520])
+def test_rows_are_made_unit_and_gradients_orthogonal_to_them(d):
+    W, grad = (torch.randn(7, d, generator=generator(d, i)).to(DEVICE) for i in range(2))
+    W[3] = 0                                                             # a row of zeros stays one
+    wanted = unit(W)
+    rows_by_kernel(unit_rows, W)
+    torch.testing.assert_close(W, wanted)
+    wanted = grad - (grad * W).sum(1, keepdim=True) * W
+    rows_by_kernel(project_rows, grad, W)
+    torch.testing.assert_close(grad, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bag_by_kernel", "dots_by_kernel", "rows_by_kernel"])
+def test_kernels_that_fail_or_are_wrong_are_not_used(name, capsys, monkeypatch):
+    """One line says so, once; without a fault there is none."""
+    real, answers = getattr(sae_py, name), []
+    wrong = lambda *a: (real(*a), a[1].mul_(1.001))[0] if name == "rows_by_kernel" else real(*a) * 1.001
+    for fault, said in ((real, ""), (lambda *a: 1 / 0, "ZeroDivisionError"), (wrong, "wrong results")):
+        kernels_work.cache_clear()
+        monkeypatch.setattr(sae_py, name, fault)
+        answers += [kernels_work(DEVICE), kernels_work(DEVICE)]
         out = capsys.readouterr().out
-        assert pays[0] == pays[1] == ("are sparse" in out) and said in out and out.count("\n") == 1 and not (broken and pays[0]), out
+        assert said in out and out.count("\n") == bool(said), out
+    kernels_work.cache_clear()
+    assert answers == [True, True, False, False, False, False]
+
+
+def test_the_faster_way_is_taken_and_told_once(capsys):
     kernels_pay.cache_clear()
+    with torch.no_grad():
+        pays = [kernels_pay(DEVICE, 4, 8, 16, 2) for _ in range(2)]
+    out = capsys.readouterr().out
+    assert pays[0] == pays[1] == ("are sparse" in out) and "ms by kernels" in out and out.count("\n") == 1, out
 
 
 COMPILE = """
 import warnings, triton
-from sae import compiled, gather_dot, gather_sum, tile
+from sae import compiled, gather_dot, gather_sum, project_rows, tile, unit_rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 for d in (2304, 100, 1):
     N, D = tile(d)
     for weights in ("fp32", "bf16"):
         for kernel, kinds in ((gather_sum, f"out:*fp32 values:*{weights} columns:*i64 starts:*i64 W:*{weights} d:i32"),
-                              (gather_dot, f"out:*fp32 G:*{weights} W:*{weights} rows:*i64 columns:*i64 n:i32 d:i32")):
+                              (gather_dot, f"out:*fp32 G:*{weights} W:*{weights} rows:*i64 columns:*i64 n:i32 d:i32"),
+                              (project_rows, f"grad:*{weights} W:*{weights} d:i32"), (unit_rows, f"W:*{weights} d:i32")):
+            sizes = {"N": N, "D": D} if kernel in (gather_sum, gather_dot) else {"D": 1 << (d - 1).bit_length()}
             signature = dict(kind.split(":") for kind in kinds.split())
             aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name == "d" and d % 16 == 0}
-            source = ASTSource(fn=compiled(kernel), signature={**signature, "N": "constexpr", "D": "constexpr"}, constexprs={"N": N, "D": D}, attrs=aligned)
+            source = ASTSource(fn=compiled(kernel), signature=signature | dict.fromkeys(sizes, "constexpr"), constexprs=sizes, attrs=aligned)
             for chip in (80, 90):
                 made = triton.compile(source, target=GPUTarget("cuda", chip, 32))
                 wide = "v4.b32" in made.asm["ptx"]
@@ -174,6 +198,6 @@ def test_they_compile_for_the_a100_and_the_h100(tmp_path):
     done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 24
+    assert len(lines) == 48
     for _, _, _, d, code, shared, loads in lines:
         assert int(code) > 1000 and int(shared) < 48_000 and loads == ("wide" if d == "2304" else loads)

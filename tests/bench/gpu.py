@@ -43,7 +43,7 @@ CASES = [(variant, activation, D_IN, 128 if TINY else d_sae, 4 if TINY else l0, 
          for variant, activation, d_sae, l0, peers in (("topk", "topk", 65_536, 20, True), ("topk", "topk", 65_536, 80, True), ("topk", "topk", 65_536, 320, True),
                                                        ("topk", "topk", 16_384, 80, True), ("baseline", "relu", 16_384, 64, True), ("baseline", "relu", 2_304, 64, True))
          for batch in ((2_048,) if TINY else (2_048, 8_192))]
-WAYS = {"sparse, kernels": (1e9, True), "sparse, PyTorch": (1e9, False), "dense": (0.0, False)}      # SPARSE_BELOW, by_kernel
+WAYS = {"sparse, kernels": (1e9, True), "sparse, PyTorch": (1e9, False), "dense": (0.0, True)}       # SPARSE_BELOW, by_kernel
 SPARSE_BELOW, BY_KERNEL, CHOOSE = base.SPARSE_BELOW, base.by_kernel, base.kernels_pay                                                 # sae.py's own choice
 
 
@@ -94,7 +94,7 @@ def rates():
 def choose(way):
     """Make sae.py go this way."""
     base.SPARSE_BELOW, kernels = WAYS[way]
-    base.by_kernel, base.kernels_pay = lambda W: kernels, lambda *size: True
+    base.by_kernel, base.kernels_pay = lambda *tensors: kernels, lambda *size: True
 
 
 def train(rate, args):
