@@ -20,7 +20,7 @@ import difflib
 import errno
 import fcntl
 import functools
-import importlib.util
+import importlib
 import inspect
 import json
 import math
@@ -41,7 +41,6 @@ from safetensors import SafetensorError
 from torch import nn
 
 ROOT = Path(__file__).parent
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 SPARSE_BELOW = 0.05          # codes are sparse (see Codes) where fewer than this share of the latents, less 4, fire
 FORMAT = 1                   # of every file written here; a reader refuses another one
 
@@ -207,7 +206,7 @@ def dots(G, W, rows, columns, starts):
 
 
 class Product(torch.autograd.Function):
-    """acts @ W from the non-zeros of acts. By kernels under autocast what is gathered is of its type, as in a dense product; sums are fp32."""
+    """acts @ W from the non-zeros of acts. Under autocast kernels read what a dense product would, bfloat16, and add in fp32."""
 
     @staticmethod
     def forward(ctx, values, W, rows, latents, starts):
@@ -299,19 +298,20 @@ def firing(acts):
 
 # ---- on a GPU: Triton kernels ----------------------------------------------------------------------------------------------------------
 #
-# Two do the sparse products of bag() and dots(), two what is done to the rows of W_dec around the optimizer, where by_kernel() says so. Each adds
-# in a fixed order, in fp32, whatever it reads. No GPU has run them yet: tests run them by Triton's interpreter and compile them for sm_80 and sm_90.
+# Two do the sparse products of bag() and dots(), two what is done to the rows of W_dec around the optimizer, where by_kernel() says so.
+# Each adds in a fixed order, in fp32, whatever it reads. No GPU has run them yet: tests run them by Triton's interpreter, on a CPU, and
+# compile them for sm_80 and sm_90.
 #
-# What to expect, derived from rates and not measured: a row with k codes gathers k d_in numbers four times (decode, gradient of the values, of
-# W_dec, of W_enc), the first two from memory, the others from the cache that holds the batch; dense it is four products of 2 d_sae d_in
-# operations and some eight passes over [B, d_sae]. With 600 TFLOP/s and 3.4 TB/s (cache 7 TB/s) the two are equal, in bfloat16, where
-# k is 0.8 to 0.9 % of d_sae (d_in 2,304: k 140 of 16,384, 560 of 65,536).
+# What to expect, derived from rates and not measured: a row with k codes gathers k d_in numbers four times (decode, gradient of the
+# values, of W_dec, of W_enc), the first two from memory, the others from the cache that holds the batch; dense it is four products of
+# 2 d_sae d_in operations and some eight passes over [B, d_sae]. With 600 TFLOP/s and 3.4 TB/s (cache 7 TB/s) the two are equal, in
+# bfloat16, where k is 0.9 % of d_sae (d_in 2,304: k 140 of 16,384, 570 of 65,536). kernels_pay() times both.
 
 tl = None                    # triton.language, once compiled() was called: it takes long to load and is not wanted on a CPU
 
 
 def gather_sum(out, values, columns, starts, W, d, N: tl.constexpr, D: tl.constexpr):
-    """out[row] = the sum of values[i] W[columns[i]] over i from starts[row] to starts[row + 1]. A program has a row and D of its d columns."""
+    """out[row] = sum of values[i] W[columns[i]], i from starts[row] to starts[row + 1]. A program has a row and D of its d columns."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * D + tl.arange(0, D)
     first, end = tl.load(starts + row), tl.load(starts + row + 1)
     sums = tl.zeros([N, D], tl.float32)
@@ -396,23 +396,20 @@ def by_kernel(*tensors):
 
 @functools.cache
 def kernels_work(device):
-    """Whether the kernels compile, run and agree with PyTorch on a few random numbers: tried once; if they do not, one line tells why."""
-    if not HAS_TRITON:
-        return False
+    """Whether Triton is there and the kernels compile, run and agree with PyTorch on a few random numbers: tried once; told if not."""
     g = generator("kernels", device=device)
     W, G, values = (torch.randn(size, generator=g, device=device) for size in ((70, 300), (40, 300), (500,)))
     rows, latents = (torch.randint(n, (500,), generator=g, device=device) for n in (40, 70))
-    rows, W64, G64 = rows.sort().values, W.double(), G[:40].double()
-    at, S64 = starts(rows, 40), torch.zeros(40, 70, device=device, dtype=torch.float64).index_put((rows, latents), values.double(), accumulate=True)
+    rows, S = rows.sort().values, W.new_zeros(40, 70, dtype=torch.float64)
+    S, exact, towards = S.index_put((rows, latents), values.double(), accumulate=True), W.double(), unit(W[:40].double())
+    wanted = S @ exact, (G.double() @ exact.T)[rows, latents], unit(exact), G - (G * towards).sum(1, keepdim=True) * towards
     try:
-        found = [bag_by_kernel(values, latents, at, W), dots_by_kernel(G, W, rows, latents)]
-        wanted = [S64 @ W64, (G64 @ W64.T)[rows, latents]]
+        found = bag_by_kernel(values, latents, starts(rows, 40), W), dots_by_kernel(G, W, rows, latents), W, G
         rows_by_kernel(unit_rows, W)
         rows_by_kernel(project_rows, G, W[:40])
-        found, wanted = found + [W, G], wanted + [unit(W64), G64 - (G64 * unit(W64[:40])).sum(1, keepdim=True) * unit(W64[:40])]
         said = None if all((a - b).norm() <= 1e-4 * b.norm() for a, b in zip(found, wanted)) else "wrong results"
     except Exception as e:
-        said = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
+        said = f"{type(e).__name__}: {first_lines(e)}"
     if said:
         print(f"note: the Triton kernels do not work on {device} ({said}): PyTorch's operations are used, and codes are dense")
     return not said
@@ -420,8 +417,8 @@ def kernels_work(device):
 
 @functools.cache
 def kernels_pay(device, rows, d_in, d_sae, k):
-    """Whether a product of codes, k of d_sae a row, with a decoder and its gradients are faster by the kernels than dense, in bfloat16: tried on
-    this GPU, once a size, and told in one line."""
+    """Whether a product of codes, k of d_sae a row, with a decoder and its gradients take less time by the kernels than dense, in bfloat16:
+    tried on this GPU, once a size, and told in one line."""
     if not kernels_work(device):
         return False
     g, seconds = generator("kernels", device=device), {}

@@ -1,4 +1,4 @@
-"""Every figure of one GPU that RESULTS.md wants, in one command of about ten minutes. No GPU has run it yet; on a CPU it runs tiny, as a rehearsal.
+"""Every figure of one GPU that RESULTS.md wants, in one command. No GPU has run it yet: about ten minutes are expected; on a CPU it is a rehearsal.
 
     pip install --no-deps --target PEERS dictionary-learning==0.1.0 eai-sparsify==1.3.3 natsort simple-parsing docstring-parser schedulefree
     python tests/bench/gpu.py [rates train profile stage1 ideas] [--peers PEERS] [--steps N] [--json FILE]
