@@ -398,15 +398,15 @@ def by_kernel(*tensors):
 def kernels_work(device):
     """Whether Triton is there and the kernels compile, run and agree with PyTorch on a few random numbers: tried once; told if not."""
     g = generator("kernels", device=device)
-    W, G, values = (torch.randn(size, generator=g, device=device) for size in ((70, 300), (40, 300), (500,)))
-    rows, latents = (torch.randint(n, (500,), generator=g, device=device) for n in (40, 70))
-    rows, S = rows.sort().values, W.new_zeros(40, 70, dtype=torch.float64)
-    S, exact, towards = S.index_put((rows, latents), values.double(), accumulate=True), W.double(), unit(W[:40].double())
+    W, G, values = (torch.randn(size, generator=g, device=device) for size in ((30, 300), (20, 300), (200,)))
+    rows, latents = (torch.randint(n, (200,), generator=g, device=device) for n in (20, 30))
+    rows, S = rows.sort().values, W.new_zeros(20, 30, dtype=torch.float64)
+    S, exact, towards = S.index_put((rows, latents), values.double(), accumulate=True), W.double(), unit(W[:20].double())
     wanted = S @ exact, (G.double() @ exact.T)[rows, latents], unit(exact), G - (G * towards).sum(1, keepdim=True) * towards
     try:
-        found = bag_by_kernel(values, latents, starts(rows, 40), W), dots_by_kernel(G, W, rows, latents), W, G
+        found = bag_by_kernel(values, latents, starts(rows, 20), W), dots_by_kernel(G, W, rows, latents), W, G
         rows_by_kernel(unit_rows, W)
-        rows_by_kernel(project_rows, G, W[:40])
+        rows_by_kernel(project_rows, G, W[:20])
         said = None if all((a - b).norm() <= 1e-4 * b.norm() for a, b in zip(found, wanted)) else "wrong results"
     except Exception as e:
         said = f"{type(e).__name__}: {first_lines(e)}"

@@ -3,7 +3,8 @@
     pip install --no-deps --target PEERS dictionary-learning==0.1.0 eai-sparsify==1.3.3 natsort simple-parsing docstring-parser schedulefree
     python tests/bench/gpu.py [rates train profile stage1 ideas] [--peers PEERS] [--steps N] [--json FILE]
 
-rates    the GPU's own: a product in bfloat16, copying memory
+rates    the GPU's own: a product in bfloat16, copying memory; choosing the highest of 65,536, and of the maxima of 8, which is what highest() does
+         on a CPU first
 train    steps of TopK and ReLU at d_in 2,304, three ways: sparse by the kernels, sparse by PyTorch's operations, dense; and the peers, under
          bfloat16 autocast. `floor`: the products that no step can do without (TopK: the encoder's; ReLU, dense: five) at that rate, and the
          bytes at that rate: 28 a parameter (Adam on fp32, a copy in bfloat16), and of TopK 8 k d_in a row (four gathers in bfloat16) and pre
@@ -88,6 +89,11 @@ def rates():
     into = torch.empty_like(big)
     found = {"operations": 2 * n**3 / seconds(lambda: a @ b, 20), "bytes": 2 * big.nbytes / seconds(lambda: into.copy_(big), 20)}
     print(f"product in bfloat16 {found['operations'] / 1e12:.0f} TFLOP/s, copy {found['bytes'] / 1e12:.2f} TB/s")
+    pre = torch.randn(2048, 1024 if TINY else 65_536, device=DEVICE, dtype=torch.bfloat16)
+    for k in (20, 80, 320):
+        ways = lambda: pre.topk(k, sorted=False), lambda: pre.unflatten(1, (8, -1)).amax(1).topk(min(k, pre.shape[1] // 8), sorted=False)
+        found[f"highest {k}"] = [seconds(way, 2 if TINY else 20) for way in ways]
+        print(f"the highest {k} of {pre.shape[1]:,} in 2,048 rows: {found[f'highest {k}'][0] * 1e3:.2f} ms, of the maxima {found[f'highest {k}'][1] * 1e3:.2f} ms")
     return found
 
 
