@@ -105,12 +105,15 @@ class Step(torch.autograd.Function):
 # the non-zeros alone, forwards and backwards, and so does the encoder's gradient, which reaches Encode as a sparse tensor.
 # Nothing else changes: the dense form is what you get by computing with Codes.dense(), and tests compare the two.
 #
-# CPU time of a dense over a sparse step, one thread (topk; relu at 4,096 and 1,024 in brackets), where this share of the latents fires:
-#     d_in x d_sae    batch   0.4-0.8 %   1.6 %        3.1 %   6.2 %        12.5 %
-#     512 x 16,384      512        3.1                   1.8     1.3
-#     512 x 4,096     1,024        3.8    (3.0)          2.2     1.7 (1.6)     1.2 (1.0)
-#     96 x 1,024        512        2.6     2.3 (1.5)     2.0     1.6 (0.9)     1.2 (0.6)
-#     32 x 64           256                                      0.7
+# CPU time of a dense over a sparse step, one thread (topk; relu in brackets), where this share of the latents fires:
+#     d_in x d_sae    batch                0.6 %        1.6 %        3.1 %   6.2 %        12.5 %
+#     512 x 16,384      512   bfloat16     2.3                       1.3     0.8          0.6
+#     512 x 4,096     1,024   bfloat16     2.5 (2.2)                 1.8     1.1 (1.0)    0.7 (0.6)
+#     96 x 1,024      2,048   fp32                      2.0 (2.0)            1.2 (0.9)
+#     96 x 1,024        512   fp32                      1.5 (1.4)    1.4     1.0 (0.9)
+#     32 x 64           256   fp32                                           0.7
+# jumprelu, by the share of entries near or above a threshold: 512 x 16,384: 1.3 (3.5 %), 0.3 (23 %); 512 x 4,096: 1.8 (3.1 %), 1.0 (9.5 %);
+# 96 x 1,024, batch 2,048: 2.1 (3.1 %), 1.0 (10.4 %).
 # Hence SPARSE_BELOW. On a GPU it is found out at the start: see kernels_pay().
 
 
@@ -471,7 +474,7 @@ class SAE(nn.Module):
         self.step = 0
         self.stats = {}               # a variant writes what it wants logged: name -> number
         self.row_weight = None        # how much each row of the batch counts [B], where choose_batch draws some more often than others
-        self.cut = None               # batch_topk: what a latent had to exceed in the batch in work
+        self.cut = None               # batch_topk: what a latent has to exceed in the batch, or its part, that is in work
         self.part = slice(None)       # the rows of the batch that are in work, where it is worked on in several parts
         self.latents = {}             # parameter or buffer -> (its latent axis, the value of a fresh latent or None)
         for name, value in settings.items():
@@ -576,8 +579,9 @@ class SAE(nn.Module):
             top = pre.relu().topk(round(self.wanted_l0()), sorted=False)
             return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
         if self.activation == "batch_topk":
-            self.cut = self.batch_threshold(pre.detach()) if self.training else self.threshold
-            return pre * (pre > self.cut)
+            if self.training:
+                self.cut = self.batch_threshold(pre.detach())
+            return pre * (pre > (self.cut if self.training else self.threshold))
         if self.activation == "jumprelu":
             return JumpReLU.apply(pre.relu(), self.log_threshold.exp(), self.bandwidth)
         return pre.relu()
@@ -594,7 +598,7 @@ class SAE(nn.Module):
             threshold = self.log_threshold.exp()
             cut = threshold.detach() - self.bandwidth / 2          # above it are also the zeros whose gradient moves a threshold
             at = above(pre, cut.masked_fill(cut < 0, -torch.inf))
-            if not self.sparse_pays(pre, len(at) / len(pre)) if pre.is_cuda else len(at) > 2 * SPARSE_BELOW * pre.numel():
+            if not self.sparse_pays(pre, len(at) / len(pre)) if pre.is_cuda else len(at) > 1.5 * SPARSE_BELOW * pre.numel():
                 return JumpReLU.apply(pre.relu(), threshold, self.bandwidth)
             return Codes.of(pre, at, lambda values: JumpReLU.apply(values.relu(), threshold.index_select(0, at % self.d_sae), self.bandwidth))
         return Codes.of(pre, above(pre, 0), torch.relu)

@@ -3,11 +3,12 @@
     python tests/bench/cache.py [--json FILE]
 
 A GPT-NeoX of random weights, 8 layers, d_in 256, vocabulary 16,384; activations after layer 4 of 8 contexts of 128 tokens, as bfloat16. The
-three take turns. TransformerLens has a model of its own of the same sizes (it can't take random weights of a local configuration), so it
-does the same work on other numbers; the other two are compared number by number. Figures: tokens per CPU second, medians over the turns,
-and ratios to the hook on the whole model.
+ways take turns. TransformerLens has a model of its own of the same sizes (it can't take random weights of a local configuration), so it
+does the same work on other numbers; the other two are compared number by number. Both early stops run once more with weights in bfloat16
+(01_cache_acts.py --model-dtype bfloat16). Figures: tokens per CPU second, medians over the turns, and ratios to the hook on the whole model.
 """
 import argparse
+import copy
 import importlib
 import json
 import os
@@ -46,10 +47,10 @@ def hook(model):
     return run
 
 
-def transformer_lens():
+def transformer_lens(dtype=torch.float32):
     model = HookedTransformer(HookedTransformerConfig(n_layers=LAYERS, d_model=D_IN, n_ctx=CTX, d_head=D_IN // HEADS, n_heads=HEADS, d_mlp=MLP, d_vocab=VOCAB,
                                                       act_fn="gelu", positional_embedding_type="rotary", rotary_dim=D_IN // HEADS // 4,
-                                                      parallel_attn_mlp=True, seed=0, device="cpu"))
+                                                      parallel_attn_mlp=True, seed=0, device="cpu", dtype=dtype))
     name = f"blocks.{LAYER}.hook_resid_post"
     return lambda tokens: model.run_with_cache(tokens, stop_at_layer=LAYER + 1, names_filter=name)[1][name].bfloat16()
 
@@ -63,7 +64,8 @@ def main():
     torch.manual_seed(0)
     model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(
         vocab_size=VOCAB, hidden_size=D_IN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=MLP, max_position_embeddings=CTX)).eval()
-    ways = {"ours": ours(model), "hook on the whole model": hook(model), "TransformerLens, stop_at_layer": transformer_lens()}
+    ways = {"ours": ours(model), "hook on the whole model": hook(model), "TransformerLens, stop_at_layer": transformer_lens(),
+            "ours, bfloat16": ours(copy.deepcopy(model).bfloat16()), "TransformerLens, bfloat16": transformer_lens(torch.bfloat16)}
     tokens = torch.randint(VOCAB, (CONTEXTS, CTX))
     assert torch.equal(ways["ours"](tokens), ways["hook on the whole model"](tokens))
     seconds = {way: [] for way in ways}

@@ -7,9 +7,10 @@ Cases: relu-cold (1 latent in 8 fires), relu (L0 64), topk, batch_topk, jumprelu
 batch 512, for long runs. Every trainer is a process of its own with one thread, and takes one step at its turn, so that a machine that slows
 down slows all of them down. Printed: CPU and wall time of a step as ratios to ours (median over the turns but the first, and the range), peak
 memory above that after imports and data, and explained variance and L0 on held-out rows after the last step. `floor`: the encoder's product
-alone at this machine's own rate (relu-cold: all five), the least that a step can cost. dictionary_learning gets rows of mean square norm 1, as
-its own pipeline does, all others rows of norm sqrt(d_in). Ours runs with torch's big pages, which 02_train.py switches on; the peers run as
-they come, or with --big-pages have them too. Nothing is warmed up or decayed, no latent counts as dead.
+alone at this machine's own rate (relu-cold: all five), the least that a step can cost. `ours` takes dense products in bfloat16 where the CPU has
+units for it, as 02_train.py does from its BF16_FROM on; `ours-fp32` and the peers, as they come, do not. dictionary_learning gets rows of mean
+square norm 1, as its own pipeline does, all others rows of norm sqrt(d_in). Ours runs with torch's big pages, which 02_train.py switches on; the
+peers run as they come, or with --big-pages have them too. Nothing is warmed up or decayed, no latent counts as dead.
 """
 import argparse
 import json
@@ -55,8 +56,11 @@ def rows(n, d_in):
 
 
 class Ours:
+    bf16_from = 0
+
     def __init__(self, case, x, steps, seed):
         variant, _, d_in, d_sae, l0, batch, _ = case
+        train_py.BF16_FROM = self.bf16_from
         self.sae = load_variant(variant)(d_in, steps, seed, d_sae=d_sae, l0=float(l0), batch_size=batch, lr=LR, lr_warmup=0.0, lr_decay=0.0,
                                          sparsity_warmup=0.0, dead_after=1.0).to(x.device)
         self.opt = self.sae.make_optimizer()
@@ -70,6 +74,10 @@ class Ours:
         """In training mode, as the peers: all of them choose the batch's highest, not by a threshold that few steps can't settle."""
         out = self.sae.train()(x)
         return out.x_hat, float(firing(out.acts).sum())
+
+
+class OursFp32(Ours):
+    bf16_from = float("inf")
 
 
 class DictionaryLearning:
@@ -150,14 +158,14 @@ class Sparsify:
         return out.sae_out, float((out.latent_acts > 0).sum(-1).float().mean())
 
 
-TRAINERS = {"ours": Ours, "dictionary_learning": DictionaryLearning, "saelens": SAELens, "sparsify": Sparsify}
+TRAINERS = {"ours": Ours, "ours-fp32": OursFp32, "dictionary_learning": DictionaryLearning, "saelens": SAELens, "sparsify": Sparsify}
 
 
-def floor(case):
+def floor(case, dtype):
     """CPU seconds of the products that no step can do without: the encoder's, and where codes are dense the other four."""
     _, _, d_in, d_sae, l0, batch, _ = case
-    a, b = torch.randn(batch, d_in), torch.randn(d_in, d_sae)
-    into, times = torch.empty(batch, d_sae), []
+    a, b = torch.randn(batch, d_in, dtype=dtype), torch.randn(d_in, d_sae, dtype=dtype)
+    into, times = torch.empty(batch, d_sae, dtype=dtype), []
     for _ in range(4):
         started = time.process_time()
         torch.mm(a, b, out=into)
@@ -173,7 +181,7 @@ def memory(kind):
 def worker(trainer, case, path, steps, seed):
     """Build the trainer, then take a step for every line of standard input; at the end say what was reached."""
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(trainer == "ours")
+    torch.use_deterministic_algorithms(trainer.startswith("ours"))
     torch.utils.deterministic.fill_uninitialized_memory = False
     x = read_tensors(path)[0]["x"]
     held_out, x = x[:HELD_OUT], x[HELD_OUT:]
@@ -209,13 +217,13 @@ def answer(process):
 def compare(name, args):
     """One case -> {trainer: what was measured}."""
     case = CASES[name]
-    trainers = ["ours", *(case[6] if args.peers else [])]
+    trainers = ["ours", "ours-fp32", *(case[6] if args.peers else [])]
     if args.small:
         case = (*case[:2], 96, 1024, 128 if name == "relu-cold" else 16, 512, case[6])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
         write_tensors(path, {"x": rows(HELD_OUT + BATCHES * case[5], case[2])})
-        env = {t: {**os.environ, "OMP_NUM_THREADS": "1", **({"THP_MEM_ALLOC_ENABLE": "1"} if t == "ours" or args.big_pages else {})} for t in trainers}
+        env = {t: {**os.environ, "OMP_NUM_THREADS": "1", **({"THP_MEM_ALLOC_ENABLE": "1"} if t.startswith("ours") or args.big_pages else {})} for t in trainers}
         processes = {t: subprocess.Popen([sys.executable, __file__, name, "--worker", t, "--data", path, "--steps", str(args.steps), "--seed", str(args.seed),
                                           *(["--peers", args.peers] if args.peers else []), *(["--small"] if args.small else [])],
                                          env=env[t], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for t in trainers}
@@ -231,15 +239,17 @@ def compare(name, args):
             print("end", file=p.stdin, flush=True)
             result[t] = {"cpu": [c for c, _ in times[t]], "wall": [w for _, w in times[t]], **answer(p)}
             p.wait()
-    low = floor(case)
-    print(f"\n{name}: {case[2]} x {case[3]:,}, l0 {case[4]}, batch {case[5]:,}, {args.steps} steps, seed {args.seed}; floor {low * 1e3:.0f} ms of CPU")
-    print(f"{'':20} {'CPU ms':>8} {'tok/s':>8} {'CPU, x ours':>20} {'wall, x ours':>20} {'memory':>8} {'expl.var':>9} {'L0':>7}")
+    low = [floor(case, dtype) for dtype in (torch.bfloat16, torch.float32)]
+    print(f"\n{name}: {case[2]} x {case[3]:,}, l0 {case[4]}, batch {case[5]:,}, {args.steps} steps, seed {args.seed}; floor {low[0] * 1e3:.0f} ms of CPU, "
+          f"{low[1] * 1e3:.0f} in fp32")
+    print(f"{'':20} {'CPU ms':>8} {'tok/s':>8} {'CPU, x ours':>20} {'wall, x ours':>20} {'CPU, x ours-fp32':>20} {'memory':>8} {'expl.var':>9} {'L0':>7}")
     for t, r in result.items():
-        ratios = {key: sorted(a / b for a, b in zip(r[key][1:], result["ours"][key][1:])) for key in ("cpu", "wall")}
+        against = {"cpu": ("cpu", "ours"), "wall": ("wall", "ours"), "cpu_fp32": ("cpu", "ours-fp32")}
+        ratios = {name: sorted(a / b for a, b in zip(r[key][1:], result[other][key][1:])) for name, (key, other) in against.items()}
         r["ratios"] = ratios
         show = lambda v: f"{statistics.median(v):.2f} ({v[0]:.2f}..{v[-1]:.2f})"
         cpu = statistics.median(r["cpu"][1:])
-        print(f"{t:20} {cpu * 1e3:8.0f} {case[5] / cpu:8.0f} {show(ratios['cpu']):>20} {show(ratios['wall']):>20} {r['memory'] / 1e6:5.0f} MB "
+        print(f"{t:20} {cpu * 1e3:8.0f} {case[5] / cpu:8.0f} {show(ratios['cpu']):>20} {show(ratios['wall']):>20} {show(ratios['cpu_fp32']):>20} {r['memory'] / 1e6:5.0f} MB "
               f"{r['explained_variance']:9.4f} {r['l0']:7.1f}", flush=True)
     return {"case": case[:6], "floor": low, "steps": args.steps, "seed": args.seed, "trainers": result}
 
