@@ -935,7 +935,8 @@ def draw_pareto(caches, look, path, specs=()):
                 handles[words], = axis.plot(*zip(*nulls), "_", color="#777777", ms=9, mew=1.5)
             if not lines:
                 say(axis, "no valid run with this metric")
-            axis.set(xscale="log", xlabel="L0 (active latents per row)", ylabel=label, title=": ".join(filter(None, (acts, title, label))))
+            axis.set(xscale="log", xlabel="L0 (active latents per row)", ylabel=label)
+            axis.set_title(": ".join(filter(None, (acts, title, label))), fontsize=9)
             if lines:
                 points = [(y - e, y + e) for series in lines.values() for _, y, _, e, _ in series] + [(y, y) for _, y in nulls]
                 draw_controls(axis, controls, metric, min(low for low, _ in points), max(high for _, high in points), handles)
@@ -1284,7 +1285,8 @@ def studies(runs, line=lambda r: r.name):
     of = {name: line(members[0]) for name, members in groups.items()}
     if len(set(of.values())) <= MANY:
         return [("", groups)]
-    base, found = {name: members for name, members in groups.items() if members[0].variant == "baseline"}, {}
+    usual = min((name for name, m in groups.items() if m[0].variant == "baseline"), key=lambda name: len(overridden(groups[name][0])), default="")
+    base, found = {name: members for name, members in groups.items() if of[name] == of.get(usual)}, {}
     settings = {v: len({of[name] for name, m in groups.items() if m[0].variant == v}) for v in {m[0].variant for m in groups.values()}}
     for name, (one, *_) in ((name, m) for name, m in groups.items() if name not in base):
         idea = re.fullmatch(r"(.+)_r\d+", one.variant)

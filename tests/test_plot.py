@@ -501,10 +501,11 @@ def test_more_lines_than_can_be_told_apart_are_parted_and_a_sweep_stands_by_itse
         run(here, name)
     for l0 in range(1, 14):
         run(here, "topk", l0=float(l0))
+    run(here, "baseline", l0=8.0)
     runs, _ = plot.find_runs([])
     parts = plot.studies(runs)
-    assert [(title, len(groups)) for title, groups in parts] == [("idea", 4), ("topk (1)", 11), ("topk (2)", 4)]
-    assert all("baseline" in groups for _, groups in parts)
+    assert [(title, len(groups)) for title, groups in parts] == [("idea", 4), ("topk (1)", 11), ("topk (2)", 4), ("yardsticks", 2)]
+    assert all("baseline" in groups for _, groups in parts) and list(parts[3][1]) == ["baseline", "baseline-l0=8.0"]
     assert [title for title, _ in plot.studies(runs, lambda r: r.variant)] == [""]
 
 
