@@ -245,19 +245,22 @@ def overridden(run):
 
 
 def swept(runs):
-    """{(variant, setting): {other settings in words: {value: runs}}} for the settings that take several values among a variant's runs, nothing
-    else differing: a line for each combination of the others (--sweep of two settings)."""
+    """{(variant, setting): {the other settings in which the lines differ, in words: {value: runs}}} for the settings that take several values
+    among a variant's runs, nothing else differing: a line for each combination of the others (--sweep of two settings)."""
     found = {}
     for variant in dict.fromkeys(r.variant for r in runs):
         mine = [r for r in runs if r.variant == variant]
         for key in dict.fromkeys(k for r in mine for k in overridden(r)):
             lines = {}
             for r in (r for r in mine if key in r.settings):                  # a run from before the setting was added has no value
-                others = " ".join(f"{k}={v}" for k, v in sorted(overridden(r).items()) if k != key)
+                others = tuple(sorted((k, v) for k, v in overridden(r).items() if k != key))
                 lines.setdefault(others, {}).setdefault(r.settings[key], []).append(r)
-            lines = {others: values for others, values in lines.items() if len(values) > 1}
+            lines = [values for values in lines.values() if len(values) > 1]
+            one = lambda values: next(iter(values.values()))[0].settings
+            differ = [k for k in sorted({k for r in mine for k in overridden(r)} - {key}) if len({str(one(values).get(k)) for values in lines}) > 1]
+            lines.sort(key=lambda values: [(isinstance(v, str), v is None, v or 0) for v in map(one(values).get, differ)])
             if lines:
-                found[variant, key] = lines
+                found[variant, key] = {" ".join(f"{k}={one(values).get(k)}" for k in differ): values for values in lines}
     return found
 
 
@@ -1043,6 +1046,9 @@ def draw_ablation(caches, look, path, keys="(?!l0$)", metrics=("explained_varian
     figure, axes = panels(high * len(series), wide, width=3.4, height=2.6)
     for row, (acts, runs, variant, key, lines) in zip(axes.reshape(len(series), -1), series):
         values, handles = sorted({v for line in lines.values() for v in line}, key=lambda v: (isinstance(v, str), v)), {}
+        one, bases = next(iter(next(iter(lines.values())).values()))[0], [r for r in runs if r.variant == "baseline"]
+        nearest = min(bases, key=lambda r: (unlike(one, r), abs(math.log(r.settings["l0"] / one.settings["l0"]))), default=one)
+        beside = [r for r in bases if r.name == nearest.name and r.settings["d_sae"] == one.settings["d_sae"]]
         for axis, options in zip(row, specs):
             spec = next((spec for spec in options if any(r.valid and look_up(r, spec.y) is not None for r in runs)), options[0])
             measured = lambda them: [v for v in (look_up(r, spec.y) for r in them if r.valid) if v is not None]
@@ -1056,9 +1062,7 @@ def draw_ablation(caches, look, path, keys="(?!l0$)", metrics=("explained_varian
                     handles[others or variant] = axis.errorbar(
                         [i for i, _ in shown], [statistics.mean(ys) for _, ys in shown], [sd(ys) for _, ys in shown],
                         color=colour, marker=marker, ls=style, ms=5, lw=1.2, capsize=2)
-            if not any(measured(them) for line in lines.values() for them in line.values()):
-                say(axis, "no valid run with this metric")
-            base = measured(r for r in runs if r.variant == "baseline" and not overridden(r))
+            base = measured(beside)
             if base:
                 handles["baseline (grey: its seeds)"] = axis.axhline(statistics.mean(base), color=look["baseline"][0], lw=1)
                 axis.axhspan(min(base), max(base), color="#DDDDDD", zorder=0)
@@ -1066,6 +1070,12 @@ def draw_ablation(caches, look, path, keys="(?!l0$)", metrics=("explained_varian
             names = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
             axis.set_xticks(range(len(values)), names, fontsize=7.5, rotation=20 if max(map(len, names)) > 7 else 0)
             axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+            low, high = axis.get_ylim()
+            if high - low < 1e-9:                                             # all the same, such as no dead latents
+                axis.set_ylim(low - 0.05, high + 0.05)
+            if not any(measured(them) for line in lines.values() for them in line.values()):
+                axis.set_yticks([])
+                say(axis, "no valid run with this metric")
         for axis in row[len(specs):]:
             axis.set_axis_off()
         row[wide - 1].legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=7, handlelength=2.4)

@@ -445,12 +445,14 @@ def test_a_grid_of_two_settings_is_a_line_for_each_value_of_the_other(here):
             for rule in ("phi", "random"):
                 evaluated(run(here, "topk_ortho_r1", seed, pair_fraction=fraction, pair_rule=rule), explained_variance=fraction + len(rule) / 100 + seed / 1000)
         evaluated(run(here, "topk_ortho_r1", seed, pair_fraction=0.5, pair_rule="decoder"))     # no second value: no line
+        evaluated(run(here, "baseline", seed, l0=8.0))                        # not beside lines at L0 4
     figure = drawn("topk_ablation", here)[1]
     by_fraction, by_rule = (a for a in figure.axes if a.get_legend())
     said = lambda axis: [t.get_text() for t in axis.get_legend().get_texts()]
     assert said(by_fraction) == ["pair_rule=phi", "pair_rule=random", "baseline (grey: its seeds)"]
     assert said(by_rule)[:3] == ["pair_fraction=0.001", "pair_fraction=0.01", "pair_fraction=0.1"]
     first = figure.axes[0].containers
+    assert [line.get_ydata()[0] for line in figure.axes[0].lines if list(line.get_xdata()) == [0, 1]] == [0.8]     # the baseline
     assert [line.lines[0].get_ydata().tolist() for line in first] == [pytest.approx([f + n / 100 + 0.0005 for f in (0.001, 0.01, 0.1)]) for n in (3, 6)]
 
 
