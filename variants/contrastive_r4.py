@@ -5,7 +5,9 @@
 Why: two latents that always fire together are one. But so are a parent and its child on half of the rows, and a penalty on firing
 together pays for absorption. The square of one batch's cosine is 1 / rows for two latents that have nothing to do with each other: with
 256 rows that was most of the sum, a pressure on all latents to fall silent, which took L0 in r9 lower (6.9 instead of 7.1 of 8).
-Found (toy mixture, relu, 6 seeds): mean cosine of used latents' activations 0.057 instead of 0.061, explained variance 0.526 instead of
+Found (correlated features, BatchTopK, L0 4, 6 seeds): 16 % instead of 50 % of the used latents have a double, one that nearly always fires
+with them (cosine above 0.5), the mean cosine is 0.093 instead of 0.108, explained variance 0.863 instead of 0.886. Where features are
+independent there is little to do (toy mixture, relu, 6 seeds): mean cosine 0.057 instead of 0.061, explained variance 0.526 instead of
 0.499 at L0 4.15 instead of 4.20.
 """
 import torch

@@ -1,11 +1,12 @@
 """contrastive_r8 = latent_lr + contrastive_r7, a learning rate per group, rows of large error drawn more often (adaptive rates).
 
 Why: groups that carry little learn faster, and rows that are reconstructed badly are looked at more often. Every row's reconstruction
-error is remembered; half of a batch is drawn by it and half evenly, from the shard in memory. A row that is drawn more often counts
-less, so that the mean error of the data is what is minimised (sample_unbias 1). Rows that are sample_rows apart share a memory.
-Costs (d_sae 8192, d_in 1152, batch 1024, one core): time 1.75, memory 1.5 times the baseline's; 1 MiB in the saved file.
-Found (toy mixture, relu, 3 seeds): with these weights the error of the worst tenth of the rows does not fall against the mean error, it
-rises from 1.97 to 2.01 times it. Without them (sample_unbias 0) it falls, by more than 0.02 with all of a batch drawn by the errors.
+error is remembered; half of a batch is drawn by it and half evenly, from the shard in memory. A row that is drawn more often counts less,
+so that the mean error of the data is what is minimised (sample_unbias 1). Rows that are sample_rows apart share a memory, which takes 1
+MiB in the saved file.
+Found (TopK, L0 4, batches of 32, 4 seeds), where one row in a hundred is of a kind of its own with longer features: error of the worst
+tenth of the rows 0.50 instead of 0.54, 5 to 10 % less in each seed. Where no kind is rare (toy mixture, relu, batches of 256, 3 seeds) it
+does not fall against the mean error, it rises from 1.97 to 2.01 times it: weights add noise to what even batches learn as well.
 """
 import torch
 
