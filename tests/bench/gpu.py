@@ -40,12 +40,12 @@ import sae as base  # noqa: E402
 from sae import blocks_of, hook_point, load_variant, variant_names  # noqa: E402
 
 D_IN = 64 if TINY else 2304
-CASES = [(variant, activation, D_IN, 128 if TINY else d_sae, 4 if TINY else l0, 16 if TINY else batch, peers)
-         for variant, activation, d_sae, l0, peers in (("topk", "topk", 65_536, 20, True), ("topk", "topk", 65_536, 80, True), ("topk", "topk", 65_536, 320, True),
-                                                       ("topk", "topk", 16_384, 80, True), ("baseline", "relu", 16_384, 64, True), ("baseline", "relu", 2_304, 64, True))
+CASES = [(variant, activation, D_IN, 128 if TINY else d_sae, 4 if TINY else l0, 16 if TINY else batch, [])       # as in train.py
+         for variant, activation, d_sae, l0 in (("topk", "topk", 65_536, 20), ("topk", "topk", 65_536, 80), ("topk", "topk", 65_536, 320),
+                                                ("topk", "topk", 16_384, 80), ("baseline", "relu", 16_384, 64), ("baseline", "relu", 2_304, 64))
          for batch in ((2_048,) if TINY else (2_048, 8_192))]
-WAYS = {"sparse, kernels": (1e9, True), "sparse, PyTorch": (1e9, False), "dense": (0.0, True)}       # SPARSE_BELOW, by_kernel
-SPARSE_BELOW, BY_KERNEL, CHOOSE = base.SPARSE_BELOW, base.by_kernel, base.kernels_pay                                                 # sae.py's own choice
+WAYS = {"sparse, kernels": (1e9, True), "sparse, PyTorch": (1e9, False), "dense": (0.0, True)}      # SPARSE_BELOW, by_kernel
+SPARSE_BELOW, BY_KERNEL, CHOOSE = base.SPARSE_BELOW, base.by_kernel, base.kernels_pay               # sae.py's own choice
 
 
 def wait():
@@ -93,7 +93,7 @@ def rates():
     for k in (20, 80, 320):
         ways = lambda: pre.topk(k, sorted=False), lambda: pre.unflatten(1, (8, -1)).amax(1).topk(min(k, pre.shape[1] // 8), sorted=False)
         found[f"highest {k}"] = [seconds(way, 2 if TINY else 20) for way in ways]
-        print(f"the highest {k} of {pre.shape[1]:,} in 2,048 rows: {found[f'highest {k}'][0] * 1e3:.2f} ms, of the maxima {found[f'highest {k}'][1] * 1e3:.2f} ms")
+        print("the highest {} of {:,} in 2,048 rows: {:.2f} ms, of the maxima {:.2f} ms".format(k, pre.shape[1], *(1e3 * s for s in found[f"highest {k}"])))
     return found
 
 
@@ -105,7 +105,8 @@ def choose(way):
 
 def train(rate, args):
     """One line for each case and way."""
-    print("\n| case | l0 | batch | way | ms | tokens/s | of the floor | x ours | memory GB | apart |\n|---|---:|---:|---|---:|---:|---:|---:|---:|---:|")
+    print("\n| case | l0 | batch | way | ms | tokens/s | of the floor | x our best | memory GB | apart |")
+    print("|---|---:|---:|---|---:|---:|---:|---:|---:|---:|")
     x, results = rows(64 if TINY else 32_768, D_IN).to(DEVICE), []
     for case in CASES:
         variant, _, d_in, d_sae, l0, batch, _ = case
@@ -126,7 +127,7 @@ def train(rate, args):
             with failing(found, way):
                 found[way] = {"apart": apart[way], **timed(ours, x, batch, args.steps)}
         base.by_kernel = BY_KERNEL
-        found["chosen"] = CHOOSE(DEVICE, min(2048, batch), d_in, d_sae, l0)
+        pays = CHOOSE(DEVICE, min(2048, batch), d_in, d_sae, l0)
         del ours
         for name in ("saelens", "dictionary_learning", "sparsify") if args.peers else ():      # the second one hides packages from the first
             if name != "sparsify" or variant == "topk":
@@ -135,11 +136,11 @@ def train(rate, args):
                     found[name] = timed(TRAINERS[name](case, x[:batch], 1000, 0), x, batch, args.steps)
         best = min(r["seconds"] for way, r in found.items() if way in WAYS and "seconds" in r)
         for way, r in found.items():
-            if way != "chosen":
-                print(f"| {variant} {d_in:,} x {d_sae:,} | {l0} | {batch:,} | {way} | " + (r["failed"] if "failed" in r else
-                      f"{r['seconds'] * 1e3:.2f} | {batch / r['seconds']:,.0f} | {floor / r['seconds']:.0%} | {r['seconds'] / best:.2f} | {r['memory'] / 1e9:.1f} | "
-                      f"{r.get('apart', 0):.4f}") + " |", flush=True)
-        results.append({"case": case[:6], "floor": floor, **found})
+            row = r["failed"] if "failed" in r else (
+                f"{r['seconds'] * 1e3:.2f} | {batch / r['seconds']:,.0f} | {floor / r['seconds']:.0%} | {r['seconds'] / best:.2f} | "
+                f"{r['memory'] / 1e9:.1f} | {r.get('apart', 0):.4f}")
+            print(f"| {variant} {d_in:,} x {d_sae:,} | {l0} | {batch:,} | {way} | {row} |", flush=True)
+        results.append({"case": case[:6], "floor": floor, "chosen": "sparse" if pays else "dense", **found})
     return results
 
 
@@ -220,8 +221,9 @@ def ideas(n):
             with torch.no_grad():
                 out = sae.eval()(held_out)
                 ev = 1 - (held_out - out.x_hat).square().sum() / (held_out - held_out.mean(0)).square().sum()
-            found[name] = {"finite": all(bool(v.isfinite().all()) for v in sae.state_dict().values()), "l0": float((out.acts > 0).sum(1).float().mean()) / size["l0"],
-                           "explained_variance": float(ev), "ms": per_step * 1e3, "memory": peak(), "of 10 M tokens": per_step * 10e6 / 2048}
+            found[name] = {"finite": all(bool(v.isfinite().all()) for v in sae.state_dict().values()), "explained_variance": float(ev),
+                           "l0": float((out.acts > 0).sum(1).float().mean()) / size["l0"],
+                           "ms": per_step * 1e3, "memory": peak(), "of 10 M tokens": per_step * 10e6 / 2048}
             print(f"{name:22} {per_step * 1e3:8.2f} ms  L0 {found[name]['l0']:5.2f} x  explained variance {float(ev):6.3f}"
                   + ("" if found[name]["finite"] else "  NOT FINITE"), flush=True)
         if "failed" in found[name]:

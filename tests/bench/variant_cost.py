@@ -5,7 +5,7 @@
     python tests/bench/variant_cost.py --memory [NAMES ...]  peak memory of a process of its own at d_in 2,304, d_sae 16,384, batch 2,048
 
 Variants take turns with the base, so that a machine that slows down slows down both; the ratio is of medians over the turns. On a CPU the
-time is that of the processor (OMP_NUM_THREADS=1), so that other processes don't count, and codes are dense, as on a GPU. On a GPU the
+time is that of the processor (OMP_NUM_THREADS=1), so that other processes don't count, and codes are dense. On a GPU the
 memory is torch's own count of the peak; on a CPU it is the process' resident peak less what it had after importing torch.
 """
 import argparse
