@@ -1182,7 +1182,8 @@ def dots(axis, groups, look, spec, acts, lines):
     for y, members in enumerate(groups.values()):
         values = [v for v in (look_up(r, spec.y) for r in members if r.valid) if v is not None]
         if not values:
-            axis.annotate(gap(members, spec.y), (0.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=6.5, color="#888888")
+            axis.annotate(gap(members, spec.y), (0.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=6.5, color="#888888",
+                          bbox={"fc": "white", "ec": "none", "pad": 0.5})
             continue
         drawn, (colour, marker, _) = True, look[members[0].variant]
         axis.plot(values, [y] * len(values), "o", mfc="none", mec=colour, ms=3, mew=0.6, alpha=0.7)
@@ -1248,6 +1249,8 @@ def draw_curves(*specs, pick=lambda runs: runs, beside=None):
                 axis.set_title(": ".join(filter(None, (acts, title))), fontsize=8)
             for axis in row[len(specs):]:
                 axis.set_axis_off()
+            absent = {f"{name}: {gap(members)}": plt.Line2D([], [], ls="none") for name, members in groups.items() if name not in handles}
+            handles |= absent                                                 # a gap with a word
             row[wide - 1].legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=7, handlelength=2.4)
         footnote(figure, "mean over seeds, band: standard deviation" + "; the start may leave the panel" * ("tokens" in specs[0].x_label))
         save(figure, path)
@@ -1609,7 +1612,7 @@ def draw_thresholds(caches, look, path):
         ends = [min(x + y), max(x + y)]
         axis.plot(ends, ends, color="#777777", lw=1, ls=(0, (1, 1)))
         axis.plot(x, y, ".", color=look[one.variant][0], ms=3, alpha=0.6)
-        axis.set_title(f"{acts}: {name}\nL0 / normal tails' {look_up(one, 'structure/thresholds/ratio'):.2f}", fontsize=7.5)
+        axis.set_title(f"{textwrap.fill(f'{acts}: {name}', 34)}\nL0 / normal tails' {look_up(one, 'structure/thresholds/ratio'):.2f}", fontsize=7.5)
         axis.tick_params(labelsize=7)
         for which in (axis.xaxis, axis.yaxis):
             which.set_major_locator(matplotlib.ticker.MaxNLocator(4))

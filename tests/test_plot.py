@@ -395,6 +395,14 @@ def test_curves_are_means_over_seeds_at_the_steps_they_share(here):
     assert len(axis.collections) == 1                                         # the band of their standard deviation
 
 
+def test_a_run_without_a_curve_is_named_in_the_legend_with_the_reason(here):
+    everything(here, ["baseline", "idea", "half"], seeds=1)
+    (here / "half-s0" / "eval" / "geometry.json").unlink()
+    run(here, "never")
+    legend = drawn("jl_quality", here)[1].axes[4].get_legend()
+    assert [t.get_text() for t in legend.get_texts()] == ["baseline", "null: random directions", "idea", "half: not measured", "never: not evaluated"]
+
+
 def test_many_curves_are_split_by_study_with_the_baseline_in_each(here):
     for name in ["baseline", "topk", *(f"idea_r{i}" for i in range(1, 7)), *(f"other_r{i}" for i in range(1, 5))]:
         run(here, name)
