@@ -54,9 +54,9 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
-from sae import (SAE, SPARSE_BELOW, Acts, Codes, Parser, Refuse, above, blocks_of, checksum, generator, highest, hook_point, hub_errors, is_disk_full, is_out_of_memory, language_model,
-                 load_run, loads, model_checksum, pick_device, read_json, read_log, read_tensors, run_folders, run_script, take_lock, unit, whole, write_file,
-                 write_json, write_tensors)
+from sae import (SAE, SPARSE_BELOW, Acts, Codes, Parser, Refuse, above, blocks_of, checksum, generator, highest, hook_point, hub_errors,
+                 is_disk_full, is_out_of_memory, language_model, load_run, loads, model_checksum, pick_device, read_json, read_log, read_tensors,
+                 run_folders, run_script, take_lock, unit, whole, write_file, write_json, write_tensors)
 
 VERSION = 1                      # of the evaluations here; results of another one are made again
 SAMPLE_ROWS = 16_384             # training rows that PCA, the mean and the controls are fitted on
@@ -1384,7 +1384,7 @@ class BenchSAE(torch.nn.Module):
 
     @torch.no_grad()
     def codes(self, x):
-        """encode() of rows x [n, d_in] as Codes, where few latents fire and on a CPU."""
+        """encode() of rows x [n, d_in], as Codes where few latents fire, on a CPU."""
         sae = self.holds[0]
         if self.composed or x.is_cuda:
             return self.encode(x)
@@ -1629,8 +1629,8 @@ class CoreShared:
 
     @torch.no_grad()
     def splice(self, saes, failures):
-        """Losses and divergences with each SAE's reconstruction at the hook, and, if they are not kept yet, with the activations as they are and
-        with zeros, which are the same in every context. The clean pass is made once for all SAEs, and their codes are kept for SAEBench's own pass."""
+        """Losses and divergences with each SAE's reconstruction at the hook, and, where they are not kept yet, with the activations as they
+        are and with zeros, which give the same in every context. One clean pass for all SAEs, whose codes are kept for SAEBench's own pass."""
         sums, made, ablated = {run: defaultdict(list) for run in saes}, defaultdict(list), None
         mean, square, n = 0, 0.0, 0
         for part in tqdm(self.parts(), desc="saebench_core: losses", disable=None):
@@ -2287,7 +2287,8 @@ class Texts:
                     at.append(number[key])
                 data[split][name] = torch.tensor(at).to(x)[:, None, None]
         length = torch.tensor([len(text) for text in rows])
-        file = SimpleNamespace(data=data, keys=list(number), rows=torch.cat(rows), of=torch.arange(len(rows)).repeat_interleave(length), width=x.shape[1])
+        of = torch.arange(len(rows)).repeat_interleave(length)                 # whose each row is
+        file = SimpleNamespace(data=data, keys=list(number), rows=torch.cat(rows), of=of, width=x.shape[1])
         sums = torch.zeros(len(rows), x.shape[2]).index_add_(0, file.of, file.rows)
         file.length, file.mean = length.to(x.device), (sums / length[:, None]).to(x.device)
         if file.rows.nbytes < self.room:
@@ -2308,17 +2309,17 @@ class Texts:
                 sums.index_add_(0, to[acts.rows] * n + acts.latents, acts.values)
             else:
                 sums.view(-1, n).index_add_(0, to, acts)
-        made = sums.view(-1, n) / file.length[new.to(sae.device)][:, None]
+        made = (sums.view(-1, n) / file.length[new.to(sae.device)][:, None]).cpu()
         found = known | dict(zip(itertools.compress(file.keys, new.tolist()), made))
         if made.nbytes < self.room:
             self.means[run], self.room = found, self.room - made.nbytes
-        return torch.stack([found[key] for key in file.keys])
+        return torch.stack([found[key] for key in file.keys]).to(sae.device)
 
 
 @torch.no_grad()
 def train_probe(x, y, test_x, test_y, dim, batch_size, epochs, lr, verbose, early_stopping_patience, l1_penalty):
-    """SAEBench's train_probe_gpu, bit for bit, without autograd, its optimizer's bookkeeping and the accuracy on x, which nobody reads: a probe of
-    x [n, dim] for labels y [n] by AdamW, and its accuracy on the test rows, at the epoch at which that is highest."""
+    """SAEBench's train_probe_gpu, bit for bit, without autograd, its optimizer's bookkeeping and the accuracy on x, which nobody reads: a
+    probe of x [n, dim] for labels y [n] by AdamW, and its accuracy on the test rows, at the epoch at which that is highest."""
     from sae_bench.evals.sparse_probing.probe_training import Probe
     assert not l1_penalty
     probe, best = Probe(dim, x.dtype).to(x.device), (0.0, None)
@@ -2536,11 +2537,12 @@ class ForgetRetain:
             write_tensors(path, self.read(settings))
         self.kept = read_tensors(path)[0]
         unigram = self.kept["unigram"].log()
-        self.losses = {}
+        self.losses, self.clean = {}, {}                                     # clean: of each prediction [n, ctx - 1], batch after batch
         for topic in ("forget", "retain"):
             tokens, known = self.kept[f"{topic}_score_tokens"], {}
             known["unigram_loss"] = -unigram[tokens[:, 1:]].mean().item()
-            known["clean_loss"] = self.mean_loss(topic, lambda x, tokens: x)
+            self.clean[topic] = [self.predict(x, t, t[:, 1:] >= 0).view(len(t), -1) for x, t in self.batches(topic, "score")]
+            known["clean_loss"] = torch.cat(self.clean[topic]).mean().item()
             if not known["clean_loss"] < known["unigram_loss"]:
                 raise Refuse(f"the model does not know the {topic} text: loss {known['clean_loss']:.2f}, a unigram model {known['unigram_loss']:.2f}")
             self.losses[topic] = known
@@ -2568,16 +2570,16 @@ class ForgetRetain:
             yield x.to(self.bench.device), tokens.to(self.bench.device)
 
     @torch.no_grad()
-    def mean_loss(self, topic, change):
-        """Loss a token of the contexts to score with change(x, tokens) in place of the activations x."""
-        total = [self.loss(change(x, tokens), tokens) * len(x) for x, tokens in self.batches(topic, "score")]
-        return sum(total) / len(self.kept[f"{topic}_score_tokens"])
-
-    def loss(self, x, tokens):
-        """Mean loss a token with x [n, ctx, d_in] at the hook."""
-        model, n = self.bench.model, self.bench.at_once(x.shape[1])
-        return sum(model.loss_fn(model(part, start_at_layer=self.bench.layer + 1, return_type="logits"), t).item() * len(t)
-                   for part, t in zip(x.split(n), tokens.split(n))) / len(x)
+    def predict(self, x, tokens, which):
+        """Losses [number of `which`] of those of the predictions [n, ctx - 1] that are asked for, with x [n, ctx, d_in] at the hook."""
+        model, found = self.bench.model, []
+        stream = model(x, start_at_layer=self.bench.layer + 1, stop_at_layer=model.cfg.n_layers)
+        n, cap = self.bench.at_once(1), model.cfg.output_logits_soft_cap
+        for part, targets in zip(model.ln_final(stream)[:, :-1][which].split(n), tokens[:, 1:][which].split(n)):
+            logits = model.unembed(part[None])[0]
+            logits = cap * (logits / cap).tanh() if cap > 0 else logits
+            found.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+        return torch.cat(found) if found else x.new_zeros(0)
 
     def rates(self, sae, topic):
         """How often each latent fires, on tokens that are not special (SAEBench's get_feature_activation_sparsity)."""
@@ -2599,21 +2601,24 @@ class ForgetRetain:
             tried += [{"retain_threshold": threshold, "latents": [int(i) for i in top[:n]], "n_features": len(top[:n]), "multiplier": m}
                       for n in config["n_features_list"] for m in config["multipliers"]]
         for topic in ("forget", "retain"):
-            sums, n = [0.0] * len(tried), 0
-            for x, tokens in self.batches(topic, "score"):
+            more = [0.0] * len(tried)
+            for (x, tokens), clean in zip(self.batches(topic, "score"), self.clean[topic]):
                 acts = sae.encode(x)                                          # once for all settings
                 for i, t in enumerate(tried):
                     few = t["latents"]
                     seen, names = SimpleNamespace(encode=lambda _: acts.clone(), decode=sae.decode), few
                     if sae.linear:                                            # all other latents give the same to x and to y
-                        seen, names = SimpleNamespace(encode=lambda _: acts[..., few], decode=lambda f: f @ sae.W_dec[few]), list(range(len(few)))
+                        seen = SimpleNamespace(encode=lambda _: acts[..., few], decode=lambda f: f @ sae.W_dec[few])
+                        names = list(range(len(few)))
+                    fires = (acts[..., few] > 0).any(-1)
+                    fires[:, 0] = False                                       # SAEBench leaves the first token alone
+                    later = (fires.cumsum(1) > 0)[:, :-1]                     # other predictions know of no clamped token
                     y = anthropic_clamp_resid_SAE_features(x, None, seen, names, float(t["multiplier"])) if few else x
-                    sums[i] += self.loss(y, tokens) * len(x)
-                n += len(x)
+                    more[i] += (self.predict(y, tokens, later) - clean[later]).sum().item()
             known = self.losses[topic]
-            for t, total in zip(tried, sums):
-                t[f"{topic}_loss"] = total / n
-                t[f"{topic}_known"] = (known["unigram_loss"] - total / n) / (known["unigram_loss"] - known["clean_loss"])
+            for t, rise in zip(tried, more):
+                t[f"{topic}_loss"] = known["clean_loss"] + rise / self.kept[f"{topic}_score_tokens"][:, 1:].numel()
+                t[f"{topic}_known"] = (known["unigram_loss"] - t[f"{topic}_loss"]) / (known["unigram_loss"] - known["clean_loss"])
         return tried
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -384,6 +385,26 @@ def test_absorption_is_left_out_where_the_model_knows_no_letters(world, monkeypa
     assert "probes find 0 first letters" in capsys.readouterr().out
 
 
+def test_what_is_out_of_the_published_scope_is_marked(bench):
+    from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
+    model = {**bench.acts.meta["model"], "n_layers": 10}
+
+    def guards(of, *args, layer=5, parameters=2e9):
+        meta = {"model": {**model, "n_parameters": parameters}}
+        return {g["id"]: g["message"] for g in of(SimpleNamespace(acts=SimpleNamespace(meta=meta), layer=layer), *args)}
+
+    def absorption(letters=20, d_sae=16384, parameters=1e9):
+        m = {"letters": letters, "mean_full_absorption_score": 0.1, "mean_num_split_features": 1.0, "median_main_latent_f1": 0.9}
+        return guards(ev.absorption_guards, SimpleNamespace(cfg=SimpleNamespace(d_sae=d_sae)), m, AbsorptionEvalConfig(model_name="m"), parameters=parameters)
+    assert absorption() == {}
+    assert absorption(letters=19)["G14"] == "out of scope: 19 letters, not 20"
+    assert "8192 latents" in absorption(d_sae=8192)["G14"] and "900 M parameters" in absorption(parameters=9e8)["G14"]
+    asked = dict.fromkeys(SUBJECTS, 50)
+    assert guards(ev.question_guards, asked) == {} and guards(ev.question_guards, asked, layer=6).keys() == {"G32"}       # 7 of 10 layers: too deep
+    assert "G14" in guards(ev.question_guards, {**asked, "wmdp-bio": 49}) and "G14" in guards(ev.question_guards, asked, parameters=1.9e9)
+    assert guards(ev.unlearning_guards, [{"n_features": 5}], layer=6).keys() == {"G14", "G32"}
+
+
 def test_wilson_intervals_are_those_of_the_books():
     assert ev.wilson(0, 10) == pytest.approx([0, 0.2775], abs=1e-3)           # Brown, Cai and DasGupta 2001
     assert ev.wilson(5, 10) == pytest.approx([0.2366, 0.7634], abs=1e-3)
@@ -605,6 +626,15 @@ def test_a_dead_sae_is_void_in_probing_and_its_reason_told(labelled):
     run = make_run("dead", relu_sae(labelled, axes()[0].T, axes()[0], torch.tensor(-1e6)))
     evaluate(labelled, [run], "sparse_probing")
     assert [g["id"] for g in result(run, "sparse_probing")["guards"]] == ["G12"]
+
+
+def test_a_figure_that_saebench_writes_as_minus_one_is_no_result(labelled, monkeypatch):
+    run = make_run("minus-one", alphabet_sae(labelled))
+    few = {**ev.BENCH["sparse_probing"].settings(labelled)["config"], "lower_vram_usage": True}       # where it leaves out a probe, and writes -1
+    with_settings(monkeypatch, labelled, "sparse_probing", config=few)
+    failures = evaluate(labelled, [run], "sparse_probing", force=True)
+    assert failures == {(run.folder, "sparse_probing"): "SAEBench gives no figure for sae_test_accuracy"}
+    assert not (run.folder / "eval" / "sparse_probing.json").exists()
 
 
 def plain_call(labelled, bench, run, name, folder):

@@ -1,14 +1,12 @@
 """What SAEBench's evaluations cost for 1, 5 and 20 SAEs: 03_eval.py, which shares what depends on no SAE, against SAEBench's own calls.
 
-    python tests/bench/eval_cost.py                       # on acts/tiny
-    python tests/bench/eval_cost.py --part 4              # a quarter of the contexts and words
+    python tests/bench/eval_cost.py                       # on acts/tiny, a quarter of its contexts, words and texts
+    python tests/bench/eval_cost.py --alone --part 1      # 03_eval.py alone, as the default job calls it
 
-Reads acts/tiny (01_cache_acts.py) and writes nothing but its eval_cache, which it empties. CPU seconds of this process, imports and the
-building of the language model apart. SAEs are random, 1,024 latents, L0 16. SAEBench is timed on 1 and 2 SAEs; its further SAEs cost what
-the second did. Both do the same work: the same contexts, words and prompts, every letter used, and the results are compared.
-
-Measured with --part 4 on the embedded model, seconds ours / SAEBench's: core 2.2 / 3.8 for one SAE, 16.5 / 73 for 20, 0.76 / 3.7 for each
-further one; absorption (an earlier state) 3.4 / 16.2 for one, 6.6 / 39 for 5, 0.80 / 5.6 for each further one.
+Reads acts/tiny (01_cache_acts.py) and writes nothing but its eval_cache, which it empties. CPU seconds of this process; imports and the
+building of the language model apart. SAEs are random, 1,024 latents, L0 16. SAEBench is timed on 1 and 2 SAEs, inside the same seams; its
+further SAEs cost what the second did. Both do the same work (absorption by prompts, every letter used); unlearning by losses is no evaluation
+of SAEBench's. What was measured is in RESULTS.md.
 """
 import argparse
 import contextlib
@@ -19,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 ev = importlib.import_module("03_eval")
+import test_saebench as own  # noqa: E402
 from sae import SAE, Acts, checksum, generator  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -50,60 +50,84 @@ def cpu_seconds(work):
     return time.process_time() - started
 
 
-def ours(acts, bench, name, runs):
-    """Everything of one evaluation, from an empty eval_cache."""
-    shutil.rmtree(acts.folder / "eval_cache", ignore_errors=True)
-    failures = {}
-    spec, settings = ev.BENCH[name], ev.BENCH[name].settings(acts)
+def ours(bench, name, runs):
+    """Everything of one evaluation."""
+    failures, settings = {}, ev.BENCH[name].settings(bench.acts)
     results = {run.name: result for run, result, *_ in ev.outcomes(bench, name, settings, runs, failures)}
     assert not failures and len(results) == len(runs), failures
     return results
 
 
-def theirs(acts, bench, name, runs, folder):
+def theirs(bench, name, runs, folder):
     """SAEBench's own call."""
-    import test_saebench as own
-    call = {"saebench_core": own.plain_core, "absorption": own.plain_absorption}[name]
-    return call(acts, bench, runs, ev.BENCH[name].settings(acts), folder)
+    settings = {"sae_bench": "", **ev.BENCH[name].settings(bench.acts)}
+    if name in ("saebench_core", "absorption"):
+        return {"saebench_core": own.plain_core, "absorption": own.plain_absorption}[name](bench.acts, bench, runs, settings, folder)
+    config, fixed, counts, module = "ScrAndTppEvalConfig", {"perform_scr": name == "scr"}, "n_values", ev.SCR_MAIN
+    if name == "sparse_probing":
+        config, fixed, counts, module = "SparseProbingEvalConfig", {}, "k_values", "sae_bench.evals.sparse_probing.main"
+    saes = [(bench.label(run), ev.BenchSAE(bench, run)) for run in runs]
+    with ev.labelled_tasks(bench, settings) as data, bench.seams(ev.SEED, data):
+        config = ev.labelled_config(bench, settings, config, fixed, counts, saes[0][1])
+        importlib.import_module(module).run_eval(config, saes, "cpu", str(folder / "out"), artifacts_path=str(folder / "artifacts"))
+
+
+def smaller(part, acts):
+    """SAEBench's evaluations of one of so many contexts, words and texts; absorption as SAEBench's own code can do it."""
+    core, words = ev.core_settings(acts), ev.alpha_tokens
+    core["batches"] //= part
+    spells = {**ev.absorption_settings(acts), "prompt_template": "{word} has the first letter:", "prompt_token_pos": -6, "own_position": False,
+              "probe_batch": 4096, "min_probe_f1": -1.0, "min_letters": 1}
+    ev.alpha_tokens = lambda tokenizer: words(tokenizer)[::part]
+    ev.BENCH["saebench_core"] = ev.BENCH["saebench_core"]._replace(settings=lambda acts: core)
+    ev.BENCH["absorption"] = ev.BENCH["absorption"]._replace(settings=lambda acts: spells)
+    ev.EMBEDDED.update(train=ev.EMBEDDED["train"] // part, test=ev.EMBEDDED["test"] // part)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--acts", default="tiny", help="folder under acts/ (default: tiny)")
-    p.add_argument("--eval", nargs="+", default=["saebench_core", "absorption"], help="which evaluations")
+    usual = [name for name in ev.BENCH if name not in ev.ASKED]
+    p.add_argument("--eval", nargs="+", default=usual, help="which evaluations")
     p.add_argument("--saes", nargs="+", type=int, default=[1, 5, 20], help="how many SAEs; the first must be 1")
-    p.add_argument("--part", type=int, default=1, help="work on one of so many contexts and words (default: all)")
+    p.add_argument("--part", type=int, default=4, help="work on one of so many contexts, words and texts")
+    p.add_argument("--alone", action="store_true", help="03_eval.py alone, absorption as in the default job")
     args = p.parse_args()
     torch.set_num_threads(1)
-    import test_saebench as own
+    spent, plain, results, found = defaultdict(dict), defaultdict(dict), {}, {}
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
-        acts = Acts(Path("acts").resolve() / args.acts)
-        spells = {**ev.absorption_settings(acts), "prompt_template": "{word} has the first letter:", "prompt_token_pos": -6, "own_position": False,
-                  "probe_batch": 4096, "min_probe_f1": -1.0, "min_letters": 1}            # what SAEBench's own code can do as well
-        core = ev.core_settings(acts)
-        core["batches"] //= args.part
-        words = ev.alpha_tokens
-        ev.alpha_tokens = lambda tokenizer: words(tokenizer)[::args.part]
-        ev.BENCH["saebench_core"] = ev.BENCH["saebench_core"]._replace(settings=lambda acts: core)
-        ev.BENCH["absorption"] = ev.BENCH["absorption"]._replace(settings=lambda acts: spells)
-        bench, runs = ev.Bench(acts, CPU), random_runs(acts, max(args.saes), Path(folder))
-        print(f"{acts.folder.name}: CPU seconds on one core\n{'':16}{'SAEs':>5}{'ours':>9}{'SAEBench':>10}{'ratio':>7}{'ours / ours of 1':>18}")
-        for name in args.eval:
-            with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-                ours(acts, bench, name, random_runs(acts, 1, Path(folder)))               # imports
-                spent, results = {}, {}
-                for n in args.saes:
-                    spent[n] = cpu_seconds(lambda: results.update(ours(acts, bench, name, runs[:n])))
-                plain, found = {}, {}
-                for n in (1, 2):
-                    plain[n] = cpu_seconds(lambda: found.update({n: theirs(acts, bench, name, runs[:n], Path(folder) / f"{name}-{n}")}))
-            own.same(results["random-0"]["eval_result_metrics"], found[1][0]["eval_result_metrics"], rtol=1e-4, atol=1e-5)
+        acts, folder = Acts(Path("acts").resolve() / args.acts), Path(folder)
+        if not args.alone:
+            smaller(args.part, acts)
+        for module in ("core", "absorption", "sparse_probing", "scr_and_tpp", "unlearning"):
+            importlib.import_module(f"sae_bench.evals.{module}.main")
+        runs, bench = random_runs(acts, max(args.saes), folder), ev.Bench(acts, CPU)
+        start = time.process_time()
+        print(f"{acts.folder.name}: CPU seconds; before anything is evaluated {start:.1f}", flush=True)
+        with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
             for n in args.saes:
-                their = plain[1] + (n - 1) * (plain[2] - plain[1])
-                print(f"{name:16}{n:5}{spent[n]:9.1f}{their:10.1f}{their / spent[n]:7.1f}{spent[n] / spent[1]:18.2f}", flush=True)
-            most = max(args.saes)
-            each, their = (spent[most] - spent[1]) / (most - 1), plain[2] - plain[1]
-            print(f"{name:16} each{each:9.2f}{their:10.2f}{their / each:7.1f}", flush=True)
+                shutil.rmtree(acts.folder / "eval_cache", ignore_errors=True)
+                bench = ev.Bench(acts, CPU)
+                for name in args.eval:
+                    spent[name][n] = cpu_seconds(lambda: results.update({(name, n): ours(bench, name, runs[:n])}))
+                    print(name, n, round(spent[name][n], 2), file=sys.__stdout__, flush=True)
+            for name in args.eval if not args.alone else ():
+                for n in (1, 2) if name != "unlearning" else ():
+                    plain[name][n] = cpu_seconds(lambda: found.update({(name, n): theirs(bench, name, runs[:n], folder / f"{name}-{n}")}))
+                    print(f"SAEBench's {name}", n, round(plain[name][n], 2), file=sys.__stdout__, flush=True)
+    for name in {"saebench_core", "absorption"} & plain.keys():
+        own.same(results[name, 1]["random-0"]["eval_result_metrics"], found[name, 1][0]["eval_result_metrics"], rtol=1e-4, atol=1e-5)
+    most = max(args.saes)
+    print(f"{'':16}{'SAEs':>8}{'ours':>9}{'SAEBench':>10}{'ratio':>7}{'ours / ours of 1':>18}")
+    spent["all"] = {n: start + sum(spent[name][n] for name in args.eval) for n in args.saes}
+    for name, ours_n in spent.items():
+        first, second = plain[name].get(1), plain[name].get(2)
+        for n in args.saes:
+            their = f"{first + (n - 1) * (second - first):10.1f}{(first + (n - 1) * (second - first)) / ours_n[n]:7.1f}" if first else f"{'-':>10}{'-':>7}"
+            print(f"{name:16}{n:8}{ours_n[n]:9.1f}{their}{ours_n[n] / ours_n[1]:18.2f}")
+        if most > 1:
+            each = (ours_n[most] - ours_n[1]) / (most - 1)
+            print(f"{name:16}{'further':>8}{each:9.2f}" + (f"{second - first:10.2f}{(second - first) / each:7.1f}" if first else ""))
 
 
 if __name__ == "__main__":
