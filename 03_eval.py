@@ -1665,6 +1665,7 @@ class CoreShared:
             self.explained_variance[run] = 1 - sum(sums[run]["error"]) / total
 
     def keep(self, run, part, acts):
+        """What encode() gives back to SAEBench, as far as memory allows."""
         if isinstance(acts, Codes) and 20 * len(acts.values) < self.room:                     # bytes of a value, its row and its latent
             self.room -= 20 * len(acts.values)
             self.codes[run, part.start] = acts

@@ -661,10 +661,12 @@ def test_probing_scr_and_tpp_are_saebenchs_own_field_by_field(labelled, name, tm
         same(ours[key], theirs[key], key, atol=1e-6)
 
 
-def test_a_text_that_is_encoded_once_gives_saebenchs_means_effects_and_ablations(labelled, tmp_path):
+@pytest.mark.parametrize("kept", [ev.KEPT, 0])                                # bytes of texts and codes in memory
+def test_a_text_that_is_encoded_once_gives_saebenchs_means_effects_and_ablations(labelled, tmp_path, monkeypatch, kept):
     from sae_bench.evals.scr_and_tpp import main as scr
     from sae_bench.evals.sparse_probing.probe_training import Probe
     from sae_bench.sae_bench_utils.activation_collection import get_sae_meaned_activations
+    monkeypatch.setattr(ev, "KEPT", kept)
     bench, path = ev.Bench(labelled, CPU), str(tmp_path / "activations.pt")
     x = labelled.shard(0)["acts"][:160].view(8, 20, D).clone()
     x[:, 0] = 0                                                               # masked positions
