@@ -902,8 +902,8 @@ def footnote(figure, words):
 
 
 def save(figure, path):
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
+    png, large = io.BytesIO(), figure.get_figwidth() * figure.get_figheight() > 150      # square inches; the report holds all figures
+    figure.savefig(png, format="png", dpi=110 if large else None)
     plt.close(figure)
     write_file(path, png.getvalue())
 
