@@ -24,7 +24,7 @@ import tokenizers
 import torch
 import transformers
 
-from sae import SAE, Acts, Refuse, checksum, generator, read_json, unit, write_json, write_tensors
+from sae import SAE, Acts, Codes, Refuse, checksum, generator, read_json, unit, write_json, write_tensors
 
 ev = importlib.import_module("03_eval")
 CPU = torch.device("cpu")
@@ -191,6 +191,24 @@ def test_the_run_that_saebench_sees_encodes_and_decodes_as_the_run(world, bench)
         assert torch.allclose(unit(moved), sae.W_dec[0].expand_as(moved), atol=1e-3)
         seen.to(dtype=torch.bfloat16)
         assert seen.encode(x).dtype == seen.W_dec.dtype == torch.bfloat16 and sae.W_dec.dtype == torch.float32
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk", "batch_topk", "jumprelu", "own"])
+def test_sparse_codes_are_what_the_run_encodes(world, bench, activation):
+    own = type("Own", (SAE,), {"activate": lambda sae, pre: (pre - 0.05).relu()})                # a variant's own rule
+    sae = own(D, 100, 0, d_sae=400, l0=8.0) if activation == "own" else SAE(D, 100, 0, d_sae=400, activation=activation, l0=8.0)
+    x = world.shard(0)["acts"][:64]
+    with torch.no_grad():
+        sae.scale.fill_(world.scale)
+        sae.b_enc.sub_(sae.pre_acts(x * world.scale).flatten().quantile(0.96))                   # 4 % are positive
+        if activation == "batch_topk":
+            sae.threshold.fill_(0.05)
+        if activation == "jumprelu":
+            sae.log_threshold.fill_(-3.0)
+    seen = ev.BenchSAE(bench, make_run(activation, sae))
+    codes, acts = seen.codes(x), seen.encode(x)
+    assert isinstance(codes, Codes) and 0 < (acts > 0).float().mean() < 0.05
+    assert torch.allclose(codes.dense(), acts, atol=1e-6) and torch.allclose(seen.decode(codes), seen.decode(acts), atol=1e-5)
 
 
 def test_a_call_into_saebench_leaves_no_trace(bench):
