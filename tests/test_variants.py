@@ -2,6 +2,7 @@
 import functools
 import re
 import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,14 @@ def test_the_first_docstring_line_names_parent_and_idea(name):
     assert re.fullmatch(rf"{name} = .+", line) and len(line) < 160
     for parent in parents(load_variant(name)):
         assert (parent.__module__.split(".")[-1] if parent is not SAE else "baseline") in line
+
+
+@pytest.mark.parametrize("name", CHILDREN)
+def test_the_docstring_ends_with_the_costs_that_were_measured(name):
+    said = re.search(r"\nCosts: time (\d+\.\d), memory (\d\.\d\d) of the base's\.\n$", sys.modules[load_variant(name).__module__].__doc__)
+    assert said, f"measure it: python tests/bench/variant_cost.py {name}, and again with --memory"
+    assert f"| {name} | {said[1]} | {said[2]}" in (ROOT / "tests" / "bench" / "RESULTS.md").read_text()
+    assert float(said[2]) < 3
 
 
 def test_a_setting_has_one_home():

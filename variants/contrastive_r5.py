@@ -5,9 +5,9 @@ blocks that fire together, and inside a block Gram-Schmidt takes from each encod
 first) listen to; lengths are kept. Orthogonalising columns of a batch of activations instead, as the note's words can be read, would
 make a row's encoding depend on its neighbours. Blocks are formed on the first sample and anew until the middle of the run.
 Gram-Schmidt is computed by a Cholesky factor of each block's Gram matrix, which gives the same in one go.
-Costs (d_sae 8192, d_in 1152, batch 1024, one core): time 1.3, memory 1.2 times the baseline's.
 Found (toy mixture, relu, 6 seeds): mean |cosine| of the encoder directions of latents that fire together 0.099 instead of 0.116,
 explained variance 0.525 instead of 0.526.
+Costs: time 2.1, memory 1.12 of the base's.
 """
 import torch
 

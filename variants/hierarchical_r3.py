@@ -1,12 +1,13 @@
 """hierarchical_r3 = latent_l1 on hierarchical_r2 + a latent's weight moves its rate towards a target of its own (adaptive targets).
 
 A latent's target lies between its own rate in the window (latent_l1_power 0) and the mean of all (1); its L1 weight is its rate over its
-target. So what fires often pays more, what fires rarely less, at the same L0. Costs 4 % of the base's time, its parents' included.
+target. So what fires often pays more, what fires rarely less, at the same L0.
 
 Found on toy data, 3 seeds: Gini of the rates 0.208 -> 0.136 at the same L0, explained variance 0.537 -> 0.533; BatchTopK 0.539 -> 0.475
 and 0.816 -> 0.810, JumpReLU 0.463 -> 0.254 and 0.801 -> 0.777. On trees, where parents
 ought to fire more often than their children, absorption rises from 0.657 to 0.788 (L0 1.75, 1500 steps; every seed): equal rates are
 the opposite of a hierarchy. latent_l1_power = 0.0 leaves it out.
+Costs: time 1.0, memory 1.01 of the base's.
 """
 import torch
 

@@ -2,13 +2,14 @@
 
 Rows that are reconstructed worse than wanted pay less for firing, the others more, so that all come nearer the target at the same L0.
 The note's form differs twice: its factor is one for the whole batch, which the controller that holds L0 undoes, and its power is 1, so
-that a large error raises the weight, which makes the error larger still. Costs a few %.
+that a large error raises the weight, which makes the error larger still.
 
 Found on toy data (target 0.45 of the variance, 300 steps, 3 seeds), mean distance of a row's error from the target: 0.166 without,
 0.159 here, 0.176 with the note's power; 0.167 with one factor for the batch. The mean error itself is given by L0 and moves from 0.467
 to 0.477. TopK kinds have no L1 penalty; there a row pays its factor less the mean factor: with BatchTopK (target 0.2) the distance is
 0.102 against 0.108 without, every seed, with TopK and JumpReLU no difference is seen (0.153 and 0.153, 0.116 and 0.114). Set
 l1_target near the error that l0 allows: far from it the clamp makes the factor the same for all rows.
+Costs: time 1.0, memory 0.99 of the base's.
 """
 import torch
 

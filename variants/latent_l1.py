@@ -4,9 +4,9 @@ Under one weight for all a few latents do most of the firing. Here the work is s
 the same L0. TopK kinds have no sparsity penalty; there a latent pays sparsity_weight times its weight less the mean weight, so that
 the rare ones are paid for their acts by the frequent ones.
 
-Time on the embedded model's activations: 0.98 of the base's. Found (toy mixture, L0 4, 300 steps, 3 seeds; baseline, this): Gini of the
-rates 0.157, 0.071 with ReLU, 0.343, 0.272 with TopK, 0.534, 0.454 with BatchTopK, 0.456, 0.225 with JumpReLU, for explained variance
-0.509, 0.498; 0.753, 0.748; 0.811, 0.799; 0.795, 0.770.
+Found (toy mixture, L0 4, 300 steps, 3 seeds; baseline, this): Gini of the rates 0.157, 0.071 with ReLU, 0.343, 0.272 with TopK, 0.534,
+0.454 with BatchTopK, 0.456, 0.225 with JumpReLU, for explained variance 0.509, 0.498; 0.753, 0.748; 0.811, 0.799; 0.795, 0.770.
+Costs: time 1.0, memory 0.99 of the base's.
 """
 from sae import SAE, Step
 

@@ -1,11 +1,11 @@
 """latent_lr = baseline + each latent has its own learning rate, higher the rarer it fires.
 
 Scaling a latent's gradient does nothing under Adam, which divides it out again; so the move is scaled: weights after the step =
-weights before + factor * Adam's move, for the latent's encoder column, decoder row and bias. Costs a copy of the weights:
-1.1 x the base's time and memory (one core, d_in 512, 4096 latents, batch 512).
+weights before + factor * Adam's move, for the latent's encoder column, decoder row and bias. That takes a copy of them.
 
 Found on toys (300 steps, 3 seeds): no difference seen in explained variance (0.5090 and 0.5088); under the
 base's start all latents fire at much the same rate.
+Costs: time 1.0, memory 1.01 of the base's.
 """
 import torch
 

@@ -1,9 +1,10 @@
 """prune = baseline + of two latents with near-parallel decoders the rarer restarts (correlation-based pruning).
 
 Doubles waste latents and split a feature's firing. The pruned latent restarts in a random direction, orthogonal to the survivors near
-that direction, at the survivors' mean encoder norm, firing at the wanted rate, with its optimizer moments cleared. Costs half a Gram
-matrix of the decoder, in blocks, every 2 % of the run. Found (hierarchy, 64 latents, ReLU, L0 2.4, 3 seeds): 7, 6 and 8 pairs above 0.8 go
-to 0, explained variance 0.75 -> 0.77. A latent restarted with zero bias fires on half of the rows: 0.58 -> 0.32 in one run at L0 1.75.
+that direction, at the survivors' mean encoder norm, firing at the wanted rate, with its optimizer moments cleared. That takes half a Gram
+matrix of the decoder, in blocks, every 2 % of the run. Found (hierarchy, 64 latents, ReLU, L0 2.4, 3 seeds): 7, 6 and 8 pairs above 0.8
+go to 0, explained variance 0.75 -> 0.77. A latent restarted with zero bias fires on half of the rows: 0.58 -> 0.32 in one run at L0 1.75.
+Costs: time 1.0, memory 0.98 of the base's.
 """
 import torch
 

@@ -1,10 +1,10 @@
 """revive = baseline + dead latents restart where the reconstruction is worst (dead-latent revival; Bricken 2023).
 
 A latent that never fires gets no gradient from the rows. Every so often the silent ones start anew in the directions of this batch's
-residuals, rows drawn by their squared error as in Bricken, at most one a row; they fire at the wanted rate from the start. Time on the
-embedded model's activations: 0.97 of the base's. Found (mixture, 64 latents of which 32 start dead, L0 4, 300 steps, 3 seeds): 32 dead go
-to 0 or 1. Explained variance (BatchTopK) 0.74 -> 0.81; with Bricken's encoder norm 0.78, with random directions 0.76. ReLU 0.55 -> 0.51,
-with Bricken's norm 0.23.
+residuals, rows drawn by their squared error as in Bricken, at most one a row; they fire at the wanted rate from the start. Found (mixture,
+64 latents of which 32 start dead, L0 4, 300 steps, 3 seeds): 32 dead go to 0 or 1. Explained variance (BatchTopK) 0.74 -> 0.81; with
+Bricken's encoder norm 0.78, with random directions 0.76. ReLU 0.55 -> 0.51, with Bricken's norm 0.23.
+Costs: time 1.0, memory 1.00 of the base's.
 """
 import torch
 

@@ -4,7 +4,8 @@ A ReLU SAE under an L1 penalty reconstructs too short; the path gives back some 
 would learn nothing, so s = skip_max * tanh(a), a starting at 0. Acts do not carry the path: `reconstruct` has it, `decode` has not.
 
 Found on toys (300 steps, 3 seeds): explained variance 0.509 -> 0.573 and L2 ratio 0.814 -> 0.825; s goes to its bound with more steps
-(0.06 after 300, 0.09 after 900), so what it adds is what skip_max allows, not something that the latents learned. No measurable cost.
+(0.06 after 300, 0.09 after 900), so what it adds is what skip_max allows, not something that the latents learned.
+Costs: time 1.1, memory 1.01 of the base's.
 """
 import torch
 from torch import nn

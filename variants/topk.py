@@ -1,7 +1,8 @@
 """topk = baseline with the TopK activation: the l0 highest pre-activations of a row, no penalty (Gao 2024).
 
-Costs 1.15 times the base's time on one core (tests/bench/variant_cost.py), the same memory. Found: at L0 16 on the embedded model it
-explains 5 points more of the variance than the baseline; on trees of features it absorbs most.
+Nothing taxes an act, so nothing is shrunk. Found: at L0 16 on the embedded model it explains 4 points more of the variance than the
+baseline (0.901, 0.857).
+Costs: time 1.1, memory 0.99 of the base's.
 """
 from sae import SAE
 

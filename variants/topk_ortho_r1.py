@@ -15,7 +15,8 @@ Found (hierarchy, 64 latents, BatchTopK at L0 2.36, 2 % of the pairs, 3 seeds): 
 1, 5, 20, explained variance from 0.979 to 0.961, 0.936, 0.902; random pairs of weight 5 reach 0.37 at 0.947. The selected pairs' mean
 squared cosine falls to less than a tenth, that of the others to a half; the penalty is 3 to 12 % of the reconstruction error, also on the
 activations of a small language model. ReLU: absorption from 0.77 to 0.62, explained variance from 0.75 to 0.66.
-Costs 2 m^2 (B + 3 d_in) operations for m candidates: 7.2 s instead of 2.5 for 100 steps of d_in 128, d_sae 1024, batch 1024 on one core.
+The pairs of m candidates take 2 m^2 (B + 3 d_in) operations a step.
+Costs: time 3.9, memory 1.05 of the base's.
 """
 import torch
 

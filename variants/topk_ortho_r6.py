@@ -1,11 +1,11 @@
 """topk_ortho_r6 = latent_l1 on topk_ortho_r5 + each latent's L1 weight moves until it fires at the wanted rate (adaptive sparsity penalty).
 
 The note's target, 10 % of all latents active, would fix L0 at a tenth of the dictionary; here the base steers L0 and the target is a
-multiple of the mean rate l0 / d_sae. Costs 4.6 times the base's time, less than r4's 5.4, so nothing to speak of. The weight moves step by
-step, so latent_l1_power has no part.
+multiple of the mean rate l0 / d_sae. The weight moves step by step, so latent_l1_power has no part.
 Found (mixture with Zipf frequencies, 64 latents, L0 4, 3 seeds): the mean relative error of the rates falls from 0.40, 0.49, 0.37 to
 0.08, 0.13, 0.12, and explained variance from 0.42 to 0.36; BatchTopK from 0.80 to 0.33 and from 0.63 to 0.59, JumpReLU from 0.66 to 0.14
 and from 0.63 to 0.59 (means): features that are not equally frequent want latents that are not.
+Costs: time 5.3, memory 1.02 of the base's.
 """
 import torch
 

@@ -4,8 +4,8 @@ The base starts a ReLU with biases at which every latent just fires, so that act
 from biases of 0 a latent that fires starts well above 0, and the encoder is scaled to that. Unit decoder rows, the encoder their
 transpose and the data's mean in b_dec are the base's already.
 
-Time on the embedded model's activations: 2.9 of the base's, as zscore_r1 has. Found on toy data, 3 seeds: explained variance after 10 %
-of the run 0.49 against 0.40, at its end 0.73 against 0.62.
+Found on toy data, 3 seeds: explained variance after 10 % of the run 0.49 against 0.40, at its end 0.73 against 0.62.
+Costs: time 2.8, memory 1.09 of the base's.
 """
 import torch
 

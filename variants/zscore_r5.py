@@ -3,9 +3,9 @@
 A latent's importance, `worth`, is the length that it adds to reconstructions: the moving average of its acts. The note scales gradients by
 it, which Adam divides out; here the move is scaled. A positive worth_power makes the rich richer, a negative one evens out.
 
-Costs a copy of the weights, 5 % of a step. Found on toy data, 3 seeds: utilisation's Gini rises from 0.083 to 0.089 (to 0.34 at
-worth_l1 = 0.1) and falls to 0.080 at worth_power = -1: little, as the threshold holds the rates equal. Explained variance 0.787 against
-0.791.
+Found on toy data, 3 seeds: utilisation's Gini rises from 0.083 to 0.089 (to 0.34 at worth_l1 = 0.1) and falls to 0.080 at worth_power =
+-1: little, as the threshold holds the rates equal. Explained variance 0.787 against 0.791.
+Costs: time 3.0, memory 1.11 of the base's.
 """
 import torch
 

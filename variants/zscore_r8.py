@@ -5,8 +5,9 @@
 One query a row, the mean over what fires: linear in the latents that fire. |s| < 1, so exactly the same latents fire, at other strengths.
 The residual is acts; s starts at 0. What a latent means then depends on its company, which a probe can't see.
 
-Costs 1.2 times a step of zscore_r7. Found on toy data, 3 seeds: s ends at +-0.6, the factors spread by 0.14 about 1 (from
+Found on toy data, 3 seeds: s ends at +-0.6, the factors spread by 0.14 about 1 (from
 0.6 to 1.55); explained variance 0.802 against 0.799.
+Costs: time 3.6, memory 1.20 of the base's.
 """
 import torch
 from torch import nn

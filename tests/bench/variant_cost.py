@@ -1,16 +1,17 @@
-"""What each variant costs against the base: time of a step and peak memory, as ratios.
+"""What each variant costs against the base, as ratios.
 
-    python tests/bench/variant_cost.py [NAMES ...]           time, all by default: d_in 256, d_sae 2,048, batch 1,024, l0 32,
-                                                             the first 32 steps of a run of 500
-    python tests/bench/variant_cost.py --memory [NAMES ...]  peak memory of a process of its own at d_in 2,304, d_sae 16,384, batch 2,048
+    python tests/bench/variant_cost.py [NAMES ...]           time of a training step: d_in 256, d_sae 2,048, batch 1,024, L0 32
+    python tests/bench/variant_cost.py --memory [NAMES ...]  peak memory of a training step: d_in 2,304, d_sae 16,384, batch 2,048, L0 80
 
-Variants take turns with the base, so that a machine that slows down slows down both; the ratio is of medians over the turns. On a CPU the
-time is that of the processor (OMP_NUM_THREADS=1), so that other processes don't count, and codes are dense. On a GPU the
-memory is torch's own count of the peak; on a CPU it is the process' resident peak less what it had after importing torch.
+Time: steps 1,500 to 1,511 of 5,000, when all schedules are on; what happens every 2 % of a run or less often is not in it. Six variants and
+the base take turns of three steps, so that a machine that slows down slows down all; the ratio is that of their sums. On a CPU the
+time is that of the processor (OMP_NUM_THREADS=1), so that other processes don't count.
+Memory: a process of its own, and one step in which all that is ever due is due: new pairs, blocks and neighbours, 1,024 dead latents that AuxK
+teaches and that restart, 256 of them copies to prune or merge. On a GPU it is torch's own count of the peak; on a CPU the
+process' resident peak less what it had after importing torch. Codes are dense, and products on a CPU in float32.
 """
 import argparse
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -19,12 +20,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from toys import load_variant, steps  # noqa: E402
+from toys import load_variant, steps, train_py  # noqa: E402
 
 import sae as base  # noqa: E402
 from sae import generator, unit, variant_names  # noqa: E402
 
 base.SPARSE_BELOW = 0
+train_py.BF16_FROM = float("inf")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -51,28 +53,35 @@ def wait():
         torch.cuda.synchronize()
 
 
-def time_ratio(name, x, turns=4, per_turn=8, n_steps=500):
-    """Median seconds of a turn, over the base's."""
+def time_ratios(names, x):
+    """Seconds of 12 steps of each variant, over the base's."""
     clock = time.process_time if DEVICE.type == "cpu" else time.perf_counter
-    size = dict(d_sae=2048, l0=32.0, batch_size=1024)
-    pair = {n: prepare(n, x, n_steps, **size) for n in ("baseline", name)}
-    seconds = {n: [] for n in pair}
-    for turn in range(turns):
-        for n, (sae, opt) in pair.items():
+    group = {n: prepare(n, x, 5000, d_sae=2048, l0=32.0, batch_size=1024) for n in ["baseline", *names]}
+    seconds = dict.fromkeys(group, 0.0)
+    for start in range(1500, 1512, 3):
+        for n, (sae, opt) in group.items():
             wait()
             started = clock()
-            steps(sae, opt, x, start=turn * per_turn, stop=(turn + 1) * per_turn)
+            steps(sae, opt, x, start=start, stop=start + 3)
             wait()
-            seconds[n].append(clock() - started)
-    return statistics.median(seconds[name]) / statistics.median(seconds["baseline"])
+            seconds[n] += clock() - started
+    return {n: seconds[n] / seconds["baseline"] for n in names}
 
 
-def peak_memory(name):
-    """Bytes, in a process of its own: three steps at full size."""
+def peak_memory(name, divisor=1):
+    """Bytes, in a process of its own: step 40 of 100, after a small one that leaves optimizer states and what a variant keeps between steps."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    x = rows(2048, 2304)
-    sae, opt = prepare(name, x, 50, d_sae=16_384, l0=80.0, batch_size=2048)
-    steps(sae, opt, x, stop=3)
+    batch, d_in, d_sae = 2048 // divisor, 2304 // divisor, 16_384 // divisor
+    x = rows(batch, d_in)
+    own = {k: n // divisor for k, n in load_variant(name).settings().items() if k.endswith(("_latents", "_among", "_chunk"))}
+    sae, opt = prepare(name, x[:batch // 4], 100, d_sae=d_sae, l0=80.0 / divisor, batch_size=batch, **own)
+    middle, few = d_sae // 2, d_sae // 64
+    with torch.no_grad():
+        sae.W_dec[middle:middle + few] = sae.W_dec[:few]
+        sae.b_enc[middle:middle + 4 * few] = -1e4
+        sae.silent[middle:middle + 4 * few] = 50.0
+    for step, sae.batch_size in ((38, batch // 32), (39, batch)):
+        steps(sae, opt, x, start=step, stop=step + 1)
     return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
@@ -80,22 +89,25 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("names", nargs="*", help="variants (default: all)")
     p.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    p.add_argument("--half", action="store_true", help="with --memory: at half of each size, a quarter of the memory, an eighth of the multiplications")
     p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args()
     names = args.names or [n for n in variant_names() if n != "baseline"]
     if args.child:
-        print(peak_memory(names[0]))
+        print(peak_memory(names[0], 2 if args.half else 1))
         return
     if args.memory:
-        ask = lambda n: int(subprocess.run([sys.executable, __file__, "--memory", "--child", n], capture_output=True, text=True, check=True).stdout)
+        child = [sys.executable, __file__, "--memory", "--child", *["--half"] * args.half]
+        ask = lambda n: int(subprocess.run([*child, n], capture_output=True, text=True, check=True).stdout)
         base = ask("baseline")
         print(f"baseline: {base / 1e9:.2f} GB on {DEVICE}")
         for n in names:
             print(f"{n:24} {ask(n) / base:5.2f}", flush=True)
         return
     x = rows(10_240, 256)
-    for n in names:
-        print(f"{n:24} {time_ratio(n, x):5.2f}", flush=True)
+    for i in range(0, len(names), 6):
+        for n, ratio in time_ratios(names[i:i + 6], x).items():
+            print(f"{n:24} {ratio:5.2f}", flush=True)
 
 
 if __name__ == "__main__":
