@@ -308,7 +308,7 @@ def test_r7_reconstructs_better_early_and_is_as_orthogonal_in_the_end():
 
 
 def test_r8_the_loss_varies_less_in_the_first_tenth():
-    variance = lambda sae, log: float(torch.tensor([line["loss"] for line in log[:STEPS // 10]]).var())
+    variance = lambda sae, log: float(torch.tensor([line["loss"] for line in log[:STEPS // 10]]).var().log())       # seeds differ threefold
     assert falls(variance, run(8), run(7))
 
 

@@ -107,7 +107,7 @@ def test_only_the_best_pairs_of_firing_latents_are_pushed_and_each_once():
 
 def test_it_runs_with_65536_latents():
     x = data("trees", 0)[0][:128]
-    sae, opt = build("topk_ortho_r3", x, steps=50, d_sae=65_536, l0=1024.0, batch_size=64, pair_latents=512)      # l0: a latent fires on 2 of 128 rows
+    sae, opt = build("topk_ortho_r3", x, steps=50, d_sae=65_536, l0=1024.0, batch_size=64, pair_latents=512)      # fires on 2 rows of 128
     steps(sae, opt, x, stop=2)
     assert sae.pairs[0].max() >= 512 and sae.W_dec.isfinite().all()
 
