@@ -14,4 +14,4 @@ from variants.revive import Variant as Revive
 
 class Variant(Revive, Base):
     off = {"revive_every": 0.0}
-    toy = {"revive_every": 0.3}      # as in revive all restart, but not when the schedule ends
+    toy = {"revive_every": 0.45}     # as in revive all restart once, but after the schedule's end and with time to find their L0 again
