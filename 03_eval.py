@@ -60,6 +60,7 @@ from sae import (SAE, SPARSE_BELOW, Acts, Codes, Parser, Refuse, above, blocks_o
 
 VERSION = 1                      # of the evaluations here; results of another one are made again
 SAMPLE_ROWS = 16_384             # training rows that PCA, the mean and the controls are fitted on
+ON_DEVICE = 2**33                # bytes of SAEs that are on the device together with the language model, or one SAE
 DENSE = 0.1                      # a latent that fires on more than this share of rows is dense
 
 # What a guard calls invalid or doubtful. Published values are for SAEs with 16,384 latents and more; token counts are per latent here.
@@ -994,8 +995,9 @@ def evaluate_stability(held_out, runs, failures):
             others = {}
             for folder in siblings(run):
                 if folder not in loaded:
-                    loaded[folder] = load_run(folder)[0].to(run.sae.W_dec.device)
-                others[folder.name] = compare(run.sae, loaded[folder], x)
+                    loaded[folder] = Run(folder, *load_run(folder))
+                with on_device(held_out.device, [loaded[folder]]):
+                    others[folder.name] = compare(run.sae, loaded[folder].sae, x)
             null = nulls.get((n, d))
             results[run] = {"others": others} | ({"null": {"matched": null.mean().item(), "cosines": quantiles(null)}} if others else {})
     return results
@@ -2821,15 +2823,17 @@ BENCH |= {
 # ---- controls ---------------------------------------------------------------------------------------------------------------------------
 
 
-def controls(acts, runs):
+def controls(acts, runs, device):
     """SAEs that have learned nothing, as wide and as sparse as the runs (median of their L0 on training rows), to be evaluated as they are.
 
     untrained: the start of the base with ReLU; random: random directions, the encoder their transpose, TopK; pca: that many principal
     components, a latent for either sign of each; mean: the mean of the training rows. Seed 0."""
-    device = runs[0].sae.b_dec.device
     sample = acts.shard(0)["acts"][:SAMPLE_ROWS].to(device).float() * acts.scale
     with torch.no_grad():
-        l0s = [sum((r.sae(part).acts > 0).sum().item() for part in sample[:4096].split(512)) / len(sample[:4096]) for r in runs]
+        l0s = []
+        for run in runs:
+            with on_device(device, [run]):
+                l0s.append(sum((run.sae(part).acts > 0).sum().item() for part in sample[:4096].split(512)) / len(sample[:4096]))
         l0 = max(1, round(torch.tensor(l0s).median().item()))
         d_sae, mean = int(torch.tensor([r.sae.d_sae for r in runs]).median()), sample.mean(0)
         rank = min(l0, acts.d_in)
@@ -2853,7 +2857,7 @@ def controls(acts, runs):
             weights = b"".join(v.cpu().numpy().tobytes() for v in sae.state_dict().values())
             config = {"control": kind, "steps": 0, "seed": 0, "d_in": acts.d_in, "settings": {**SAE.settings(), **settings},
                       "sae_checksum": checksum(weights)}
-            made.append(Run(Path("runs") / f"controls-{acts.folder.name}" / kind, sae.eval(), config))
+            made.append(Run(Path("runs") / f"controls-{acts.folder.name}" / kind, sae.eval().cpu(), config))
     return made
 
 
@@ -2908,8 +2912,8 @@ def blame(run, failures, name, e):
     print(f"error: {run.folder}: {name + ' failed: ' if name else ''}{reason}", file=sys.stderr)
 
 
-def load(folders, device, failures):
-    """The finished runs of `folders`; the others are named, with the reason."""
+def load(folders, failures):
+    """The finished runs of `folders`, in host memory; the others are named, with the reason."""
     runs = []
     for folder in folders:
         try:
@@ -2918,11 +2922,35 @@ def load(folders, device, failures):
                 print(f"{folder}: skipped, " + (f"failed: {config['reason']}" if config["status"] == "failed" else "its training is not finished"))
                 continue
             runs.append(Run(folder, *load_run(folder)))
-            runs[-1].sae.to(device)
         except Refuse as e:
             failures[folder] = str(e)
             print(f"error: {e}", file=sys.stderr)
     return runs
+
+
+def portions(runs):
+    """The runs in order, in lists whose SAEs together have up to ON_DEVICE bytes: these are on the device at the same time."""
+    lists, room = [], 0
+    for run in runs:
+        size = sum(v.nbytes for v in run.sae.state_dict().values())
+        if size > room:
+            lists.append([])
+            room = ON_DEVICE
+        lists[-1].append(run)
+        room -= size
+    return lists
+
+
+@contextlib.contextmanager
+def on_device(device, runs):
+    """Inside, the runs' SAEs are on the device."""
+    for run in runs:
+        run.sae.to(device)
+    try:
+        yield
+    finally:
+        for run in runs:
+            run.sae.to("cpu")
 
 
 def evaluate(acts, runs, names, force, contexts, device, failures):
@@ -3000,9 +3028,10 @@ def main():
     p.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     args = p.parse_args()
     device = pick_device(args.device)
+    asked = lambda names: [n for n in args.eval if n in names]
 
     failures = {}
-    runs = load(run_folders(args.runs), device, failures)
+    runs = load(run_folders(args.runs), failures)
     for name in dict.fromkeys(r.config["acts"] for r in runs):
         acts = Acts(Path("acts") / name)
         group = [r for r in runs if r.config["acts"] == name]
@@ -3011,10 +3040,12 @@ def main():
             print(f"error: {run.folder}: {failures[run.folder]}", file=sys.stderr)
         group = alive(group, failures)
         locks = [take_lock(run.folder) for run in group]                      # before the language model is loaded
-        group += controls(acts, group) if args.controls and group else []
-        evaluate(acts, group, [n for n in args.eval if n in EVALS and n != "features"], args.force, args.contexts, device, failures)
-        evaluate_saebench(acts, alive(group, failures), [n for n in args.eval if n in BENCH], args.force, device, failures)
-        evaluate(acts, alive(group, failures), [n for n in args.eval if n == "features"], args.force, args.contexts, device, failures)   # shows the absorbed
+        group += controls(acts, group, device) if args.controls and group else []
+        for part in portions(group):
+            with on_device(device, part):
+                evaluate(acts, part, asked(EVALS.keys() - {"features"}), args.force, args.contexts, device, failures)
+                evaluate_saebench(acts, alive(part, failures), asked(BENCH), args.force, device, failures)
+                evaluate(acts, alive(part, failures), asked(["features"]), args.force, args.contexts, device, failures)     # shows the absorbed
         del locks
         n = n_contexts(acts, args.contexts)
         print(f"\n{acts.folder}, {n} held-out {'contexts' if acts.meta['source'] == 'model' else 'rows'}\n{table(group, acts, n)}")

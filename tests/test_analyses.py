@@ -378,7 +378,7 @@ def evaluated(*names):
     """--eval NAMES of all runs under runs/ as main() does it; -> {folder name: {eval: its JSON}}."""
     failures, folders = {}, ev.run_folders([])
     acts = Acts("acts/toy")
-    ev.evaluate(acts, ev.load(folders, CPU, failures), names, False, None, CPU, failures)
+    ev.evaluate(acts, ev.load(folders, failures), names, False, None, CPU, failures)
     assert not failures
     return {f.name: {n: read_json(f / "eval" / f"{n}.json") for n in names} for f in folders}
 
@@ -533,5 +533,5 @@ def test_snapshots_of_another_run_are_refused(tmp_path, monkeypatch, capsys):
     path = folder / "snapshots" / "00000020.safetensors"
     write_tensors(path, load_run(folder)[0].state_dict(), {"identity": "other", "step": 20})
     failures = {}
-    ev.evaluate(Acts("acts/toy"), ev.load([folder], CPU, failures), ["training"], False, None, CPU, failures)
+    ev.evaluate(Acts("acts/toy"), ev.load([folder], failures), ["training"], False, None, CPU, failures)
     assert "is of another run of this name" in failures[folder]

@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -438,6 +439,23 @@ def test_controls_are_what_they_are_called(place):
     assert m["pca"]["l0"] == pytest.approx(3) and m["pca"]["explained_variance"] == pytest.approx(m["pca"]["explained_variance_pca"], abs=1e-5)
     assert m["random"]["l0"] == 3 and m["untrained"]["l0"] == pytest.approx(3, rel=0.2)
     assert all("G05" in fired(r) for r in result.values())
+
+
+def test_saes_go_to_the_device_in_portions_and_give_the_same_results(place, tmp_path, monkeypatch):
+    folder = shutil.copytree(place[0], tmp_path / "copy")
+    monkeypatch.chdir(folder)
+    runs = ev.load([Path("runs/topk-s0"), Path("runs/topk-s1"), Path("runs/topk-true-s0")], {})
+    size = sum(v.nbytes for v in runs[0].sae.state_dict().values())
+    for room, names in ((1, [["topk-s0"], ["topk-s1"], ["topk-true-s0"]]), (2 * size, [["topk-s0", "topk-s1"], ["topk-true-s0"]]),
+                        (2**33, [["topk-s0", "topk-s1", "topk-true-s0"]])):
+        monkeypatch.setattr(ev, "ON_DEVICE", room)
+        assert [[run.name for run in part] for part in ev.portions(runs)] == names
+    monkeypatch.setattr(ev, "ON_DEVICE", 1)
+    monkeypatch.setattr(sys, "argv", ["03_eval.py", "--controls", "--force", "--eval", "core", "--device", "cpu"])
+    assert ev.main() == 5                                                    # the run whose code changed
+    for path in place[0].glob("runs/**/core.json"):
+        first, again = read_json(path), read_json(folder / path.relative_to(place[0]))
+        assert again["metrics"] == first["metrics"] and again["guards"] == first["guards"] and again["shared_by"] == 1
 
 
 def test_results_are_reused_only_if_they_are_of_this_run(place):

@@ -499,7 +499,7 @@ def test_short_memory_is_met_with_smaller_batches(world, monkeypatch):
 
 def test_controls_are_evaluated_as_runs_are_and_the_mean_that_has_no_latents_is_not(world):
     run = make_run("beside", random_sae(world, 6))
-    made = ev.controls(world, [run])
+    made = ev.controls(world, [run], CPU)
     assert not evaluate(world, [run, *made], "saebench_core", "autointerp")
     there = {c.name for c in made if (c.folder / "eval" / "saebench_core.json").exists()}
     assert there == {"untrained", "random", "pca"} and not list(Path("runs").glob("controls-*/*/eval/autointerp.json"))
