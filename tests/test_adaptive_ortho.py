@@ -255,7 +255,7 @@ def length_ratio(sae, log):
 
 def test_r4_brings_the_reconstructions_length_nearer_to_the_rows():
     assert all(length_ratio(*trained(f"{R}3", s)) < 1 for s in SEEDS)
-    assert rises(length_ratio, run(4), run(3))
+    assert difference(length_ratio, run(4), run(3))[0] > 0.0005                # by 0.0005 to 0.0032 in each of six seeds
 
 
 def test_r4_the_length_of_an_encoder_column_is_its_gain_alone():
