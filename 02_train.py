@@ -329,9 +329,10 @@ def watched(sae):
             got, want = method(given), (len(given), width)
             if not torch.is_tensor(got) or got.shape != want:
                 raise Refuse(f"{name}() returned {list(got.shape) if torch.is_tensor(got) else type(got).__name__}, want {list(want)}")
-            if not nonzeros(got).isfinite().all():
+            values = nonzeros(got).detach()                  # what is kept for a gradient must not depend on being looked at (checkpointing)
+            if not values.isfinite().all():
                 raise Refuse(f"{name}() returned numbers that are not finite")
-            if name == "activate" and (nonzeros(got) < 0).any():
+            if name == "activate" and (values < 0).any():
                 raise Refuse("activate() returned negative activations")
             return got
         return call
