@@ -474,7 +474,7 @@ class SAE(nn.Module):
         self.step = 0
         self.stats = {}               # a variant writes what it wants logged: name -> number
         self.row_weight = None        # how much each row of the batch counts [B], where choose_batch draws some more often than others
-        self.cut = None               # batch_topk: what a latent has to exceed in the batch, or its part, that is in work
+        self.cut = None               # batch_topk: what a latent had to exceed in the last activate() of this step
         self.part = slice(None)       # the rows of the batch that are in work, where it is worked on in several parts
         self.latents = {}             # parameter or buffer -> (its latent axis, the value of a fresh latent or None)
         for name, value in settings.items():
@@ -656,7 +656,9 @@ class SAE(nn.Module):
         if self.activation in ("relu", "jumprelu"):
             self.steer_sparsity(fires.sum())
         if self.activation == "batch_topk":
-            self.threshold.lerp_(self.cut.float(), self.memory(0.02))
+            known = self.cut is not None and self.micro_batches == 1           # else activate() is a variant's own, or saw the batch in parts
+            self.threshold.lerp_((self.cut if known else self.batch_threshold(out.pre)).float(), self.memory(0.02))
+            self.cut = None
 
     # ---- tools for variants ----------------------------------------------------------------------------------------------------
 

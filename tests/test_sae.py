@@ -160,6 +160,21 @@ def test_a_step_that_is_not_finite_leaves_the_weights_alone():
     assert all(torch.equal(v, before[k]) for k, v in sae.state_dict().items())
 
 
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("own", [False, True])
+def test_the_threshold_of_batch_topk_is_the_whole_batchs_also_in_parts_and_beside_a_variants_own_activate(own, micro_batches):
+    class Variant(SAE):
+        def activate(self, pre):
+            return pre.relu() * (pre > 0.5) if own else super().activate(pre)
+
+    sae, opt = build(Variant, X, 100, activation="batch_topk", micro_batches=micro_batches)
+    for step in (0, 1):                                        # where the newest value has weight 1 and 1 / 2
+        before = sae.threshold.clone()
+        seen = []
+        steps(sae, opt, X, start=step, stop=step + 1, each=lambda sae, out, terms: seen.append(out.pre))
+        assert torch.allclose(sae.threshold, before.lerp(sae.batch_threshold(seen[0]), 1 / (step + 1)), rtol=1e-5)
+
+
 def test_micro_batches_give_the_same_training():
     a, b = train("topk", X, 30), train("topk", X, 30, micro_batches=4)
     assert torch.allclose(a.W_dec, b.W_dec, atol=1e-4)

@@ -77,7 +77,7 @@ def steps(sae, opt, x, start=0, stop=None, each=None):
         sae.step, sae.first_row = step, 0
         sae.position = step * sae.batch_size % (len(x) - sae.batch_size + 1)
         rows = sae.choose_batch(len(x), generator(sae.seed, step, "batch"))
-        out, terms, _ = train_py.train_step(sae, opt, x[rows], check=step == start)        # as 02_train.py does
+        out, terms, _ = train_py.train_step(sae, opt, x[rows], check=step == 0)        # as 02_train.py does
         if each:
             each(sae, out, terms)
         sae.stats = {}
