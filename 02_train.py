@@ -41,7 +41,7 @@ import safetensors
 import torch
 from tqdm import tqdm
 
-from sae import (FORMAT, ROOT, SAE, Acts, Out, Parser, Refuse, cannot_write, check_name, checksum, docstring_line, firing, generator, load_variant,
+from sae import (FORMAT, ROOT, SAE, Acts, Out, Parser, Refuse, cannot_write, check_name, checksum, docstring_line, firing, generator, interrupt, load_variant,
                  nonzeros, number, parse_settings, pick_device, read_json, read_tensors, run_script, share, take_lock, variant_names, whole, write_file,
                  write_json, write_tensors)
 
@@ -231,7 +231,7 @@ class Run:
         try:
             yield
         except Exception as e:
-            if isinstance(e, Refuse) and e.code == 4:
+            if isinstance(e, Refuse) and e.code == 4 or interrupt.came:
                 raise
             ours = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).parent in (ROOT / "variants", ROOT)
                     and Path(f.filename).name != "02_train.py"]
@@ -438,7 +438,7 @@ def wait_for_others(runs):
     """Until the other processes' runs have ended: torchrun stops all processes when one ends with an error, as a failed run does. When one of
     them was killed, it stops this one too."""
     for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, signal.default_int_handler)                      # train() would go on to its next checkpoint
+        signal.signal(sign, interrupt)                                       # train() would go on to its next checkpoint
     identities = {run.folder / "config.json": run.identity for run in runs}
     ended = lambda c, identity: c.get("identity") == identity and c["status"] in ("done", "failed")
     if runs:
@@ -506,7 +506,7 @@ def train(runs, acts, plan, batch_size, device, checkpoint_every):
 
     def stop(*_):                                                            # after the next log line; at once the second time, which is not
         if acts.waiting or stopping and time.monotonic() - stopping[0] > 1:  # the second signal of `timeout`: to the process and to its group
-            raise KeyboardInterrupt
+            interrupt()
         stopping.append(time.monotonic())
 
     for sign in (signal.SIGINT, signal.SIGTERM):

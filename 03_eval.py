@@ -54,11 +54,11 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
-from sae import (SAE, SPARSE_BELOW, Acts, Codes, Parser, Refuse, above, blocks_of, checksum, generator, highest, hook_point, hub_errors,
+from sae import (SAE, SPARSE_BELOW, Acts, Codes, Parser, Refuse, above, blocks_of, checksum, generator, highest, hook_point, hub_errors, interrupt,
                  is_disk_full, is_out_of_memory, language_model, load_run, loads, model_checksum, pick_device, read_json, read_log, read_tensors,
                  run_folders, run_script, take_lock, unit, whole, write_file, write_json, write_tensors)
 
-VERSION = 1                      # of the evaluations here; results of another one are made again
+VERSION = 2                      # of the evaluations here; results of another one are made again
 SAMPLE_ROWS = 16_384             # training rows that PCA, the mean and the controls are fitted on
 ON_DEVICE = 2**33                # bytes of SAEs that are on the device together with the language model, or one SAE
 DENSE = 0.1                      # a latent that fires on more than this share of rows is dense
@@ -2902,8 +2902,8 @@ def blamed(run, failures, name=None):
 
 
 def is_machines(e):
-    """Whether it is the machine's fault, not a run's: a full disk, or a file that can't be written."""
-    return is_disk_full(e) or isinstance(e, Refuse) and e.code == 4
+    """Whether it is no run's fault: a full disk, a file that can't be written, or a Ctrl-C."""
+    return is_disk_full(e) or isinstance(e, Refuse) and e.code == 4 or interrupt.came
 
 
 def blame(run, failures, name, e):

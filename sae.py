@@ -1069,21 +1069,22 @@ def run_script(main):
     SIGTERM is Ctrl-C. Anything else is a bug and shows its traceback."""
     try:
         for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-            signal.signal(sign, signal.default_int_handler)
-        sys.unraisablehook = deliver_again
+            signal.signal(sign, interrupt)
+        sys.unraisablehook = lambda dropped: dropped.exc_type is KeyboardInterrupt or sys.__unraisablehook__(dropped)
         if share()[1] > 1 and sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)       # PR_SET_PDEATHSIG: where torchrun is killed, what it started ends too
         code, said = main() or 0, None
-    except Refuse as e:
-        code, said = e.code, f"error: {e}"
-    except KeyboardInterrupt:
-        code, said = 130, "interrupted: the same command goes on where this one stopped"
-    except OSError as e:
-        code, said = 4, f"error: {e.filename or 'the machine'}: {e.strerror or e}"
-    except Exception as e:
-        if not is_out_of_memory(e):
+    except (Exception, KeyboardInterrupt) as e:
+        if interrupt.came or isinstance(e, KeyboardInterrupt):
+            code, said = 130, "interrupted: the same command goes on where this one stopped"
+        elif isinstance(e, Refuse):
+            code, said = e.code, f"error: {e}"
+        elif is_out_of_memory(e):
+            code, said = 4, f"error: out of memory: {e}"
+        elif isinstance(e, OSError):
+            code, said = 4, f"error: {e.filename or 'the machine'}: {e.strerror or e}"
+        else:
             raise
-        code, said = 4, f"error: out of memory: {e}"
     signal.setitimer(signal.ITIMER_REAL, 0)
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, signal.SIG_DFL)                  # while Python ends, a Ctrl-C just ends it
@@ -1092,12 +1093,15 @@ def run_script(main):
     sys.exit(code)
 
 
-def deliver_again(dropped):
-    """Python drops what is raised in a destructor; a Ctrl-C that met one comes once more, a tenth of a second later."""
-    if dropped.exc_type is KeyboardInterrupt:
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
-    else:
-        sys.__unraisablehook__(dropped)
+def interrupt(*_):
+    """Ctrl-C. Where it meets a library's C code or a destructor, another exception may come of it or none, so run_script() asks whether
+    it came, and it comes again every half second until then."""
+    interrupt.came = True
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    raise KeyboardInterrupt
+
+
+interrupt.came = False
 
 
 @contextlib.contextmanager

@@ -811,6 +811,36 @@ run_script(main)
     assert done.stderr.startswith("interrupted:")
 
 
+@pytest.mark.parametrize("after", ["torch.tensor(Rows())", "try: torch.tensor(Rows())\n    except ValueError as e: raise Refuse('the model does not load') from e",
+                                   "try: torch.tensor(Rows())\n    except ValueError: time.sleep(20)"])
+def test_a_ctrl_c_that_meets_c_code_is_not_lost(after):
+    """torch makes a ValueError of whatever is raised while it looks at a sequence's first item, and the caller may take that for a fault or go on."""
+    code = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from sae import Refuse, run_script
+
+class Rows:
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        return 1.0
+
+def main():
+    {after}
+    print("went on")
+
+run_script(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done
+    assert done.stderr.startswith("interrupted:")
+
+
 @pytest.mark.parametrize("script", ["01_cache_acts.py", "02_train.py", "03_eval.py", "04_plot.py"])
 def test_a_ctrl_c_while_libraries_load_just_ends_the_script(tmp_path, script):
     """It dies of the signal, which a shell calls 130 (Ctrl-C) or 143 (SIGTERM), and says nothing."""
