@@ -646,6 +646,45 @@ def test_a_dead_sae_is_void_in_probing_and_its_reason_told(labelled):
     assert [g["id"] for g in result(run, "sparse_probing")["guards"]] == ["G12"]
 
 
+def count_rows(monkeypatch):
+    """-> list of how many rows each call to encode one of BenchSAE's SAEs had."""
+    rows = []
+    for name in ("encode", "codes"):
+        real = getattr(ev.BenchSAE, name)
+        monkeypatch.setattr(ev.BenchSAE, name, lambda sae, x, real=real: (rows.append(x.numel() // x.shape[-1]), real(sae, x))[1])
+    return rows
+
+
+def sparse_sae(world, seed):
+    sae = SAE(D, 100, seed, d_sae=400, activation="topk", l0=8.0)
+    sae.scale.fill_(world.scale)
+    return sae
+
+
+def test_core_encodes_a_context_once(world, monkeypatch):
+    evaluate(world, [make_run("first", sparse_sae(world, 1))], "saebench_core")
+    rows, run = count_rows(monkeypatch), make_run("second", sparse_sae(world, 2))
+    assert not evaluate(world, [run], "saebench_core")
+    store = result(run, "saebench_core")["eval_config"]
+    assert sum(rows) == store["n_eval_reconstruction_batches"] * store["batch_size_prompts"] * store["context_size"]
+
+
+def test_probing_scr_and_tpp_encode_a_text_once_together(labelled, monkeypatch):
+    names = ("sparse_probing", "scr", "tpp")
+    evaluate(labelled, [make_run("fills", sparse_sae(labelled, 1))], *names)
+    rows, lengths, read = count_rows(monkeypatch), {}, ev.Texts.read
+
+    def noting(texts, *args):
+        file = read(texts, *args)
+        lengths.update(zip(file.keys, file.length.tolist()))
+        return file
+
+    monkeypatch.setattr(ev.Texts, "read", noting)
+    assert not evaluate(labelled, [make_run("counts", sparse_sae(labelled, 2))], *names)
+    each = len(names) + len(ev.corpus_tasks(labelled))                         # a row of zeros now and then
+    assert sum(lengths.values()) <= sum(rows) <= sum(lengths.values()) + each
+
+
 def test_a_figure_that_saebench_writes_as_minus_one_is_no_result(labelled, monkeypatch):
     run = make_run("minus-one", alphabet_sae(labelled))
     few = {**ev.BENCH["sparse_probing"].settings(labelled)["config"], "lower_vram_usage": True}       # where it leaves out a probe, and writes -1
