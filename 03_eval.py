@@ -1203,6 +1203,11 @@ class Bench:
         self.share = 1.0                                                      # of what is usually worked on at once; halved when memory is short
         self.texts = Texts(self)
 
+    @functools.cached_property
+    def labelled(self):
+        """Where the labelled data of the cache's own corpus are."""
+        return corpus_tasks(self.acts)[0]
+
     def key(self, name, settings):
         """What the work kept for evaluation `name` depends on."""
         return {"eval": name, "version": VERSION, "settings": settings, "model": self.weights, "layer": self.layer, "hook": self.hook_name,
@@ -1232,6 +1237,7 @@ class Bench:
         Afterwards the modules, the generators and the grad mode are as before."""
         import jaxtyping
         import numpy
+        import threadpoolctl
         import transformer_lens
 
         def from_pretrained(name, *args, **kwargs):
@@ -1252,6 +1258,7 @@ class Bench:
             stack.enter_context(torch.random.fork_rng())
             stack.enter_context(replaced(gc, "collect", lambda *_: 0))            # a walk through all that was ever imported, for each SAE
             stack.enter_context(replaced(jaxtyping.config, "jaxtyping_disable", True))      # checks of every shape, at every call
+            stack.enter_context(threadpoolctl.threadpool_limits(1, "blas"))       # sklearn's small fits: numpy's threads wait more than they do
             stack.enter_context(replaced(transformer_lens.HookedTransformer, "from_pretrained_no_processing", staticmethod(from_pretrained)))
             for module in LOADERS:
                 stack.enter_context(replaced(importlib.import_module(module), "load_dataset", load_dataset))
@@ -1858,17 +1865,13 @@ def absorption_result(bench, run, letters, config):
 def split_latents(sae, letters, config):
     """SAEBench's main latents of each letter: those of the k-sparse probe with the largest k up to which every k adds more than f1_jump to
     the F1 on the test words; -> (latents of each letter, F1 of its first one). Probes of larger k decide nothing and are not trained."""
-    from sae_bench.evals.absorption import k_sparse_probing, probing
     rows, y = letters["train"], letters["train_y"]
     precalc = len(rows) * sae.cfg.d_sae * 4 <= KEPT
-    acts = encode_rows(sae, rows) if precalc else rows
     torch.set_rng_state(letters["rng"])
-    with torch.enable_grad(), replaced(probing, "DataLoader", whole_batches):
-        probe = k_sparse_probing.train_sparse_multi_probe(
-            acts, torch.nn.functional.one_hot(y, LETTERS), l1_decay=config.k_sparse_probe_l1_decay, batch_size=config.k_sparse_probe_batch_size,
-            num_epochs=config.k_sparse_probe_num_epochs, show_progress=False, device=sae.device, map_acts=None if precalc else sae.encode,
-            probe_dim=sae.cfg.d_sae)
-    best = probe.weights.detach().topk(config.max_k_value).indices                        # [26, max_k]
+    probe = train_sparse_probes(encode_rows(sae, rows) if precalc else rows, torch.nn.functional.one_hot(y, LETTERS), sae.cfg.d_sae,
+                                config.k_sparse_probe_l1_decay, config.k_sparse_probe_batch_size, config.k_sparse_probe_num_epochs,
+                                (lambda acts: acts) if precalc else sae.encode)
+    best = probe.weights.topk(config.max_k_value).indices                                 # [26, max_k]
     used, place = best.unique(return_inverse=True)
     train, test = (encode_rows(sae, letters[k], used).cpu().float() for k in ("train", "test"))
     y, test_y, place, chosen, first_f1 = y.cpu(), letters["test_y"].cpu(), place.cpu(), [], []
@@ -1887,10 +1890,41 @@ def split_latents(sae, letters, config):
     return chosen, first_f1
 
 
-def whole_batches(data, batch_size, shuffle):
-    """A DataLoader of the same shuffled batches, each taken at once and not row by row."""
-    from torch.utils.data import BatchSampler, DataLoader, RandomSampler
-    return DataLoader(data, sampler=BatchSampler(RandomSampler(data), batch_size, False), batch_size=None)
+@torch.no_grad()
+def train_sparse_probes(rows, y, dim, l1_decay, batch_size, epochs, encode):
+    """SAEBench's train_sparse_multi_probe, bit for bit, without autograd, its optimizer's bookkeeping and a DataLoader that takes row by row:
+    linear probes of encode(rows) [n, dim] for labels y [n, classes] by Adam, with an L1 penalty on their weights."""
+    from sae_bench.evals.absorption.probing import LinearProbe
+    y, draw = y.to(rows.dtype), lambda: torch.empty((), dtype=torch.int64).random_().item()
+    probe, heavier = LinearProbe(dim, y.shape[1]).to(rows.device, rows.dtype), (len(y) - y.sum(0)) / y.sum(0)
+    parts = [AdamState(p) for p in (probe.weights, probe.biases)]
+    lr, end_lr = 0.01, 1e-5
+    falls = math.exp(math.log(end_lr / lr) / epochs)
+    for _ in range(epochs):
+        draw()                                                                 # a DataLoader draws a seed for workers that it does not have
+        for at in torch.randperm(len(rows), generator=torch.Generator().manual_seed(draw())).split(batch_size):
+            x, hit = encode(rows[at]), y[at]
+            score, missed = probe(x).sigmoid(), heavier * hit
+            slope = ((missed + 1 - hit) * score - missed) / score.numel()
+            to_weight = slope.T @ x + probe.weights.sign() * (torch.tensor(l1_decay, device=x.device) / y.shape[1])
+            for part, gradient in zip(parts, (to_weight, slope.sum(0))):
+                part.step(gradient + 1e-6 * part.value, lr)
+        lr *= falls
+    return probe
+
+
+class AdamState:
+    """Adam on a parameter, without an optimizer's bookkeeping: to the bits of torch's own."""
+
+    def __init__(self, parameter):
+        self.value, self.steps = parameter.data, 0
+        self.mean, self.square = torch.zeros_like(self.value), torch.zeros_like(self.value)
+
+    def step(self, gradient, lr):
+        self.steps += 1
+        self.mean.lerp_(gradient, 0.1)
+        self.square.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
+        self.value.addcdiv_(self.mean, (self.square.sqrt() / (1 - 0.999 ** self.steps) ** 0.5).add_(1e-8), value=-lr / (1 - 0.9 ** self.steps))
 
 
 def logistic(x, y, **settings):
@@ -2149,7 +2183,7 @@ def labelled_tasks(bench, settings):
     if not index:
         yield {name: LABELLED / name if (LABELLED / name).exists() else version for name, version in settings["data"].items()}
         return
-    folder, _ = corpus_tasks(bench.acts)
+    folder = bench.labelled
     about = {task: index[OWN_TASKS[task]] for task in settings["tasks"]}
     columns = {task: {"text_column_name": "text", "column1_name": "label", "column2_name": "group", "column2_autointerp_name": "group",
                       "column1_mapping": {c: c for c in a["classes"]}, "column2_mapping": {g: g for g in a["groups"]}}
@@ -2325,25 +2359,24 @@ def train_probe(x, y, test_x, test_y, dim, batch_size, epochs, lr, verbose, earl
     probe of x [n, dim] for labels y [n] by AdamW, and its accuracy on the test rows, at the epoch at which that is highest."""
     from sae_bench.evals.sparse_probing.probe_training import Probe
     assert not l1_penalty
-    probe, best = Probe(dim, x.dtype).to(x.device), (0.0, None)
-    parts = [[p.data, torch.zeros_like(p), torch.zeros_like(p)] for p in probe.parameters()]     # weight and bias, and their two moments
-    (weight, *_), (bias, *_) = parts
-    step = worse = 0
+    probe, best, worse = Probe(dim, x.dtype).to(x.device), (0.0, None), 0
+    parts = weight, bias = [AdamState(p) for p in probe.parameters()]
     for epoch in range(epochs):
         for at in torch.randperm(len(x)).split(batch_size):
-            rows, step = x[at], step + 1
-            slope = (torch.nn.functional.linear(rows, weight, bias).sigmoid() - y[at][:, None]) / len(at)
-            for (value, mean, square), gradient in zip(parts, (slope.T @ rows, slope.sum(0))):
-                mean.lerp_(gradient, 0.1)
-                square.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
-                value.mul_(1 - lr * 0.01).addcdiv_(mean, (square.sqrt() / (1 - 0.999 ** step) ** 0.5).add_(1e-8), value=-lr / (1 - 0.9 ** step))
-        right = ((torch.nn.functional.linear(test_x, weight, bias)[:, 0] > 0) == test_y.bool()).float().mean().item()
+            rows = x[at]
+            slope = (torch.nn.functional.linear(rows, weight.value, bias.value).sigmoid() - y[at][:, None]) / len(at)
+            for part, gradient in zip(parts, (slope.T @ rows, slope.sum(0))):
+                part.value.mul_(1 - lr * 0.01)
+                part.step(gradient, lr)
+        right = ((torch.nn.functional.linear(test_x, weight.value, bias.value)[:, 0] > 0) == test_y.bool()).float().mean().item()
         worse += 1
         if right > best[0]:
-            best, worse = (right, copy.deepcopy(probe)), 0
+            best, worse = (right, [part.value.clone() for part in parts]), 0
         if worse >= early_stopping_patience:
             break
-    return best[1], best[0]
+    for part, value in zip(parts, best[1]):
+        part.value.copy_(value)
+    return probe, best[0]
 
 
 def fit_probe(x, y, test_x, test_y, verbose):
@@ -2553,7 +2586,7 @@ class ForgetRetain:
     @torch.no_grad()
     def read(self, settings):
         bench, model, found = self.bench, self.bench.model, {}
-        ctx, folder = settings["config"]["seq_len"], corpus_tasks(bench.acts)[0]
+        ctx, folder = settings["config"]["seq_len"], bench.labelled
         for topic, (part, split, n) in itertools.product(("forget", "retain"), (("select", "train", settings["select"]), ("score", "test", settings["score"]))):
             texts = (json.loads(line)["text"] for line in (folder / topic / f"{split}.jsonl").read_text().splitlines())
             rows = (model.tokenizer(text, truncation=True, max_length=ctx)["input_ids"] for text in texts)

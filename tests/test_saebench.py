@@ -766,6 +766,20 @@ def test_probes_are_trained_to_saebenchs_bits_and_draw_the_same_numbers():
         assert (fit.coef_ == their_fit.coef_).all() and accuracy == their_accuracy
 
 
+def test_sparse_probes_of_letters_are_trained_to_saebenchs_bits_and_draw_the_same_numbers():
+    from sae_bench.evals.absorption.k_sparse_probing import train_sparse_multi_probe
+    g, made = generator("letters"), []
+    x, encoder = torch.rand(130, D, generator=g).round(decimals=1), torch.randn(D, 300, generator=g)
+    y, encode = torch.nn.functional.one_hot(torch.randint(26, (130,), generator=g), 26), lambda x: (x @ encoder).relu()
+    for rows, dim, map_acts in ((encode(x), 300, None), (x, 300, encode)):
+        for train in (lambda: ev.train_sparse_probes(rows, y, dim, 0.01, 61, 30, map_acts or (lambda acts: acts)),
+                      lambda: train_sparse_multi_probe(rows, y, CPU, l1_decay=0.01, batch_size=61, num_epochs=30, show_progress=False, map_acts=map_acts, probe_dim=dim)):
+            seed_all(3)
+            made.append((train(), torch.rand(1)))
+    for (ours, after), (theirs, their_after) in zip(made[::2], made[1::2]):
+        assert torch.equal(ours.weights, theirs.weights) and torch.equal(ours.biases, theirs.biases) and after == their_after
+
+
 def planted_text(config, g):
     """{class or pair of classes: activations [texts, tokens, D]} in which letters stand for classes; of SCR, z and y for the misleading group,
     which is said twice as often as the class."""
