@@ -897,7 +897,7 @@ def run_folders(folders):
         raise Refuse("no runs under runs/: run 02_train.py first")
     for folder in found:
         if not (folder / "config.json").exists():
-            raise Refuse(f"{folder} has no config.json, so it is not a run", 2)
+            raise Refuse(f"{folder} {'has no config.json' if folder.exists() else 'does not exist'}, so it is not a run", 2)
     return list(dict.fromkeys(found))
 
 
