@@ -186,6 +186,7 @@ class Run:
         self.variant = f"control: {folder.name}" if control else self.config["variant"]
         self.seed, self.settings = self.config.get("seed"), self.config.get("settings", {})
         self.name = self.variant if control else self.config["name"].removesuffix(f"-s{self.seed}")
+        self.overrides = {k: v for k, v in self.settings.items() if f"-{k}={v}-" in f"{self.name}-"}     # by --set and --sweep, as its name says
         self.status = "done" if control else self.config["status"]
         if self.status != "done":
             self.core, self.missing = None, {"failed": "training failed"}.get(self.status, "training not finished")
@@ -227,8 +228,27 @@ def find_runs(folders):
     """(runs, controls of their caches) from the folders given, or from all under runs/."""
     runs = [Run(f) for f in run_folders(folders)]
     judge_together(runs)
+    shorten_names(runs)
     places = sorted({r.folder.parent / f"controls-{r.acts}" for r in runs})
     return runs, [Run(p.parent.parent) for place in places for p in sorted(place.glob("*/eval/core.json"))]
+
+
+def in_common(runs):
+    """The settings that all runs have from --set, as their names say them."""
+    return sorted(set.intersection(*({f"{k}={v}" for k, v in r.overrides.items()} for r in runs)))
+
+
+def shorten_names(runs):
+    """Leave out of the runs' names what the heading above them says: the cache, and the settings that all its runs have in common."""
+    for acts in {r.acts for r in runs}:
+        mine = [r for r in runs if r.acts == acts]
+        said = in_common(mine)
+        for r in mine:
+            r.name = "-".join([r.variant, *(f"{k}={v}" for k, v in sorted(r.overrides.items()) if f"{k}={v}" not in said)])
+
+
+def heading(acts, runs):
+    return " ".join([acts] + ["with"] * bool(in_common(runs)) + in_common(runs))
 
 
 def grouped(runs):
@@ -239,25 +259,20 @@ def grouped(runs):
     return {name: members for (_, name), members in groups.items()}
 
 
-def overridden(run):
-    """{setting: value} that the run's name carries, which is where they differ from the variant's defaults (--set and --sweep)."""
-    return {k: v for k, v in run.settings.items() if f"-{k}={v}-" in f"{run.name}-"}
-
-
 def swept(runs):
     """{(variant, setting): {the other settings in which the lines differ, in words: {value: runs}}} for the settings that take several values
     among a variant's runs, nothing else differing: a line for each combination of the others (--sweep of two settings)."""
     found = {}
     for variant in dict.fromkeys(r.variant for r in runs):
         mine = [r for r in runs if r.variant == variant]
-        for key in dict.fromkeys(k for r in mine for k in overridden(r)):
+        for key in dict.fromkeys(k for r in mine for k in r.overrides):
             lines = {}
             for r in (r for r in mine if key in r.settings):                  # a run from before the setting was added has no value
-                others = tuple(sorted((k, v) for k, v in overridden(r).items() if k != key))
+                others = tuple(sorted((k, v) for k, v in r.overrides.items() if k != key))
                 lines.setdefault(others, {}).setdefault(r.settings[key], []).append(r)
             lines = [values for values in lines.values() if len(values) > 1]
             one = lambda values: next(iter(values.values()))[0].settings
-            differ = [k for k in sorted({k for r in mine for k in overridden(r)} - {key}) if len({str(one(values).get(k)) for values in lines}) > 1]
+            differ = [k for k in sorted({k for r in mine for k in r.overrides} - {key}) if len({str(one(values).get(k)) for values in lines}) > 1]
             lines.sort(key=lambda values: [(isinstance(v, str), v is None, v or 0) for v in map(one(values).get, differ)])
             if lines:
                 found[variant, key] = {" ".join(f"{k}={one(values).get(k)}" for k in differ): values for values in lines}
@@ -373,7 +388,7 @@ def judge_together(runs):
         for other, theirs in seen:
             same = [k for k in numbers if numbers[k] == theirs.get(k)]
             if run.acts == other.acts and (len(same) >= 5 or run.config["sae_checksum"] == other.config["sae_checksum"]):
-                off = run.seed == other.seed and bool(overridden(run).keys() - other.settings.keys())
+                off = run.seed == other.seed and bool(run.overrides.keys() - other.settings.keys())
                 what = f"{len(same)} numbers equal to those of" if len(same) >= 5 else "the same weights as"
                 run.flag(True, "G09", "warn" if off else "fatal", f"duplicate: {what} {other.config['name']}")
                 break
@@ -716,7 +731,7 @@ def results(caches, compared, primary):
         found, tried = compared[acts]
         tables = [table(runs, controls, found, primary), others_table(runs, found, primary), precision_table(runs)]
         said = notes(runs, controls, found, tried, primary)
-        md += [f"## {acts}", ""]
+        md += [f"## {heading(acts, runs)}", ""]
         at = len(text)                                                        # printed, the table comes last
         for title, (header, rows) in [(t, made) for t, made in zip(("", "Other metrics (exploratory)", PRECISION), tables) if made]:
             md += [f"### {title}", ""] * bool(title)
@@ -724,7 +739,7 @@ def results(caches, compared, primary):
             md += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
             widths = [max(map(len, column)) for column in zip(header, *rows)]
             aligned = [[f"{c:<{w}}" if i < 3 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths))] for row in [header, *rows]]
-            text[at:at] = [f"\n{acts}: {title.lower()}" if title else f"\n{acts}", *("  ".join(row).rstrip() for row in aligned),
+            text[at:at] = [f"\n{acts}: {title.lower()}" if title else f"\n{heading(acts, runs)}", *("  ".join(row).rstrip() for row in aligned),
                            *([] if title else said)] if title != PRECISION else []
             if not title:
                 md += [f"* {line}" for line in said] + [""]
@@ -925,7 +940,7 @@ def draw_pareto(caches, look, path, specs=()):
             for name, members in grouped([r for r in runs if r.valid and look_up(r, metric) is not None and r.get("l0")]).items():
                 xs, ys = [r.get("l0") for r in members], [look_up(r, metric) for r in members]
                 point = statistics.mean(xs), statistics.mean(ys), sd(xs), sd(ys), members[0].variant
-                rest = sorted((k, v) for k, v in overridden(members[0]).items() if k != "l0")
+                rest = sorted((k, v) for k, v in members[0].overrides.items() if k != "l0")
                 lines.setdefault((members[0].variant, str(rest)), []).append(point)
             for series in lines.values():
                 colour, marker, style = look[series[0][4]]
@@ -1193,7 +1208,7 @@ def dots(axis, groups, look, spec, acts, lines):
             null, = axis.plot(statistics.mean(nulls), y, "|", color="#777777", ms=9, mew=1.5)
     there = [v for v in lines if any(m[0].variant == v for m in groups.values())]
     for name, style in zip(there, STYLES):
-        one = min((m for m in groups.values() if m[0].variant == name), key=lambda m: len(overridden(m[0])), default=[])
+        one = min((m for m in groups.values() if m[0].variant == name), key=lambda m: len(m[0].overrides), default=[])
         values = [v for v in (look_up(r, spec.y) for r in one if r.valid) if v is not None]
         if values:
             axis.axvline(statistics.mean(values), color=look[name][0], ls=style, lw=1, zorder=1)
@@ -1298,7 +1313,7 @@ def studies(runs, line=lambda r: r.name):
     of = {name: line(members[0]) for name, members in groups.items()}
     if len(set(of.values())) <= MANY:
         return [("", groups)]
-    usual = min((name for name, m in groups.items() if m[0].variant == "baseline"), key=lambda name: len(overridden(groups[name][0])), default="")
+    usual = min((name for name, m in groups.items() if m[0].variant == "baseline"), key=lambda name: len(groups[name][0].overrides), default="")
     base, found = {name: members for name, members in groups.items() if of[name] == of.get(usual)}, {}
     settings = {v: len({of[name] for name, m in groups.items() if m[0].variant == v}) for v in {m[0].variant for m in groups.values()}}
     for name, (one, *_) in ((name, m) for name, m in groups.items() if name not in base):
@@ -1556,7 +1571,7 @@ def draw_absorption_law(caches, look, path):
         for key in ("absorption_full", "absorption_fraction", "absorption"):
             series = {}
             for r in [r for r in runs if r.valid and (r.get(key) or 0) > 0 and r.get("l0")]:
-                rest = "".join(f" {k}={v}" for k, v in sorted(overridden(r).items()) if k != "l0")
+                rest = "".join(f" {k}={v}" for k, v in sorted(r.overrides.items()) if k != "l0" and f"{k}={v}" not in in_common(runs))
                 series.setdefault((r.variant, rest), []).append(r)
             series = {name: rs for name, rs in series.items() if len({r.settings["l0"] for r in rs}) >= 3}
             if series:
@@ -1957,7 +1972,7 @@ def report(caches, compared, primary, pictures):
     for acts, (runs, controls) in caches.items():
         found, tried = compared[acts]
         header, rows = table(runs, controls, found, primary)
-        body += [f"<h2>{html.escape(acts)}</h2>", html_table(header, rows, header.index("verdict")), "<ul>",
+        body += [f"<h2>{html.escape(heading(acts, runs))}</h2>", html_table(header, rows, header.index("verdict")), "<ul>",
                  *(f"<li>{html.escape(line)}</li>" for line in notes(runs, controls, found, tried, primary)), "</ul>"]
         others = others_table(runs, found, primary)
         if others:

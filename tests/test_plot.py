@@ -506,6 +506,21 @@ def test_long_names_leave_room_for_the_panels(here):
             drawn(name, here)[1].savefig(io.BytesIO())
 
 
+def test_names_leave_out_what_all_runs_of_a_cache_have_in_common_and_the_heading_says_it(here):
+    for acts, ev in (("tiny", 0.8), ("other", 0.6)):
+        for variant, settings in (("baseline", {}), ("idea", {}), ("idea", {"lr": 0.1})):
+            evaluated(run(here, variant, acts=acts, d_sae=128, l0=8.0, **settings), acts=acts, explained_variance=ev)
+    evaluated(run(here, "baseline", acts="tiny", d_sae=128), explained_variance=0.7)                       # at another L0, so that this is not in common
+    said, _ = draw()
+    markdown = (here.parent / "plots" / "results.md").read_text()
+    for text in (said, markdown):
+        assert "other with d_sae=128 l0=8.0\n" in text and "tiny with d_sae=128\n" in text
+    other, tiny = (next(part for part in markdown.split("\n## ") if part.startswith(acts)).split("\n### ")[0] for acts in ("other", "tiny"))
+    names = lambda part: {line.split(" | ")[0].removeprefix("| ") for line in part.splitlines() if line.startswith("| ")} - {"run"}
+    assert names(other) == {"baseline", "idea", "idea-lr=0.1"} and names(tiny) == {"baseline-l0=8.0", "baseline", "idea-l0=8.0", "idea-l0=8.0-lr=0.1"}
+    assert "0.6000" in other and "0.6000" not in tiny
+
+
 def test_more_lines_than_can_be_told_apart_are_parted_and_a_sweep_stands_by_itself(here):
     for name in ["baseline", *(f"idea_r{i}" for i in range(1, 4))]:
         run(here, name)
@@ -544,7 +559,7 @@ def test_the_fit_of_absorption_to_l0_is_the_planted_law_and_ends_where_the_l0s_e
         for l0 in (20.0, 40.0, 100.0):
             evaluated(run(here, "topk", seed, acts="synthetic", l0=l0, d_sae=512, steps=400, log=False), acts="synthetic", l0=l0, absorption=factor * l0 ** -(1.2 + 0.2 * seed), mse=l0, cosine=seed + l0 / 999)
     for l0 in (20.0, 40.0):
-        evaluated(run(here, "idea", acts="synthetic", l0=l0, d_sae=512, steps=400, log=False), acts="synthetic", l0=l0, absorption=0.5)
+        evaluated(run(here, "idea", acts="synthetic", l0=l0, d_sae=256, steps=400, log=False), acts="synthetic", l0=l0, absorption=0.5)
     axis, = drawn("absorption_l0", here)[1].axes
     said, = [t.get_text() for t in axis.get_legend().get_texts()]
     pooled = (2 * 80 ** -1.2 * 4 * 80 ** -1.4) ** 0.5                         # the geometric mean of both seeds' laws
