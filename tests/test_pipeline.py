@@ -55,8 +55,9 @@ def test_a_local_model_from_text_to_plots(tmp_path):
         assert m["ce_zero"] != m["ce_clean"] and m["ce_recovered"] == pytest.approx((m["ce_zero"] - m["ce_sae"]) / (m["ce_zero"] - m["ce_clean"]), abs=1e-6)
         assert m["explained_variance"] == pytest.approx(config["final"]["explained_variance"], abs=0.1)
         assert (run / "code.py").stat().st_size > 10_000
+    assert "\n## m_l1 with batch_size=256 d_sae=48 l0=4" in results
     for variant in ("baseline", "topk"):
-        assert re.search(rf"^\| {variant}-m_l1-\S+ ", results, re.M), results
+        assert re.search(rf"^\| {variant} \|", results, re.M), results
     for name in PLOTS:
         check_png(tmp_path / "plots" / name)
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("checkpoint.safetensors"))
