@@ -390,7 +390,7 @@ def judge_together(runs):
             if run.acts == other.acts and (len(same) >= 5 or run.config["sae_checksum"] == other.config["sae_checksum"]):
                 off = run.seed == other.seed and bool(run.overrides.keys() - other.settings.keys())
                 what = f"{len(same)} numbers equal to those of" if len(same) >= 5 else "the same weights as"
-                run.flag(True, "G09", "warn" if off else "fatal", f"duplicate: {what} {other.config['name']}")
+                run.flag(True, "G09", "warn" if off else "fatal", f"duplicate: {what} {other.config['name']}: a stale result, or an idea that never acted")
                 break
         seen.append((run, numbers))
     took = {}
