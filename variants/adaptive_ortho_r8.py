@@ -7,7 +7,7 @@ sparsity_warmup=0.4) costs explained variance in so short a run as below: 0.465.
 Found on toys (300 steps): variance of the loss over the first tenth 0.77 of the parent's (geometric mean of 6 seeds, 0.57 to 1.10, above
 1 in one); explained variance, 3 seeds, 0.482 -> 0.511, which is the layer norm's (alone 0.528): gentleness costs it in so short a run
 (alone 0.466).
-Costs: time 2.2, memory 1.12 of the base's.
+Costs: time 2.2, memory 1.19 of the base's.
 """
 from variants.adaptive_ortho_r7 import Variant as Base
 from variants.layernorm import Variant as LayerNorm

@@ -3,7 +3,7 @@
 A row may use more latents than its neighbour. At inference a latent fires above a threshold that is the moving average of the
 batches' cuts, so that a row is encoded alone. Found: at L0 16 on the embedded model it explains 5 points more of the variance
 than the baseline, TopK 4 (0.908, 0.857, 0.901).
-Costs: time 1.1, memory 0.99 of the base's.
+Costs: time 1.0, memory 0.99 of the base's.
 """
 from sae import SAE
 

@@ -7,7 +7,7 @@ make a row's encoding depend on its neighbours. Blocks are formed on the first s
 Gram-Schmidt is computed by a Cholesky factor of each block's Gram matrix, which gives the same in one go.
 Found (toy mixture, relu, 6 seeds): mean |cosine| of the encoder directions of latents that fire together 0.099 instead of 0.116,
 explained variance 0.525 instead of 0.526.
-Costs: time 2.1, memory 1.12 of the base's.
+Costs: time 2.4, memory 1.12 of the base's.
 """
 import torch
 

@@ -14,7 +14,7 @@ BatchTopK 0.817 against 0.811 (no difference: seeds disagree). Schedule x Matryo
 So the prefixes remove absorption; the schedule does not. With ReLU, rising: 0.653 / 0.810 against 0.714 / 0.780. All of these with
 linear_start and linear_until 0.5. On the embedded model's activations (479 steps, ReLU, in hierarchical_r2) that ended 17 % short of l0,
 0.75 5 % short, 0.75 until 0.3 of the run 4 % short: the default.
-Costs: time 1.1, memory 1.01 of the base's.
+Costs: time 1.0, memory 1.01 of the base's.
 """
 import torch
 

@@ -2,7 +2,7 @@
 
 Long rows no longer light more latents than short ones, and no longer rule the gradient of the encoder. The error is still that of the
 row as it came; acts are in units of the normed row. Found on toys (300 steps, 3 seeds): explained variance 0.509 -> 0.558.
-Costs: time 1.1, memory 1.00 of the base's.
+Costs: time 1.0, memory 1.00 of the base's.
 """
 from sae import SAE
 

@@ -4,7 +4,7 @@ Importance is the mean activation, averaged over the last 2 % of the run. A late
 latents, ReLU, L0 2.4, no penalty, prune_threshold 0.5, 3 seeds): the mean importance of the pruned, over that of all, falls from 0.67,
 0.85, 0.82 to 0.29, 0.32, 0.36, and explained variance rises from 0.63 to 0.81; 27 to 30 pairs of protected latents stay parallel. At the
 threshold 0.8 there is little to protect: of two parallel latents it is the rarer that goes anyway.
-Costs: time 5.2, memory 1.01 of the base's.
+Costs: time 5.6, memory 1.01 of the base's.
 """
 import torch
 

@@ -5,7 +5,7 @@ multiple of the mean rate l0 / d_sae. The weight moves step by step, so latent_l
 Found (mixture with Zipf frequencies, 64 latents, L0 4, 3 seeds): the mean relative error of the rates falls from 0.40, 0.49, 0.37 to
 0.08, 0.13, 0.12, and explained variance from 0.42 to 0.36; BatchTopK from 0.80 to 0.33 and from 0.63 to 0.59, JumpReLU from 0.66 to 0.14
 and from 0.63 to 0.59 (means): features that are not equally frequent want latents that are not.
-Costs: time 5.3, memory 1.02 of the base's.
+Costs: time 5.7, memory 1.02 of the base's.
 """
 import torch
 

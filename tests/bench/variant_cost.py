@@ -68,14 +68,12 @@ def time_ratios(names, x):
     return {n: seconds[n] / seconds["baseline"] for n in names}
 
 
-def peak_memory(name, divisor=1):
+def peak_memory(name):
     """Bytes, in a process of its own: step 40 of 100, after a small one that leaves optimizer states and what a variant keeps between steps."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    batch, d_in, d_sae = 2048 // divisor, 2304 // divisor, 16_384 // divisor
-    x = rows(batch, d_in)
-    own = {k: n // divisor for k, n in load_variant(name).settings().items() if k.endswith(("_latents", "_among", "_chunk"))}
-    sae, opt = prepare(name, x[:batch // 4], 100, d_sae=d_sae, l0=80.0 / divisor, batch_size=batch, **own)
-    middle, few = d_sae // 2, d_sae // 64
+    batch, d_sae, few = 2048, 16_384, 256
+    x, middle = rows(batch, 2304), d_sae // 2
+    sae, opt = prepare(name, x[:batch // 4], 100, d_sae=d_sae, l0=80.0, batch_size=batch)
     with torch.no_grad():
         sae.W_dec[middle:middle + few] = sae.W_dec[:few]
         sae.b_enc[middle:middle + 4 * few] = -1e4
@@ -89,15 +87,14 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("names", nargs="*", help="variants (default: all)")
     p.add_argument("--memory", action="store_true", help="peak memory instead of time")
-    p.add_argument("--half", action="store_true", help="with --memory: at half of each size, a quarter of the memory, an eighth of the multiplications")
     p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args()
     names = args.names or [n for n in variant_names() if n != "baseline"]
     if args.child:
-        print(peak_memory(names[0], 2 if args.half else 1))
+        print(peak_memory(names[0]))
         return
     if args.memory:
-        child = [sys.executable, __file__, "--memory", "--child", *["--half"] * args.half]
+        child = [sys.executable, __file__, "--memory", "--child"]
         ask = lambda n: int(subprocess.run([*child, n], capture_output=True, text=True, check=True).stdout)
         base = ask("baseline")
         print(f"baseline: {base / 1e9:.2f} GB on {DEVICE}")
