@@ -1893,13 +1893,13 @@ def split_latents(sae, letters, config):
 @torch.no_grad()
 def train_sparse_probes(rows, y, dim, l1_decay, batch_size, epochs, encode):
     """SAEBench's train_sparse_multi_probe, bit for bit, without autograd, its optimizer's bookkeeping and a DataLoader that takes row by row:
-    linear probes of encode(rows) [n, dim] for labels y [n, classes] by Adam, with an L1 penalty on their weights."""
+    linear probes of encode(rows) [n, dim] for labels y [n, classes] by Adam, its rate from 0.01 down to 1e-5, with an L1 penalty on their
+    weights and 1e-6 of L2."""
     from sae_bench.evals.absorption.probing import LinearProbe
     y, draw = y.to(rows.dtype), lambda: torch.empty((), dtype=torch.int64).random_().item()
     probe, heavier = LinearProbe(dim, y.shape[1]).to(rows.device, rows.dtype), (len(y) - y.sum(0)) / y.sum(0)
     parts = [AdamState(p) for p in (probe.weights, probe.biases)]
-    lr, end_lr = 0.01, 1e-5
-    falls = math.exp(math.log(end_lr / lr) / epochs)
+    lr, falls = 0.01, math.exp(math.log(1e-5 / 0.01) / epochs)
     for _ in range(epochs):
         draw()                                                                 # a DataLoader draws a seed for workers that it does not have
         for at in torch.randperm(len(rows), generator=torch.Generator().manual_seed(draw())).split(batch_size):
