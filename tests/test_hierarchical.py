@@ -141,12 +141,11 @@ def test_a_latents_l1_weight_is_its_rate_over_its_target():
 def test_equal_rates_are_the_opposite_of_a_hierarchy(seed):
     """A parent fires more often than its children: made to fire as rarely, it is absorbed more."""
     x, on, directions, parent = hierarchy(50_000, seed=seed)
-    found, l0s = [], []
+    found = []
     for pull in (0.5, 0.0):
-        sae = train("hierarchical_r3", x[:-8192], 1500, seed, d_sae=24, l0=1.75, batch_size=128, latent_l1_power=pull, **QUIET)
-        l0s.append(evaluate(sae, x[-8192:])[1])
+        sae = train("hierarchical_r3", x[:-8192], 1500, seed, d_sae=24, l0=1.75, batch_size=512, latent_l1_power=pull, **QUIET)
+        assert evaluate(sae, x[-8192:])[1] == pytest.approx(1.75, rel=0.05)
         found.append(absorption(sae, x[-8192:], on[-8192:], directions, parent))
-    assert l0s == pytest.approx([1.75, 1.75], rel=0.1) and l0s[0] == pytest.approx(l0s[1], rel=0.05)
     assert found[0] > found[1] + 0.05
 
 
