@@ -227,8 +227,10 @@ class Run:
 def find_runs(folders):
     """(runs, controls of their caches) from the folders given, or from all under runs/."""
     runs = [Run(f) for f in run_folders(folders)]
-    judge_together(runs)
-    shorten_names(runs)
+    for acts in {r.acts for r in runs}:
+        mine = [r for r in runs if r.acts == acts]
+        judge_together(mine)
+        shorten_names(mine)
     places = sorted({r.folder.parent / f"controls-{r.acts}" for r in runs})
     return runs, [Run(p.parent.parent) for place in places for p in sorted(place.glob("*/eval/core.json"))]
 
@@ -239,12 +241,10 @@ def in_common(runs):
 
 
 def shorten_names(runs):
-    """Leave out of the runs' names what the heading above them says: the cache, and the settings that all its runs have in common."""
-    for acts in {r.acts for r in runs}:
-        mine = [r for r in runs if r.acts == acts]
-        said = in_common(mine)
-        for r in mine:
-            r.name = "-".join([r.variant, *(f"{k}={v}" for k, v in sorted(r.overrides.items()) if f"{k}={v}" not in said)])
+    """Leave out of the names of a cache's runs what the heading above them says: the cache, and the settings that all have in common."""
+    said = in_common(runs)
+    for r in runs:
+        r.name = "-".join([r.variant, *(f"{k}={v}" for k, v in sorted(r.overrides.items()) if f"{k}={v}" not in said)])
 
 
 def heading(acts, runs):
@@ -252,11 +252,11 @@ def heading(acts, runs):
 
 
 def grouped(runs):
-    """{name: the runs that differ in nothing but their seed}, baseline first, then by name and L0."""
+    """{name: the runs that differ in nothing but their seed} of one cache, baseline first, then by name and L0."""
     groups = {}
-    for r in sorted(runs, key=lambda r: (r.acts, r.variant != "baseline", natural(r.variant), r.settings.get("l0", 0), r.name, r.seed)):
-        groups.setdefault((r.acts, r.name), []).append(r)
-    return {name: members for (_, name), members in groups.items()}
+    for r in sorted(runs, key=lambda r: (r.variant != "baseline", natural(r.variant), r.settings.get("l0", 0), r.name, r.seed)):
+        groups.setdefault(r.name, []).append(r)
+    return groups
 
 
 def swept(runs):
@@ -380,14 +380,14 @@ def judge(run):
 
 
 def judge_together(runs):
-    """The guards that take several runs. G09: a run whose numbers are another's, to 6 digits, was not measured (or its idea does nothing);
+    """The guards that take several runs of a cache. G09: a run whose numbers are another's, to 6 digits, was not measured (or its idea does nothing);
     the earlier one in the order of the table keeps them. A run whose idea was switched off by hand may equal its parent: only a warning."""
     seen = []
     for run in [r for members in grouped(runs).values() for r in members if r.core]:
         numbers = {k: f"{run.get(k):.6g}" for k in FINGERPRINT if run.get(k)}
         for other, theirs in seen:
             same = [k for k in numbers if numbers[k] == theirs.get(k)]
-            if run.acts == other.acts and (len(same) >= 5 or run.config["sae_checksum"] == other.config["sae_checksum"]):
+            if len(same) >= 5 or run.config["sae_checksum"] == other.config["sae_checksum"]:
                 off = run.seed == other.seed and bool(run.overrides.keys() - other.settings.keys())
                 what = f"{len(same)} numbers equal to those of" if len(same) >= 5 else "the same weights as"
                 run.flag(True, "G09", "warn" if off else "fatal", f"duplicate: {what} {other.config['name']}: a stale result, or an idea that never acted")
@@ -1569,9 +1569,9 @@ def draw_absorption_law(caches, look, path):
     rows = []
     for acts, (runs, _) in caches.items():
         for key in ("absorption_full", "absorption_fraction", "absorption"):
-            series = {}
+            series, said = {}, in_common(runs)
             for r in [r for r in runs if r.valid and (r.get(key) or 0) > 0 and r.get("l0")]:
-                rest = "".join(f" {k}={v}" for k, v in sorted(r.overrides.items()) if k != "l0" and f"{k}={v}" not in in_common(runs))
+                rest = "".join(f" {k}={v}" for k, v in sorted(r.overrides.items()) if k != "l0" and f"{k}={v}" not in said)
                 series.setdefault((r.variant, rest), []).append(r)
             series = {name: rs for name, rs in series.items() if len({r.settings["l0"] for r in rs}) >= 3}
             if series:
