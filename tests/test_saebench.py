@@ -640,6 +640,24 @@ def test_permuting_the_decoder_leaves_probing_as_it_is(labelled):
         assert straight[key] == permuted[key]
 
 
+def test_small_fits_have_one_thread_and_others_as_many_as_before(labelled):
+    import threadpoolctl
+    bench = ev.Bench(labelled, CPU)
+    threads = lambda: {lib["num_threads"] for lib in threadpoolctl.threadpool_info() if lib["user_api"] == "blas"}
+    with threadpoolctl.threadpool_limits(2, "blas"):
+        with bench.seams(1):
+            inside = threads()
+        assert inside == {1} and threads() == {2}
+
+
+def test_what_a_ctrl_c_became_is_no_runs_fault(labelled, monkeypatch):
+    run, failures = make_run("interrupted", alphabet_sae(labelled)), {}
+    monkeypatch.setattr(ev.interrupt, "came", True)
+    with pytest.raises(ValueError), ev.blamed(run, failures, "tpp"):
+        raise ValueError("could not determine the shape of object type")
+    assert not failures
+
+
 def test_a_dead_sae_is_void_in_probing_and_its_reason_told(labelled):
     run = make_run("dead", relu_sae(labelled, axes()[0].T, axes()[0], torch.tensor(-1e6)))
     evaluate(labelled, [run], "sparse_probing")
