@@ -841,6 +841,15 @@ run_script(main)
     assert done.stderr.startswith("interrupted:")
 
 
+def test_a_ctrl_c_that_became_another_exception_fails_no_run(tmp_path, monkeypatch):
+    acts = Acts(write_cache(tmp_path / "acts" / "tiny", X[:600], rows_per_shard=128, val=100))
+    run = train_py.Run("topk", {"d_sae": 32, "l0": 3.0, "batch_size": 64}, 0, acts, 4, 1)
+    monkeypatch.setattr(train_py.interrupt, "came", True)
+    with pytest.raises(ValueError), run.blamed("decode"):
+        raise ValueError("could not determine the shape of object type")
+    assert not run.failure and "status" not in run.config
+
+
 @pytest.mark.parametrize("script", ["01_cache_acts.py", "02_train.py", "03_eval.py", "04_plot.py"])
 def test_a_ctrl_c_while_libraries_load_just_ends_the_script(tmp_path, script):
     """It dies of the signal, which a shell calls 130 (Ctrl-C) or 143 (SIGTERM), and says nothing."""
