@@ -58,6 +58,29 @@ def unit(w):
     return w / w.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
+class Adam(torch.optim.Adam):
+    """PyTorch's fused Adam, which goes through memory without a look at strides: where a gradient or a moment has another memory order than
+    its parameter, the result is wrong and no error says so. Here they get the same one first."""
+
+    def __init__(self, groups, **settings):
+        super().__init__(groups, **settings, fused=True)
+
+    def _init_group(self, group, params, grads, *others):
+        for p in group["params"]:
+            if p.grad is not None:
+                p.grad = like(p, p.grad)
+                self.state[p].update({name: like(p, value) for name, value in self.state[p].items()})
+        found = super()._init_group(group, params, grads, *others)
+        for tensors in (params, grads, *others[:2]):                             # others: both moments, ...
+            tensors[:] = [t.T if t.ndim == 2 and not t.is_contiguous() else t for t in tensors]      # a transposed gradient would be copied, in vain
+        return found
+
+
+def like(p, tensor):
+    """tensor; in the memory order of p where it has its shape."""
+    return tensor if tensor.shape != p.shape or tensor.stride() == p.stride() else torch.empty_like(p).copy_(tensor)
+
+
 def generator(*key, device="cpu"):
     """A random generator that depends on `key` alone, so that randomness is a function of (seed, step) and resuming is exact."""
     return torch.Generator(device).manual_seed(xxhash.xxh3_64_intdigest(repr(key).encode()) >> 1)
@@ -263,7 +286,7 @@ class Encode(torch.autograd.Function):
             to_W = bag_transposed(values, rows, latents, W_enc.shape[1], x).T
             to_b = W_enc.new_zeros(len(to_W.T)).index_add(0, latents, values.to(W_enc.dtype))
         else:
-            to_W, to_b = x.T @ grad, grad.sum(0).to(W_enc.dtype)
+            to_W, to_b = (grad.T @ x).T, grad.sum(0).to(W_enc.dtype)             # in W_enc's memory order, as above: it need not be copied
         to_x = grad.to(W_enc.dtype) @ W_enc.T if ctx.needs_input_grad[0] else None
         return to_x, to_W, to_b, -(W_enc @ to_b)
 
@@ -288,6 +311,11 @@ def highest(pre, k):
 def nonzeros(acts):
     """The values among which all non-zeros of acts are: of Codes without making them dense."""
     return acts.values if isinstance(acts, Codes) else acts
+
+
+def in_blocks(*tensors):
+    """The same rows of each [n, d], some at a time, so few that they stay in a CPU's cache from one operation to the next."""
+    return zip(*(t.split(max(1, 2 ** 16 // t.shape[1])) for t in tensors))
 
 
 def firing(acts):
@@ -517,7 +545,7 @@ class SAE(nn.Module):
     def build(self):
         """Add parameters and buffers. A variant calls super().build() first: same seed, same starting weights as its parent."""
         W_dec = unit(torch.randn(self.d_sae, self.d_in, generator=generator(self.seed, "W_dec")))
-        self.W_enc = nn.Parameter(W_dec.T.contiguous())                      # [d_in, d_sae]
+        self.W_enc = nn.Parameter(W_dec.clone().T)                           # [d_in, d_sae]; in memory latent after latent, as its gradient comes
         self.W_dec = nn.Parameter(W_dec)                                     # [d_sae, d_in]
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(self.d_in))
@@ -538,7 +566,7 @@ class SAE(nn.Module):
         thresholds = [self.log_threshold] if self.activation == "jumprelu" else []
         others = [p for p in self.parameters() if all(p is not t for t in thresholds)]
         groups = [{"params": others}, *({"params": [t], "lr": self.threshold_lr * self.lr} for t in thresholds)]
-        return torch.optim.Adam(groups, lr=self.lr, betas=(0.9, 0.999), fused=True)
+        return Adam(groups, lr=self.lr, betas=(0.9, 0.999))
 
     @torch.no_grad()
     def init_from_data(self, x):
@@ -637,7 +665,8 @@ class SAE(nn.Module):
         if by_kernel(self.W_dec.grad, self.W_dec):
             rows_by_kernel(project_rows, self.W_dec.grad, self.W_dec)
         else:
-            self.W_dec.grad.addcmul_(self.W_dec, (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True), value=-1)
+            for grad, W in in_blocks(self.W_dec.grad, self.W_dec):
+                grad.addcmul_(W, (grad * W).sum(-1, keepdim=True), value=-1)
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         self.stats["grad_norm"] = norm = nn.utils.get_total_norm(grads).cpu()      # train_step() asks whether it is finite, anyway
         if not norm <= self.clip:                                           # a factor of 1 would cost a pass over all of them
@@ -649,7 +678,8 @@ class SAE(nn.Module):
         if by_kernel(self.W_dec):
             rows_by_kernel(unit_rows, self.W_dec)
         else:
-            self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12))  # unit(), in place
+            for W, in in_blocks(self.W_dec):
+                W.div_(W.norm(dim=-1, keepdim=True).clamp_min(1e-12))           # unit(), in place
         fires = firing(out.acts)
         self.silent.copy_(torch.where(fires > 0, 0.0, self.silent + 1))
         self.rate.lerp_(fires, self.memory(0.02))
@@ -840,9 +870,9 @@ class SAE(nn.Module):
     @functools.cache
     def code_checksum(cls):
         """Changes when the code of the class chain does, not when a comment or docstring does."""
-        parts = [unit, generator, JumpReLU, Step, Codes, starts, bag, bag_transposed, dots, Product, Pick, Encode, above, highest, nonzeros, firing,
-                 gather_sum, gather_dot, project_rows, unit_rows, compiled, tile, bag_by_kernel, dots_by_kernel, rows_by_kernel, by_kernel, kernels_work,
-                 kernels_pay]
+        parts = [unit, Adam, like, generator, JumpReLU, Step, Codes, starts, bag, bag_transposed, dots, Product, Pick, Encode, above, highest,
+                 nonzeros, in_blocks, firing, gather_sum, gather_dot, project_rows, unit_rows, compiled, tile, bag_by_kernel, dots_by_kernel,
+                 rows_by_kernel, by_kernel, kernels_work, kernels_pay]
         return checksum("\n".join(code_of(part) for part in cls.chain() + parts).encode())
 
 

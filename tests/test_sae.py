@@ -129,6 +129,28 @@ def test_a_reset_touches_these_latents_and_nobody_else():
     assert not torch.equal(sae.W_dec[which], before["W_dec"][which]) and torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-5)
 
 
+def test_a_step_is_the_same_in_whatever_memory_order_moments_and_gradients_come():
+    """From a file, or from a variant, they may come in another one than that of W_enc, which lies in memory latent by latent."""
+    ends, way = [], {"as training left them": lambda t: t, "contiguous": torch.Tensor.contiguous, "transposed": lambda t: t.T.contiguous().T}
+    for turn in way.values():
+        sae, opt = build("topk", X)
+        steps(sae, opt, X, stop=3)
+        for W in (sae.W_enc, sae.W_dec):
+            W.grad = turn(W.grad)
+            opt.state[W] = {k: turn(v) if v.ndim else v for k, v in opt.state[W].items()}
+        plain = [p.detach().clone().requires_grad_() for p in sae.parameters()]
+        usual = torch.optim.Adam(plain, lr=opt.param_groups[0]["lr"], foreach=False)
+        for p, q in zip(sae.parameters(), plain):
+            q.grad, usual.state[q] = p.grad.clone(), {k: v.clone() for k, v in opt.state[p].items()}
+        opt.step()
+        usual.step()
+        for p, q in zip(sae.parameters(), plain):
+            assert torch.allclose(p, q, atol=1e-6)
+            assert {p.stride()} == {t.stride() for t in (p.grad, opt.state[p]["exp_avg"], opt.state[p]["exp_avg_sq"])}
+        ends.append(sae.state_dict())
+    assert all(torch.equal(v, end[k]) for end in ends for k, v in ends[0].items())
+
+
 def test_a_reset_finds_the_latent_axis_where_d_sae_equals_d_in():
     sae, opt = build("baseline", X, d_sae=D_IN)
     steps(sae, opt, X, stop=5)

@@ -189,7 +189,8 @@ def test_the_path_is_chosen_by_size_and_not_in_evaluation():
         sae_py.SPARSE_BELOW = below
 
 
-def test_jumprelu_takes_the_sparse_path_where_few_entries_are_near_the_thresholds():
+def test_jumprelu_takes_the_sparse_path_where_few_entries_are_near_the_thresholds(monkeypatch):
+    monkeypatch.setattr(sae_py, "SPARSE_BELOW", 0.05)
     sae, pre = SAE(4, 1, activation="jumprelu", d_sae=1024, l0=16.0), torch.randn(64, 1024, generator=generator("pre"))
     for shift, sparse in ((0, False), (-2, True)):                         # 23 % and 0.3 % of pre are above 0.75, a threshold less half the bandwidth
         acts = sae.activate(pre + shift)

@@ -30,7 +30,7 @@ class Variant(Revive, Prune, Base):
         self.block = self.d_sae if self.d_sae <= self.d_in else math.gcd(self.hard_block, self.d_sae)
         if self.hard_block:
             self.orthonormalise(torch.zeros(self.d_sae, dtype=torch.bool))
-            self.W_enc.data = self.W_dec.detach().T.contiguous()
+            self.W_enc.data = self.W_dec.detach().clone().T
 
     def blocks(self, rows):
         return rows.view(-1, self.block, self.d_in)
