@@ -87,7 +87,7 @@ def generator(*key, device="cpu"):
 
 
 class JumpReLU(torch.autograd.Function):
-    """pre where pre > threshold, else 0; the threshold's gradient by a rectangle kernel (Rajamanoharan 2024b, eq. 11).
+    """pre where pre > threshold (> 0), else 0; the threshold's gradient by a rectangle kernel over relu(pre) (Rajamanoharan 2024b, eq. 11).
 
     Masks are numbers made in place (gt_ and lt_ give 1 or 0): where() and products with a bool cost a multiple of it on a CPU."""
 
@@ -100,9 +100,9 @@ class JumpReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         pre, threshold = ctx.saved_tensors
-        over = pre - threshold.to(pre.dtype)
-        near = over.abs().lt_(ctx.bandwidth / 2).mul_(grad).sum_to_size(threshold.shape)
-        return over.gt_(0).mul_(grad), -threshold / ctx.bandwidth * near, None
+        cut = threshold.to(pre.dtype)
+        near = pre.relu().sub_(cut).abs_().lt_(ctx.bandwidth / 2).mul_(grad).sum_to_size(threshold.shape)
+        return (pre - cut).gt_(0).mul_(grad), -threshold / ctx.bandwidth * near, None
 
 
 class Step(torch.autograd.Function):
@@ -192,7 +192,7 @@ class Codes(torch.Tensor):
         if func in (torch.Tensor.matmul, torch.matmul) and type(a) is Codes and type(args[1]) is not Codes:
             return a.times(args[1])
         if func is torch.addmm and type(args[1]) is Codes and type(args[2]) is not Codes and not kwargs:
-            return a + args[1].times(args[2])
+            return args[1].times(args[2]).add_(a)
         if func is torch.Tensor.__getitem__ and type(args[1]) is tuple and args[1][:1] == (slice(None),) and type(args[1][-1]) is slice:
             start, stop, step = args[1][-1].indices(a.full[1])
             if step == 1 and len(args[1]) == 2:
@@ -611,7 +611,7 @@ class SAE(nn.Module):
                 self.cut = self.batch_threshold(pre.detach())
             return pre * (pre > (self.cut if self.training else self.threshold))
         if self.activation == "jumprelu":
-            return JumpReLU.apply(pre.relu(), self.log_threshold.exp(), self.bandwidth)
+            return JumpReLU.apply(pre, self.log_threshold.exp(), self.bandwidth)
         return pre.relu()
 
     def codes(self, pre):
@@ -627,8 +627,8 @@ class SAE(nn.Module):
             cut = threshold.detach() - self.bandwidth / 2          # above it are also the zeros whose gradient moves a threshold
             at = above(pre, cut.masked_fill(cut < 0, -torch.inf))
             if not self.sparse_pays(pre, len(at) / len(pre)) if pre.is_cuda else len(at) > 1.5 * SPARSE_BELOW * pre.numel():
-                return JumpReLU.apply(pre.relu(), threshold, self.bandwidth)
-            return Codes.of(pre, at, lambda values: JumpReLU.apply(values.relu(), threshold.index_select(0, at % self.d_sae), self.bandwidth))
+                return JumpReLU.apply(pre, threshold, self.bandwidth)
+            return Codes.of(pre, at, lambda values: JumpReLU.apply(values, threshold.index_select(0, at % self.d_sae), self.bandwidth))
         return Codes.of(pre, above(pre, 0), torch.relu)
 
     def decode(self, acts):
@@ -637,7 +637,7 @@ class SAE(nn.Module):
 
     def recon_error(self, out):
         """Squared error of each row, mean over d_in [B]."""
-        return (out.x - out.x_hat).pow(2).mean(-1)
+        return nn.functional.mse_loss(out.x_hat, out.x, reduction="none").mean(-1)      # half of the passes of a difference's pow(2)
 
     def losses(self, out):
         """Named scalars; training minimises their sum and logs each. Units: fractions of E||x||^2 / d_in."""

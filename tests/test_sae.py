@@ -64,6 +64,9 @@ def test_jumprelu_gradients_are_the_published_ones():
     threshold.grad = None
     Step.apply(pre, threshold, 0.4).sum().backward()
     assert torch.allclose(threshold.grad, torch.tensor([0.0, -2.5, -2.5, 0.0]))
+    low = torch.tensor([0.1], requires_grad=True)
+    JumpReLU.apply(torch.tensor([[-3.0], [0.2]]), low, 0.4).sum().backward()
+    assert torch.allclose(low.grad, torch.tensor([-0.5]))                                 # a negative pre counts as 0, which is near
 
 
 def test_the_encoder_form_without_gradient_through_the_input_has_the_plain_gradients():
