@@ -48,18 +48,16 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; run with -m slow")
-    config.addinivalue_line("markers", "gpu: needs CUDA")
+    config.addinivalue_line("markers", "gpu: of a GPU, or of a pretended one where there is none")
     config.long = "slow" in config.option.markexpr and "not slow" not in config.option.markexpr
     toys.SEEDS = tuple(range(config.getoption("--seeds") or (6 if config.long else len(toys.SEEDS))))
 
 
 @pytest.hookimpl(tryfirst=True)                 # before -m chooses
 def pytest_collection_modifyitems(config, items):
-    """Slow tests run when asked for by -m, and with them, on more seeds, the tests of what variants do; GPU tests where there is a GPU."""
+    """Slow tests run when asked for by -m, and with them, on more seeds, the tests of what variants do."""
     for item in items:
         if config.long and hasattr(item.module, "SEEDS"):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow") and "slow" not in config.option.markexpr:        # not keywords: they hold folder names too
             item.add_marker(pytest.mark.skip(reason="run with -m slow"))
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="no GPU"))
