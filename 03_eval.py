@@ -1227,6 +1227,17 @@ class Bench:
         """Contexts of ctx tokens whose logits are worked on at a time; on a CPU small blocks stay in its cache."""
         return max(1, int(self.share * (2**28 if self.device.type == "cuda" else on_cpu) // (ctx * self.model.cfg.d_vocab)))
 
+    def behind(self, x):
+        """The stream behind the last layer [n, ctx, d_model] with x [n, ctx, d_in] at the hook. Nothing looks inside these layers, so that PyTorch's
+        attention stands for TransformerLens' where it computes the same, in two thirds of the time."""
+        cfg, model = self.model.cfg, self.model
+        same = (cfg.positional_embedding_type in ("standard", "rotary") and cfg.attention_dir == "causal" and cfg.attn_scores_soft_cap <= 0
+                and not cfg.n_key_value_heads)
+        with contextlib.ExitStack() as stack:
+            for block in model.blocks[self.layer + 1:] if same else ():
+                stack.enter_context(replaced(block.attn, "forward", functools.partial(attend, block.attn)))
+            return model(x, start_at_layer=self.layer + 1, stop_at_layer=cfg.n_layers)
+
     def predictions(self, stream, *others):
         """Yields log p of the next token [rows, d_vocab] for rows of the stream behind the last layer [n, d_model], and the same rows of others, so
         few at a time that a CPU's cache holds them."""
@@ -1284,6 +1295,16 @@ class Bench:
                 random.setstate(before[0])
                 numpy.random.set_state(before[1])
                 torch.set_grad_enabled(before[2])
+
+
+def attend(attn, query_input, key_input, value_input, **_):
+    """The output [n, ctx, d_model] of an attention of TransformerLens."""
+    q, k, v = attn.calculate_qkv_matrices(query_input, key_input, value_input)                # [n, ctx, heads, d_head]
+    if attn.cfg.positional_embedding_type == "rotary":
+        q, k = attn.apply_rotary(q), attn.apply_rotary(k)
+    mask = attn.mask[-q.shape[1]:, -q.shape[1]:]
+    z = torch.nn.functional.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)), attn_mask=mask, scale=1 / attn.attn_scale)
+    return torch.nn.functional.linear(z.transpose(1, 2).flatten(2), attn.W_O.flatten(0, 1).T, attn.b_O)
 
 
 LOADERS = ["sae_bench.sae_bench_utils.dataset_utils", "sae_bench.evals.scr_and_tpp.dataset_creation",
@@ -1596,7 +1617,8 @@ def core_result(bench, run, sae, shared, config):
     from sae_bench.evals.core import main as core
     shared.start(run)
     core.general_utils.load_and_format_sae(bench.label(run), sae, str(bench.device))
-    with replaced(core, "get_recons_loss", shared.losses), replaced(sae, "encode", functools.partial(shared.encode, sae)):
+    with (replaced(core, "get_recons_loss", shared.losses), replaced(sae, "encode", functools.partial(shared.encode, sae)),
+          replaced(sae, "decode", functools.partial(shared.decode, sae))):
         metrics, latents = core.run_evals(sae, shared, shared, config, ignore_tokens=shared.ignored)
     metrics["misc_metrics"] = core.calculate_misc_metrics(latents)
     of, made = {"sae_id": "custom_sae", "sae_set": bench.label(run), "eval_cfg": config, "metrics": metrics, "feature_metrics": latents}, []
@@ -1663,10 +1685,9 @@ class CoreShared:
 
     def losses_with(self, x, part, p):
         """Loss of each prediction [n, ctx - 1] and cross entropy to p [n, ctx, d_vocab] of each position [n, ctx] with x at the hook."""
-        stream = self.model(x, start_at_layer=self.bench.layer + 1, stop_at_layer=self.model.cfg.n_layers)
         targets = self.tokens[part].roll(-1, 1).to(x.device)[..., None]
         found = [(-log_q.gather(-1, target)[:, 0], -torch.linalg.vecdot(clean, log_q))
-                 for log_q, target, clean in self.bench.predictions(*(v.flatten(0, 1) for v in (stream, targets, p)))]
+                 for log_q, target, clean in self.bench.predictions(*(v.flatten(0, 1) for v in (self.bench.behind(x), targets, p)))]
         ce, cross_entropy = (torch.cat(v).view(x.shape[:2]).cpu() for v in zip(*found))
         return ce[:, :-1], cross_entropy
 
@@ -1693,8 +1714,9 @@ class CoreShared:
                 if (run.folder, "saebench_core") not in failures:
                     with blamed(run, failures, "saebench_core"):
                         acts = sae.encode(x) if sae.composed else sae.codes(x.flatten(0, 1))
-                        self.keep(run, part, acts)
-                        x_hat = torch.where(special[..., None], x, sae.decode(acts).view_as(x))
+                        x_hat = sae.decode(acts).view_as(x)
+                        self.keep(run, part, acts, x_hat)
+                        x_hat = torch.where(special[..., None], x, x_hat)
                         ce, cross_entropy = self.losses_with(x_hat, part, p)
                         sums[run]["ce"].append(ce)
                         sums[run]["kl"].append(negative_entropy.cpu() + cross_entropy)
@@ -1707,18 +1729,23 @@ class CoreShared:
             self.spliced[run] = {k: torch.cat(sums[run][k]) for k in ("ce", "kl") if sums[run][k]}
             self.explained_variance[run] = 1 - sum(sums[run]["error"]) / total
 
-    def keep(self, run, part, acts):
-        """What encode() gives back to SAEBench, as far as memory allows."""
-        if isinstance(acts, Codes) and 20 * len(acts.values) < self.room:                     # bytes of a value, its row and its latent
-            self.room -= 20 * len(acts.values)
-            self.codes[run, part.start] = acts
+    def keep(self, run, part, acts, x_hat):
+        """What encode() and decode() give back to SAEBench, as far as memory allows."""
+        size = x_hat.nbytes + 20 * len(acts.values) if isinstance(acts, Codes) else self.room    # bytes of a value, its row and its latent
+        if size < self.room:
+            self.room -= size
+            self.codes[run, part.start] = acts, x_hat
 
     def encode(self, sae, x):
         """The codes of the batch that SAEBench is at."""
-        found = [self.codes.pop((self.run, part.start), None) for part in self.parts(self.part.start, self.part.stop)]
-        if any(codes is None for codes in found):
+        self.found = [self.codes.pop((self.run, part.start), None) for part in self.parts(self.part.start, self.part.stop)]
+        if None in self.found:
             return type(sae).encode(sae, x)
-        return torch.cat([codes.dense() for codes in found]).view(*x.shape[:-1], -1)
+        return torch.cat([codes.dense() for codes, _ in self.found]).view(*x.shape[:-1], -1)
+
+    def decode(self, sae, acts):
+        """The reconstruction of the batch that SAEBench has encoded."""
+        return type(sae).decode(sae, acts) if None in self.found else torch.cat([x_hat for _, x_hat in self.found])
 
     # ---- what SAEBench's code asks of a store and of a model
 
@@ -2398,10 +2425,10 @@ class Texts:
         file, known, n = self.file, self.means[run], sae.cfg.d_sae
         new = torch.tensor([key not in known for key in file.keys])
         sums = torch.zeros(int(new.sum()) * n, device=sae.device)
-        at, chosen = (new.cumsum(0) - 1)[file.of], new[file.of]
+        at, chosen = (new.cumsum(0) - 1)[file.of], new[file.of].nonzero()[:, 0]
         step = max(1, int(self.bench.share * (2**26 if sae.device.type == "cuda" else 2**19) // n))
-        for x, to in zip(file.rows[chosen].split(step), at[chosen].split(step)):
-            acts, to = sae.codes(x.to(sae.device)), to.to(sae.device)
+        for part in chosen.split(step):
+            acts, to = sae.codes(file.rows.index_select(0, part).to(sae.device)), at.index_select(0, part).to(sae.device)
             if isinstance(acts, Codes):
                 sums.index_add_(0, to.index_select(0, acts.rows) * n + acts.latents, acts.values)
             else:
@@ -2661,14 +2688,14 @@ class ForgetRetain:
         return {**found, "unigram": counts / counts.sum()}
 
     def batches(self, topic, part):
-        for x, tokens in zip(*(self.kept[f"{topic}_{part}_{k}"].split(max(1, int(LLM_BATCH * self.bench.share)))
-                               for k in ("acts", "tokens"))):
+        n = self.bench.at_once(self.kept[f"{topic}_{part}_tokens"].shape[1], 2**22)
+        for x, tokens in zip(*(self.kept[f"{topic}_{part}_{k}"].split(n) for k in ("acts", "tokens"))):
             yield x.to(self.bench.device), tokens.to(self.bench.device)
 
     @torch.no_grad()
     def predict(self, x, tokens, which):
         """Losses [number of `which`] of those of the predictions [n, ctx - 1] that are asked for, with x [n, ctx, d_in] at the hook."""
-        stream = self.bench.model(x, start_at_layer=self.bench.layer + 1, stop_at_layer=self.bench.model.cfg.n_layers)[:, :-1][which]
+        stream = self.bench.behind(x)[:, :-1][which]
         found = [-log_p.gather(-1, target) for log_p, target in self.bench.predictions(stream, tokens[:, 1:][which][:, None])]
         return torch.cat(found)[:, 0]
 

@@ -275,8 +275,11 @@ def test_transformer_lens_is_given_models_of_many_kinds(world, tmp_path, kind):
     make_tokenizer(tmp_path / "llama-gemma")
     acts = Acts("acts/toy")
     acts.meta = {**world.meta, "model": {"name": kind, "path": str(tmp_path / "llama-gemma"), "revision": None, "n_layers": 3}}
-    model, _ = ev.hooked_transformer(acts, CPU)                               # which compares it with the Hugging Face model
-    assert model.cfg.d_model == 32
+    bench = ev.Bench(acts, CPU)                                               # which compares it with the Hugging Face model
+    assert bench.model.cfg.d_model == 32
+    x = torch.randn(3, 16, 32, generator=generator(kind))
+    log_p = bench.model(x, start_at_layer=bench.layer + 1).log_softmax(-1).flatten(0, 1)
+    assert torch.allclose(torch.cat([p for p, _ in bench.predictions(bench.behind(x).flatten(0, 1), log_p)]), log_p, atol=1e-5)
 
 
 # ---- core -----------------------------------------------------------------------------------------------------------------------------
