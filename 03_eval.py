@@ -1960,16 +1960,16 @@ def train_sparse_probes(rows, y, dim, l1_decay, batch_size, epochs, encode):
     y, draw = y.to(rows.dtype), lambda: torch.empty((), dtype=torch.int64).random_().item()
     probe, heavier = LinearProbe(dim, y.shape[1]).to(rows.device, rows.dtype), (len(y) - y.sum(0)) / y.sum(0)
     parts = [AdamState(p) for p in (probe.weights, probe.biases)]
-    lr, falls = 0.01, math.exp(math.log(1e-5 / 0.01) / epochs)
+    lr, falls, push = 0.01, math.exp(math.log(1e-5 / 0.01) / epochs), (torch.tensor(l1_decay) / y.shape[1]).item()
     for _ in range(epochs):
         draw()                                                                 # a DataLoader draws a seed for workers that it does not have
         for at in torch.randperm(len(rows), generator=torch.Generator().manual_seed(draw())).split(batch_size):
             x, hit = encode(rows.index_select(0, at.to(rows.device))), y[at]   # a quarter of the time of rows[at]
             score, missed = probe(x).sigmoid(), heavier * hit
             slope = ((missed + 1 - hit) * score - missed) / score.numel()
-            to_weight = slope.T @ x + probe.weights.sign() * (torch.tensor(l1_decay, device=x.device) / y.shape[1])
+            to_weight = (slope.T @ x).add_(probe.weights.sign(), alpha=push)
             for part, gradient in zip(parts, (to_weight, slope.sum(0))):
-                part.step(gradient + 1e-6 * part.value, lr)
+                part.step(gradient.add_(part.value, alpha=1e-6), lr)
         lr *= falls
     return probe
 
@@ -2386,11 +2386,13 @@ class Texts:
                 x = [file.rows[file.of == i] for i in at.tolist()]
                 x = torch.nn.utils.rnn.pad_sequence([*x, file.rows.new_zeros(file.width, sae.cfg.d_in)], batch_first=True)[:-1]
                 return slow(x.to(sae.device), sae, which, batch_size)
+            which = which.nonzero()[:, 0]
             masked = (file.width / file.length[at] - 1)[:, None] * zero[:, which]
-            return file.mean[at] - (self.mean[at][:, which] + masked) @ sae.W_dec[which]
+            return file.mean[at] - (self.mean[at[:, None], which] + masked) @ sae.W_dec[which]
 
         with (replaced(torch, "load", load), replaced(seen, "encode", encode), replaced(scr, "ablated_precomputed_activations", ablated),
               replaced(collected, "get_sae_meaned_activations", numbers_of), replaced(probing, "train_probe_gpu", train),
+              replaced(probing, "test_probe_gpu", lambda x, y, _, probe: accuracy(x, y, probe.net.weight, probe.net.bias)),
               replaced(probing, "train_sklearn_probe", fit_probe), replaced(probing, "get_top_k_mean_diff_mask", lambda x, y, k: best(codes(x), y, k)),
               replaced(probing, "apply_topk_mask_reduce_dim", lambda x, masked: codes(x)[:, ~masked])):
             yield
@@ -2455,7 +2457,7 @@ def train_probe(x, y, test_x, test_y, dim, batch_size, epochs, lr, verbose, earl
             for part, gradient in zip(parts, (slope.T @ rows, slope.sum(0))):
                 part.value.mul_(1 - lr * 0.01)
                 part.step(gradient, lr)
-        right = ((torch.nn.functional.linear(test_x, weight.value, bias.value)[:, 0] > 0) == test_y.bool()).float().mean().item()
+        right = accuracy(test_x, test_y, weight.value, bias.value)
         worse += 1
         if right > best[0]:
             best, worse = (right, [part.value.clone() for part in parts]), 0
@@ -2464,6 +2466,12 @@ def train_probe(x, y, test_x, test_y, dim, batch_size, epochs, lr, verbose, earl
     for part, value in zip(parts, best[1]):
         part.value.copy_(value)
     return probe, best[0]
+
+
+@torch.no_grad()
+def accuracy(x, y, weight, bias):
+    """SAEBench's test_probe_gpu, without the loss, which nobody reads."""
+    return ((torch.nn.functional.linear(x, weight, bias)[:, 0] > 0) == y.bool()).float().mean().item()
 
 
 def fit_probe(x, y, test_x, test_y, verbose):
@@ -2723,17 +2731,18 @@ class ForgetRetain:
             more = [0.0] * len(tried)
             for (x, tokens), clean in zip(self.batches(topic, "score"), self.clean[topic]):
                 acts = sae.encode(x)                                          # once for all settings
-                for i, t in enumerate(tried):
-                    few = t["latents"]
-                    seen, names = SimpleNamespace(encode=lambda _: acts.clone(), decode=sae.decode), few
+                for few, settings in itertools.groupby(range(len(tried)), lambda i: tried[i]["latents"]):
+                    own, names = acts[..., few], few
+                    seen = SimpleNamespace(encode=lambda _: acts.clone(), decode=sae.decode)
                     if sae.linear:                                            # all other latents give the same to x and to y
-                        seen = SimpleNamespace(encode=lambda _: acts[..., few], decode=lambda f: f @ sae.W_dec[few])
-                        names = list(range(len(few)))
-                    fires = (acts[..., few] > 0).any(-1)
+                        rows, names = sae.W_dec[few], list(range(len(few)))
+                        seen = SimpleNamespace(encode=lambda _: own.clone(), decode=lambda f: f @ rows)
+                    fires = (own > 0).any(-1)
                     fires[:, 0] = False                                       # SAEBench leaves the first token alone
                     later = (fires.cumsum(1) > 0)[:, :-1]                     # other predictions know of no clamped token
-                    y = anthropic_clamp_resid_SAE_features(x, None, seen, names, float(t["multiplier"])) if few else x
-                    more[i] += (self.predict(y, tokens, later) - clean[later]).sum().item()
+                    for i in settings:
+                        y = anthropic_clamp_resid_SAE_features(x, None, seen, names, float(tried[i]["multiplier"])) if few else x
+                        more[i] += (self.predict(y, tokens, later) - clean[later]).sum().item()
             known = self.losses[topic]
             for t, rise in zip(tried, more):
                 t[f"{topic}_loss"] = known["clean_loss"] + rise / self.kept[f"{topic}_score_tokens"][:, 1:].numel()
