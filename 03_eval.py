@@ -1277,7 +1277,7 @@ class Bench:
             stack.enter_context(torch.random.fork_rng())
             stack.enter_context(replaced(gc, "collect", lambda *_: 0))            # a walk through all that was ever imported, for each SAE
             stack.enter_context(replaced(jaxtyping.config, "jaxtyping_disable", True))      # checks of every shape, at every call
-            stack.enter_context(threadpoolctl.threadpool_limits(1, "blas"))       # sklearn's small fits: numpy's threads wait more than they do
+            stack.enter_context(threadpoolctl.threadpool_limits(1, "blas"))       # small fits: numpy's threads wait more than they work
             stack.enter_context(replaced(transformer_lens.HookedTransformer, "from_pretrained_no_processing", staticmethod(from_pretrained)))
             for module in LOADERS:
                 stack.enter_context(replaced(importlib.import_module(module), "load_dataset", load_dataset))
