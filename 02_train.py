@@ -146,7 +146,8 @@ class Run:
 
     def watch(self, x, out, terms):
         """Add this step to the sums that the next log line reports; nothing here waits for the GPU."""
-        new = {**{f"loss_{k}": v for k, v in terms.items()}, "mse": (x - out.x_hat).pow(2).mean(), "variance": x.var(0, correction=0).mean(),
+        new = {**{f"loss_{k}": v for k, v in terms.items()}, "mse": (x - out.x_hat).pow(2).mean(),
+               "variance": (x - x.mean(0)).pow(2).mean(),                     # var(0) takes 1.4 (d_in 512) to 12 times (128) as long
                "l0": firing(out.acts).sum(), "l1": nonzeros(out.acts).sum() / len(x), "n": 1}
         if self.sae.row_weight is not None:               # some rows were drawn more often than others; the log is of the data
             share = self.sae.row_weight / self.sae.row_weight.sum()
