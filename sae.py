@@ -1111,6 +1111,8 @@ def run_script(main):
             code, said = e.code, f"error: {e}"
         elif is_out_of_memory(e):
             code, said = 4, f"error: out of memory: {e}"
+        elif is_disk_full(e):
+            code, said = 4, f"error: {cannot_write(getattr(e, 'filename', None) or 'a file', e)}"
         elif isinstance(e, OSError):
             code, said = 4, f"error: {e.filename or 'the machine'}: {e.strerror or e}"
         else:
@@ -1233,7 +1235,8 @@ def write_file(path, data):
 
 
 def is_disk_full(e):
-    return isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    """Whether an exception says so; of torch.save() it is a RuntimeError about where it is in the file."""
+    return isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or isinstance(e, RuntimeError) and "unexpected pos" in str(e)
 
 
 def cannot_write(path, e):

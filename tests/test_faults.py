@@ -333,6 +333,17 @@ def test_a_setting_is_read_as_python_writes_it(number):
         assert parse_settings(SAE, [f"batch_size={number}"])["batch_size"] == number == whole(f"{number:_}") if number <= 10**9 else True
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_disk_that_fills_while_torch_saves_is_told_in_a_line_and_blames_no_run():
+    """SAEBench saves so, and torch's exception is not the system's."""
+    save = "torch.save(torch.zeros(10 ** 6), '/dev/full')"
+    done = subprocess.run([sys.executable, "-c", f"import torch, sae; sae.run_script(lambda: {save})"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 4 and done.stderr.startswith("error: disk full while writing a file") and done.stderr.count("\n") == 1
+    with pytest.raises(RuntimeError) as raised:
+        torch.save(torch.zeros(10 ** 6), "/dev/full")
+    assert importlib.import_module("03_eval").is_machines(raised.value)
+
+
 @settings(max_examples=300)
 @given(text=st.text(max_size=12) | st.from_regex(r"[\d_.eE+-]{1,12}", fullmatch=True))
 def test_any_text_is_a_whole_number_or_refused(text):
