@@ -456,6 +456,7 @@ def test_a_caching_recipe_runs_on_a_model_of_the_full_shape(command, models, tmp
             assert f"up to {3 * ctx:,} rows of {acts.d_in} bfloat16, {3 * ctx * (2 * acts.d_in + 10) / 1e6:,.0f} MB" in said
 
 
+@pytest.mark.slow                                                       # a timing, which a machine that slows down meanwhile fails
 def test_the_time_told_for_caching_is_what_it_takes(models, tmp_path, monkeypatch, capsys):
     """Within 30 %, in CPU seconds, so that the machine's other work does not count: for the whole command but for loading the model."""
     monkeypatch.chdir(tmp_path)
