@@ -89,12 +89,12 @@ def test_bfloat16_trains_fp32_weights_to_the_l0_that_was_asked_for(activation, p
 @pytest.mark.parametrize("variant", variant_names())
 def test_every_variant_trains(variant, path):
     x = RICH.to(GPU)
-    n = 30 if REAL else 3
+    n = 30 if REAL else 10
     sae, opt = on_gpu(variant, RICH, n)
     losses = []
     steps(sae, opt, x, each=lambda sae, out, terms: losses.append(float(sum(terms.values()))))
     assert len(losses) == n and all(abs(loss) < float("inf") for loss in losses)
-    assert all(p.isfinite().all() for p in sae.parameters()) and all(v.device.type == GPU for v in sae.state_dict().values())
+    assert all(v.isfinite().all() for v in sae.state_dict().values()) and all(v.device.type == GPU for v in sae.state_dict().values())
 
 
 @pytest.mark.skipif(not REAL, reason="no GPU, and a pretended one is not waited for")

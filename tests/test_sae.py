@@ -1,4 +1,5 @@
 """Promises of the base SAE: what it learns, what it keeps unit, what a reset touches, how it is saved and exported."""
+import importlib
 import math
 
 import pytest
@@ -130,6 +131,16 @@ def test_a_reset_touches_these_latents_and_nobody_else():
             assert moments[name][key].index_select(axis, which).abs().sum() > 0
     assert torch.equal(sae.b_dec, before["b_dec"]) and torch.equal(opt.state[sae.b_dec]["exp_avg"], moments["b_dec"]["exp_avg"])
     assert not torch.equal(sae.W_dec[which], before["W_dec"][which]) and torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk"])
+@pytest.mark.parametrize("below", [0.0, 1e9])
+def test_the_encoders_gradient_comes_in_the_memory_order_of_its_weights(activation, below, monkeypatch):
+    """Dense and sparse, so that it need not be copied."""
+    monkeypatch.setattr(importlib.import_module("sae"), "SPARSE_BELOW", below)
+    sae, _ = build("baseline", X, activation=activation)
+    gradient, = torch.autograd.grad(sae.recon_error(sae.train()(X[:256])).mean(), sae.W_enc)
+    assert gradient.stride() == sae.W_enc.stride() == (1, X.shape[1])
 
 
 def test_a_step_is_the_same_in_whatever_memory_order_moments_and_gradients_come():

@@ -220,6 +220,12 @@ def test_the_highest_entries_are_found_where_they_share_a_group_and_where_they_t
         assert torch.equal(rows.flatten()[at].sort(1).values, rows.topk(16).values.flip(1))
 
 
+def test_the_highest_entries_are_found_by_sorting_where_none_tie(monkeypatch):
+    monkeypatch.delattr(ev, "highest")
+    pre = torch.randn(300, 256, generator=generator("highest"))
+    assert torch.equal(pre.flatten()[ev.highest_at(pre, 16).view(300, 16)].sort(1).values, pre.topk(16).values.flip(1))
+
+
 def test_a_call_into_saebench_leaves_no_trace(bench):
     import transformer_lens
     before = random.random, transformer_lens.HookedTransformer.__dict__["from_pretrained_no_processing"], torch.is_grad_enabled()
@@ -778,7 +784,7 @@ def test_a_text_that_is_encoded_once_gives_saebenchs_means_effects_and_ablations
             assert torch.allclose(effects(seen, numbers), effects(plain, real), atol=1e-5)
 
 
-def test_probes_are_trained_to_saebenchs_bits_and_draw_the_same_numbers():
+def test_probes_are_trained_to_saebenchs_bits_and_draw_the_same_numbers_and_small_fits_are_sklearns():
     from sae_bench.evals.sparse_probing import probe_training as probing
     g = generator("probes")
     for n, dim in ((400, 300), (130, 20)):
