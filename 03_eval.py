@@ -59,7 +59,7 @@ from sae import (SAE, SPARSE_BELOW, Acts, Codes, Parser, Refuse, above, blocks_o
                  is_disk_full, is_out_of_memory, language_model, load_run, loads, model_checksum, pick_device, read_json, read_log, read_tensors,
                  run_folders, run_script, take_lock, unit, whole, write_file, write_json, write_tensors)
 
-VERSION = 2                      # of the evaluations here; results of another one are made again
+VERSION = 3                      # of the evaluations here; results of another one are made again
 SAMPLE_ROWS = 16_384             # training rows that PCA, the mean and the controls are fitted on
 ON_DEVICE = 2**33                # bytes of SAEs that are on the device together with the language model, or one SAE
 DENSE = 0.1                      # a latent that fires on more than this share of rows is dense
@@ -1227,24 +1227,33 @@ class Bench:
         """Contexts of ctx tokens whose logits are worked on at a time; on a CPU small blocks stay in its cache."""
         return max(1, int(self.share * (2**28 if self.device.type == "cuda" else on_cpu) // (ctx * self.model.cfg.d_vocab)))
 
+    def at_hook(self, tokens):
+        """The activations at the hook [n, ctx, d_model] of tokens [n, ctx]."""
+        return self.through(tokens.to(self.device), stop_at_layer=self.layer + 1, prepend_bos=False)
+
     def behind(self, x):
-        """The stream behind the last layer [n, ctx, d_model] with x [n, ctx, d_in] at the hook. Nothing looks inside these layers, so that PyTorch's
-        attention stands for TransformerLens' where it computes the same, in two thirds of the time."""
+        """The stream behind the last layer [n, ctx, d_model] with x [n, ctx, d_in] at the hook."""
+        return self.through(x, start_at_layer=self.layer + 1, stop_at_layer=self.model.cfg.n_layers)
+
+    def through(self, x, **layers):
+        """Nothing looks inside these layers, so that PyTorch's attention stands for TransformerLens' where it computes the same, in two thirds of
+        the time."""
         cfg, model = self.model.cfg, self.model
         same = (cfg.positional_embedding_type in ("standard", "rotary") and cfg.attention_dir == "causal" and cfg.attn_scores_soft_cap <= 0
                 and not cfg.n_key_value_heads)
         with contextlib.ExitStack() as stack:
-            for block in model.blocks[self.layer + 1:] if same else ():
+            for block in model.blocks if same else ():
                 stack.enter_context(replaced(block.attn, "forward", functools.partial(attend, block.attn)))
-            return model(x, start_at_layer=self.layer + 1, stop_at_layer=cfg.n_layers)
+            return model(x, **layers)
 
-    def predictions(self, stream, *others):
-        """Yields log p of the next token [rows, d_vocab] for rows of the stream behind the last layer [n, d_model], and the same rows of others, so
-        few at a time that a CPU's cache holds them."""
-        model, cap, n = self.model, self.model.cfg.output_logits_soft_cap, self.at_once(1, 2**19)
-        for rows, *more in zip(model.ln_final(stream).split(n), *(other.split(n) for other in others)):
-            logits = model.unembed(rows[None])[0]
-            yield (cap * (logits / cap).tanh() if cap > 0 else logits).log_softmax(-1), *more
+    def log_probs(self, stream):
+        """log p of the next token [rows, d_vocab] for rows of the stream behind the last layer [rows, d_model]."""
+        logits, cap = self.model.unembed(self.model.ln_final(stream[None]))[0], self.model.cfg.output_logits_soft_cap
+        return (cap * (logits / cap).tanh() if cap > 0 else logits).log_softmax(-1)
+
+    def blocks(self, *rows):
+        """The same rows [n, ...] of each, so few at a time that a CPU's cache holds their log_probs."""
+        return zip(*(x.split(self.at_once(1, 2**19)) for x in rows))
 
     def label(self, run):
         """The name of a run in SAEBench's files; it carries the weights' checksum."""
@@ -1297,8 +1306,10 @@ class Bench:
                 torch.set_grad_enabled(before[2])
 
 
-def attend(attn, query_input, key_input, value_input, **_):
+def attend(attn, query_input, key_input, value_input, attention_mask=None, **_):
     """The output [n, ctx, d_model] of an attention of TransformerLens."""
+    if attention_mask is not None:                                            # of a tokenizer that pads on the left
+        return type(attn).forward(attn, query_input, key_input, value_input, attention_mask=attention_mask)
     q, k, v = attn.calculate_qkv_matrices(query_input, key_input, value_input)                # [n, ctx, heads, d_head]
     if attn.cfg.positional_embedding_type == "rotary":
         q, k = attn.apply_rotary(q), attn.apply_rotary(k)
@@ -1642,7 +1653,7 @@ def core_guards(m):
 
 
 class CoreShared:
-    """What core needs of the language model: tokens, activations at the hook, losses clean and with zeros in place of the activations.
+    """What core needs of the language model: tokens, its stream at the hook and behind the last layer, losses clean and with zeros at the hook.
 
     Made once and kept in the shared folder. Also stands in for SAELens' ActivationsStore and for the model in SAEBench's code, to which
     it gives batch after batch of what is kept."""
@@ -1655,10 +1666,10 @@ class CoreShared:
         self.ignored = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
         self.special = torch.isin(self.tokens, torch.tensor([i for i in self.ignored if i is not None]))
         self.at_once = bench.at_once(self.context_size)
-        self.kept_contexts = min(len(self.tokens), KEPT // (4 * self.context_size * bench.model.cfg.d_model))
+        self.kept_contexts = min(len(self.tokens), KEPT // (8 * self.context_size * bench.model.cfg.d_model))
         self.path = bench.folder("saebench_core", settings) / "clean.safetensors"
         self.kept = read_tensors(self.path)[0] if self.path.exists() else {}
-        self.spliced, self.explained_variance, self.codes, self.room = {}, {}, {}, KEPT
+        self.codes, self.room = {}, KEPT
 
     def parts(self, start=0, stop=None):
         """Slices of the contexts start .. stop: SAEBench's batches, in as many pieces as the logits' memory asks for."""
@@ -1667,49 +1678,28 @@ class CoreShared:
                 for i in range(at, at + batch, self.at_once)]
 
     @torch.no_grad()
-    def acts(self, part):
-        """Activations at the hook [n, ctx, d_in] of a slice of contexts: the kept ones, or read from the model."""
+    def clean(self, name, part):
+        """"acts" at the hook or the "stream" behind the last layer [n, ctx, d_model] of a slice of contexts: what is kept, or read from the model."""
         if part.stop <= self.kept_contexts and self.kept:
-            return self.kept["acts"][part].to(self.bench.device)
-        name = self.bench.hook_name
-        return self.model.run_with_cache(self.tokens[part].to(self.bench.device), prepend_bos=False, names_filter=[name],
-                                         stop_at_layer=self.bench.layer + 1)[1][name]
-
-    def log_probs(self, x):
-        """log p of the next token [n, ctx, d_vocab] with x [n, ctx, d_in] at the hook."""
-        return self.model(x, start_at_layer=self.bench.layer + 1, return_type="logits").log_softmax(-1)
-
-    def ce(self, log_p, part):
-        """Loss of each prediction [n, ctx - 1]."""
-        return -log_p[:, :-1].gather(-1, self.tokens[part, 1:, None].to(log_p.device)).squeeze(-1).cpu()
-
-    def losses_with(self, x, part, p):
-        """Loss of each prediction [n, ctx - 1] and cross entropy to p [n, ctx, d_vocab] of each position [n, ctx] with x at the hook."""
-        targets = self.tokens[part].roll(-1, 1).to(x.device)[..., None]
-        found = [(-log_q.gather(-1, target)[:, 0], -torch.linalg.vecdot(clean, log_q))
-                 for log_q, target, clean in self.bench.predictions(*(v.flatten(0, 1) for v in (self.bench.behind(x), targets, p)))]
-        ce, cross_entropy = (torch.cat(v).view(x.shape[:2]).cpu() for v in zip(*found))
-        return ce[:, :-1], cross_entropy
+            return self.kept[name][part].to(self.bench.device)
+        return self.bench.at_hook(self.tokens[part]) if name == "acts" else self.bench.behind(self.clean("acts", part))
 
     @torch.no_grad()
     def splice(self, saes, failures):
         """Losses and divergences with each SAE's reconstruction at the hook, and, where they are not kept yet, with the activations as they
         are and with zeros, which give the same in every context. One clean pass for all SAEs, whose codes are kept for SAEBench's own pass."""
-        sums, made, ablated = {run: defaultdict(list) for run in saes}, defaultdict(list), None
-        mean, square, n = 0, 0.0, 0
+        bench, ctx, errors, mean, square, n = self.bench, self.context_size, defaultdict(float), 0, 0.0, 0
+        found = {key: torch.zeros(2, self.tokens.numel()) for key in (*saes, *(() if self.kept else ("clean", "zero")))}     # loss and divergence
+        made = {k: torch.zeros(0 if self.kept else self.kept_contexts, ctx, bench.model.cfg.d_model) for k in ("acts", "stream")}
+        ablated = None if self.kept else bench.log_probs(bench.behind(self.clean("acts", slice(0, 1)) * 0)[0])             # [ctx, d_vocab]
+        targets = self.tokens.roll(-1, 1).flatten()                                    # a context's last token predicts nothing
         for part in tqdm(self.parts(), desc="saebench_core: losses", disable=None):
-            x, special = self.acts(part), self.special[part].to(self.bench.device)
-            log_p, rows = self.log_probs(x), x[~special].double()
-            p = log_p.exp()
-            negative_entropy = torch.linalg.vecdot(p, log_p)
-            divergence = lambda log_q: (negative_entropy - torch.linalg.vecdot(p, log_q)).cpu()          # KL(p || q) of each position
+            x, special, streams = self.clean("acts", part), self.special[part].to(bench.device), {}
+            clean = self.clean("stream", part) if self.kept else bench.behind(x)
+            rows = x[~special].double()
             mean, square, n = mean + rows.sum(0), square + rows.square().sum().item(), n + len(rows)
-            if not self.kept:
-                ablated = self.log_probs(torch.zeros_like(x[:1])) if ablated is None else ablated
-                made["acts"].append(x.cpu()[:max(0, self.kept_contexts - part.start)])
-                made["ce_clean"].append(self.ce(log_p, part))
-                made["ce_zero"].append(self.ce(ablated.expand_as(log_p), part))
-                made["kl_zero"].append(divergence(ablated))
+            for name, read in (("acts", x), ("stream", clean)):
+                made[name][part] = read[:len(made[name][part])].cpu()
             for run, sae in saes.items():
                 if (run.folder, "saebench_core") not in failures:
                     with blamed(run, failures, "saebench_core"):
@@ -1717,17 +1707,23 @@ class CoreShared:
                         x_hat = sae.decode(acts).view_as(x)
                         self.keep(run, part, acts, x_hat)
                         x_hat = torch.where(special[..., None], x, x_hat)
-                        ce, cross_entropy = self.losses_with(x_hat, part, p)
-                        sums[run]["ce"].append(ce)
-                        sums[run]["kl"].append(negative_entropy.cpu() + cross_entropy)
-                        sums[run]["error"].append((rows - x_hat[~special].double()).square().sum().item())
-        if made:
-            self.kept = {k: torch.cat(v) for k, v in made.items()}
+                        errors[run] += (rows - x_hat[~special].double()).square().sum().item()
+                        streams[run] = bench.behind(x_hat).flatten(0, 1)
+            numbers = torch.arange(part.start * ctx, part.stop * ctx)
+            for number, rows, *spliced in bench.blocks(numbers, clean.flatten(0, 1), *streams.values()):
+                target, log_p = targets[number].to(bench.device)[:, None], bench.log_probs(rows)
+                p = log_p.exp()
+                negative_entropy = torch.linalg.vecdot(p, log_p)
+                given = ((run, bench.log_probs(rows)) for run, rows in zip(streams, spliced))
+                for key, log_q in itertools.chain(given, () if self.kept else (("clean", log_p), ("zero", ablated[number % ctx]))):
+                    kl = negative_entropy - torch.linalg.vecdot(p, log_q)                                                     # KL(p || q)
+                    found[key][:, number] = torch.stack([-log_q.gather(-1, target)[:, 0], kl]).cpu()
+        found = {key: {"ce": ce.view(-1, ctx)[:, :-1].contiguous(), "kl": kl.view(-1, ctx)} for key, (ce, kl) in found.items()}
+        if not self.kept:
+            self.kept = {**made, "ce_clean": found["clean"]["ce"], "ce_zero": found["zero"]["ce"], "kl_zero": found["zero"]["kl"]}
             write_tensors(self.path, self.kept)
         total = square - (mean / n).square().sum().item() * n
-        for run in saes:
-            self.spliced[run] = {k: torch.cat(sums[run][k]) for k in ("ce", "kl") if sums[run][k]}
-            self.explained_variance[run] = 1 - sum(sums[run]["error"]) / total
+        self.spliced, self.explained_variance = found, {run: 1 - errors[run] / total for run in saes}
 
     def keep(self, run, part, acts, x_hat):
         """What encode() and decode() give back to SAEBench, as far as memory allows."""
@@ -1761,7 +1757,7 @@ class CoreShared:
         return self.tokens[self.part].to(self.bench.device)
 
     def run_with_cache(self, tokens, names_filter, **_):
-        return None, {names_filter[0]: self.acts(self.part)}
+        return None, {names_filter[0]: self.clean("acts", self.part)}
 
     def losses(self, *_, **__):
         kept, spliced, device = self.kept, self.spliced[self.run], self.bench.device
@@ -1866,8 +1862,7 @@ def read_words(bench, settings):
     at, y = torch.stack(at), torch.tensor(y)                                    # [words, READINGS, 2], [words]
     x = torch.zeros(*at.shape[:2], bench.model.cfg.d_model)
     for part in batched(range(len(tokens)), 64):
-        read = bench.model.run_with_cache(tokens[part[0]:part[-1] + 1].to(bench.device), prepend_bos=False, names_filter=[bench.hook_name],
-                                          stop_at_layer=bench.layer + 1)[1][bench.hook_name].cpu()
+        read = bench.at_hook(tokens[part[0]:part[-1] + 1]).cpu()
         here = (at[..., 0] >= part[0]) & (at[..., 0] <= part[-1])
         x[here] = read[at[here][:, 0] - part[0], at[here][:, 1]]
     half, quarter = READINGS // 2, READINGS // 4
@@ -2689,9 +2684,7 @@ class ForgetRetain:
             if len(rows) < n:
                 raise Refuse(f"{folder}/{topic}/{split}.jsonl has {len(rows)} texts of {ctx} tokens, {n} are wanted")
             tokens = torch.tensor(rows)
-            acts = [model.run_with_cache(t.to(bench.device), prepend_bos=False, names_filter=[bench.hook_name], stop_at_layer=bench.layer + 1)[1]
-                    for t in tokens.split(LLM_BATCH)]
-            found |= {f"{topic}_{part}_tokens": tokens, f"{topic}_{part}_acts": torch.cat([a[bench.hook_name].cpu() for a in acts])}
+            found |= {f"{topic}_{part}_tokens": tokens, f"{topic}_{part}_acts": torch.cat([bench.at_hook(t).cpu() for t in tokens.split(LLM_BATCH)])}
         counts = torch.bincount(bench.acts.shard(0)["tokens"].long(), minlength=model.cfg.d_vocab) + 1.0
         return {**found, "unigram": counts / counts.sum()}
 
@@ -2704,7 +2697,7 @@ class ForgetRetain:
     def predict(self, x, tokens, which):
         """Losses [number of `which`] of those of the predictions [n, ctx - 1] that are asked for, with x [n, ctx, d_in] at the hook."""
         stream = self.bench.behind(x)[:, :-1][which]
-        found = [-log_p.gather(-1, target) for log_p, target in self.bench.predictions(stream, tokens[:, 1:][which][:, None])]
+        found = [-self.bench.log_probs(rows).gather(-1, target) for rows, target in self.bench.blocks(stream, tokens[:, 1:][which][:, None])]
         return torch.cat(found)[:, 0]
 
     def rates(self, sae, topic):

@@ -285,7 +285,7 @@ def test_transformer_lens_is_given_models_of_many_kinds(world, tmp_path, kind):
     assert bench.model.cfg.d_model == 32
     x = torch.randn(3, 16, 32, generator=generator(kind))
     log_p = bench.model(x, start_at_layer=bench.layer + 1).log_softmax(-1).flatten(0, 1)
-    assert torch.allclose(torch.cat([p for p, _ in bench.predictions(bench.behind(x).flatten(0, 1), log_p)]), log_p, atol=1e-5)
+    assert torch.allclose(torch.cat([bench.log_probs(rows) for rows, in bench.blocks(bench.behind(x).flatten(0, 1))]), log_p, atol=1e-5)
 
 
 # ---- core -----------------------------------------------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def test_what_exceeds_the_memory_is_computed_again(world, bench, monkeypatch):
     runs = [make_run("again", random_sae(world, 3))]
     evaluate(world, runs, "saebench_core")
     first = result(runs[0], "saebench_core")["eval_result_metrics"]
-    monkeypatch.setattr(ev, "KEPT", 5 * 4 * CTX * D)                         # five contexts
+    monkeypatch.setattr(ev, "KEPT", 5 * 8 * CTX * D)                         # five contexts
     monkeypatch.setattr(ev, "VERSION", 99)
     evaluate(world, runs, "saebench_core")
     same(result(runs[0], "saebench_core")["eval_result_metrics"], first)
