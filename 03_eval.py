@@ -62,6 +62,8 @@ from sae import (SAE, SPARSE_BELOW, Acts, Codes, Parser, Refuse, above, blocks_o
 VERSION = 3                      # of the evaluations here; results of another one are made again
 SAMPLE_ROWS = 16_384             # training rows that PCA, the mean and the controls are fitted on
 ON_DEVICE = 2**33                # bytes of SAEs that are on the device together with the language model, or one SAE
+BUFFER = 2**33                   # bytes of a GPU for all that is worked on beside these; LOGITS and CODES are so few that it suffices
+LOGITS, CODES = BUFFER // 32, BUFFER // 128          # numbers at once: predictions, latent activations
 DENSE = 0.1                      # a latent that fires on more than this share of rows is dense
 
 # What a guard calls invalid or doubtful. Published values are for SAEs with 16,384 latents and more; token counts are per latent here.
@@ -191,7 +193,7 @@ class HeldOut:
 
     def per_batch(self):
         """Contexts (rows, of synthetic data) that are worked on at a time."""
-        logits_at_once = 2**28 if self.device.type == "cuda" else 2**22       # on a CPU small blocks are reused, large ones cost page faults
+        logits_at_once = LOGITS if self.device.type == "cuda" else 2**22       # on a CPU small blocks are reused, large ones cost page faults
         return max(1, (logits_at_once // (self.val["tokens"].shape[1] * self.model.vocab) if self.model else 4096) // self.parts)
 
     def halve(self):
@@ -281,7 +283,7 @@ class Score:
     def add(self, x, features, model):
         sae, s, whole = self.sae, self.sums, []
         at = 0
-        for part in x.split(max(1, 2**26 // sae.d_sae)):                      # bounds the memory that [rows, d_sae] takes
+        for part in x.split(max(1, CODES // sae.d_sae)):                      # bounds the memory that [rows, d_sae] takes
             out = sae(part * sae.scale)
             x_hat, exact, on = out.x_hat / sae.scale, part.double(), out.acts > 0
             guess = x_hat.double()
@@ -486,7 +488,7 @@ def evaluate_features(held_out, runs, failures, n_latents=20, n_contexts=8, befo
         for run in alive(runs, failures):
             with blamed(run, failures), torch.no_grad():
                 sae, pick = run.sae, chosen[run].to(x.device)
-                acts = torch.cat([sae(part * sae.scale).acts[:, pick] for part in x.split(max(1, 2**26 // sae.d_sae))]) / sae.scale
+                acts = torch.cat([sae(part * sae.scale).acts[:, pick] for part in x.split(max(1, CODES // sae.d_sae))]) / sae.scale
                 full = acts.new_zeros(*rows.shape, len(pick))
                 full[rows] = acts
                 top = full.max(1)
@@ -649,7 +651,7 @@ class Code:
     """What an SAE makes of rows x [n, d_in]: sparsity, and the activations of GEOMETRY_LATENTS latents that fire, drawn by generator g."""
 
     def __init__(self, sae, x, g):
-        parts, rows = x.split(max(1, 2**26 // sae.d_sae)), []
+        parts, rows = x.split(max(1, CODES // sae.d_sae)), []
         self.d_in, self.fires, self.active = sae.d_in, 0, []
         for part in parts:
             out = sae(part * sae.scale)
@@ -1017,7 +1019,7 @@ def siblings(run):
 
 def acts_of(sae, x, latents):
     """Activations [n, k] of some latents on rows x [n, d_in]."""
-    return torch.cat([sae(part * sae.scale).acts[:, latents] for part in x.split(max(1, 2**26 // sae.d_sae))])
+    return torch.cat([sae(part * sae.scale).acts[:, latents] for part in x.split(max(1, CODES // sae.d_sae))])
 
 
 def match(W, V):
@@ -1194,14 +1196,15 @@ class BenchEval(NamedTuple):
 
 
 class Bench:
-    """What SAEBench's evaluations of the runs of one cache share: the language model, and folders for what depends on no SAE."""
+    """What SAEBench's evaluations of the runs of one cache share: the language model, and folders for what depends on no SAE. d_sae: of the
+    widest SAE."""
 
-    def __init__(self, acts, device):
+    def __init__(self, acts, device, d_sae=0):
         self.acts, self.device, self.layer, self.hook_name = acts, device, acts.meta["layer"], acts.meta["hook_name"]
         self.model, self.weights = hooked_transformer(acts, device)
         self.name = self.model.cfg.model_name
         self.dtype, self.started = "float32", time.time()
-        self.share = 1.0                                                      # of what is usually worked on at once; halved when memory is short
+        self.d_sae, self.share = d_sae, 1.0                                   # share of what is usually worked on at once; halved when memory is short
         self.texts = Texts(self)
 
     @functools.cached_property
@@ -1224,8 +1227,9 @@ class Bench:
         return folder.resolve()
 
     def at_once(self, ctx, on_cpu=2**21):
-        """Contexts of ctx tokens whose logits are worked on at a time; on a CPU small blocks stay in its cache."""
-        return max(1, int(self.share * (2**28 if self.device.type == "cuda" else on_cpu) // (ctx * self.model.cfg.d_vocab)))
+        """Contexts of ctx tokens whose logits and codes are worked on at a time; on a CPU small blocks stay in its cache."""
+        rows = min(LOGITS / self.model.cfg.d_vocab, CODES / max(1, self.d_sae)) if self.device.type == "cuda" else on_cpu / self.model.cfg.d_vocab
+        return max(1, int(self.share * rows / ctx))
 
     def at_hook(self, tokens):
         """The activations at the hook [n, ctx, d_model] of tokens [n, ctx]."""
@@ -1412,9 +1416,9 @@ class BenchSAE(torch.nn.Module):
             self.register_buffer(name, value.detach())
         self.composed = type(sae).forward is not SAE.forward
         self.linear = not self.composed and type(sae).decode is SAE.decode
-        self.device, self.dtype = bench.device, torch.float32
+        self.device, self.dtype = sae.W_dec.device, torch.float32
         self.cfg = CustomSAEConfig(bench.name, sae.d_in, sae.d_sae, bench.layer, bench.hook_name, architecture=run.config.get("variant", "control"),
-                                   dtype=bench.dtype, device=str(bench.device), context_size=bench.acts.meta["ctx"])
+                                   dtype=bench.dtype, device=str(self.device), context_size=bench.acts.meta["ctx"])
 
     @torch.no_grad()
     def encode(self, x):
@@ -1512,7 +1516,7 @@ def evaluate_saebench(acts, runs, names, force, device, failures):
                 print(f"{acts.folder}: {name} left out: {e}")
         if not any(todo for _, todo in plans.values()):
             return
-        bench = Bench(acts, device)
+        bench = Bench(acts, device, max(run.sae.d_sae for _, todo in plans.values() for run in todo))
     except Unfit as e:
         print(f"{acts.folder}: SAEBench left out: {e}")
         return
@@ -2276,7 +2280,8 @@ def bench_labelled(name, module, config_class, fixed, counts, watch):
     """f(bench, runs, settings, failures) for an evaluation whose run_eval keeps what depends on no SAE in its artifacts folder.
 
     SAEBench fills that folder with the first SAE of a call, and by drawing random numbers that later SAEs don't draw. So it is filled with
-    an SAE of eight latents before; then every run starts from the same generators and the same folder, whatever ran before it."""
+    an SAE of eight latents before; then every run starts from the same generators and the same folder, whatever ran before it. All of a data
+    set's activations are in host memory then, and so are that SAE and the probes: on a GPU they may take tens of GB."""
     def evaluate(bench, runs, settings, failures):
         from sae_bench.evals.scr_and_tpp import main as scr
         main, folder = importlib.import_module(module), bench.folder(name, settings)
@@ -2292,14 +2297,14 @@ def bench_labelled(name, module, config_class, fixed, counts, watch):
 
             with (tempfile.TemporaryDirectory() as results, labelled_tasks(bench, settings) as data,
                   bench.seams(SEED, data, folder / "log.txt"), replaced(scr, "get_scr_plotting_dict", watched), seam):
-                found = main.run_eval(config, [(label, sae)], str(bench.device), results, force_rerun=True, artifacts_path=str(artifacts))
+                found = main.run_eval(config, [(label, sae)], str(sae.device), results, force_rerun=True, artifacts_path=str(artifacts))
             return json.loads(json.dumps(found[f"{label}_custom_sae"])), clean
 
         with take_lock(folder / "making", wait=True):                         # a second call waits for what the first one makes
             if not (folder / "shared").exists():
                 print(f"{bench.acts.folder}: {name}: activations and probes that all runs share")
                 shutil.rmtree(folder / "making" / name, ignore_errors=True)
-                call("none", BenchSAE(bench, few_latents(bench)), folder / "making" / name)
+                call("none", BenchSAE(bench, few_latents(bench, "cpu")), folder / "making" / name, in_host_memory(bench))
                 (folder / "making" / name).rename(folder / "shared")
         for run in runs:
             made = []
@@ -2329,9 +2334,22 @@ def labelled_config(bench, settings, config_class, fixed, counts, sae):
     return config
 
 
-def few_latents(bench):
+@contextlib.contextmanager
+def in_host_memory(bench):
+    """Inside, the activations that SAEBench reads of tokens there are there as well."""
+    from sae_bench.sae_bench_utils import activation_collection as collected
+    on_device = collected.get_llm_activations
+
+    def read(tokens, model, batch_size, *where):
+        return torch.cat([on_device(part.to(bench.device), model, batch_size, *where, show_progress=False).cpu() for part in tokens.split(batch_size)])
+
+    with replaced(collected, "get_llm_activations", read):
+        yield
+
+
+def few_latents(bench, device):
     """A stand-in for a run, with which the shared work is made."""
-    sae = SAE(bench.acts.d_in, 0, 0, activation="relu", d_sae=8, l0=4.0).to(bench.device).eval()
+    sae = SAE(bench.acts.d_in, 0, 0, activation="relu", d_sae=8, l0=4.0).to(device).eval()
     return Run(Path("none"), sae, {"variant": "baseline", "sae_checksum": ""})
 
 
@@ -2350,7 +2368,7 @@ class Texts:
         from sae_bench.evals.sparse_probing import probe_training as probing
         from sae_bench.sae_bench_utils import activation_collection as collected
         sae, slow, read = BenchSAE(self.bench, run), scr.ablated_precomputed_activations, torch.load
-        zero, best = sae.encode(torch.zeros(1, sae.cfg.d_in, device=sae.device)), probing.get_top_k_mean_diff_mask
+        zero, best = sae.encode(torch.zeros(1, sae.cfg.d_in, device=sae.device)).cpu(), probing.get_top_k_mean_diff_mask
 
         def load(path, **more):
             if not isinstance(path, str):                                      # of a tensor in a pickle of probes
@@ -2360,7 +2378,7 @@ class Texts:
             return {k: dict(v) for k, v in self.file.data.items()}             # SAEBench empties them
 
         def codes(numbers):
-            return self.mean.index_select(0, numbers.flatten().long() - 1)
+            return self.mean.index_select(0, numbers.flatten().long().cpu() - 1).to(sae.device)
 
         def encode(numbers):
             return codes(numbers).view(*numbers.shape[:2], -1)
@@ -2376,18 +2394,18 @@ class Texts:
         def ablated(numbers, _, which, batch_size):
             """The decoder is linear, so that the mean activation without some latents is the mean less these latents' mean acts through their
             rows. Acts of masked positions, the SAE's answer to zeros, count here as well, and the mean is over the positions not masked."""
-            file, at = self.file, numbers[:, 0, 0].long() - 1
+            file, at = self.file, numbers[:, 0, 0].long().cpu() - 1
             if not sae.linear:
                 x = [file.rows[file.of == i] for i in at.tolist()]
                 x = torch.nn.utils.rnn.pad_sequence([*x, file.rows.new_zeros(file.width, sae.cfg.d_in)], batch_first=True)[:-1]
                 return slow(x.to(sae.device), sae, which, batch_size)
-            which = which.nonzero()[:, 0]
+            which = which.nonzero()[:, 0].cpu()
             masked = (file.width / file.length[at] - 1)[:, None] * zero[:, which]
-            return file.mean[at] - (self.mean[at[:, None], which] + masked) @ sae.W_dec[which]
+            return file.mean[at].to(sae.device) - (self.mean[at[:, None], which] + masked).to(sae.device) @ sae.W_dec[which]
 
         with (replaced(torch, "load", load), replaced(seen, "encode", encode), replaced(scr, "ablated_precomputed_activations", ablated),
               replaced(collected, "get_sae_meaned_activations", numbers_of), replaced(probing, "train_probe_gpu", train),
-              replaced(probing, "test_probe_gpu", lambda x, y, _, probe: accuracy(x, y, probe.net.weight, probe.net.bias)),
+              replaced(probing, "test_probe_gpu", lambda x, y, _, probe: accuracy(x, y, probe.net.weight.to(x), probe.net.bias.to(x))),
               replaced(probing, "train_sklearn_probe", fit_probe), replaced(probing, "get_top_k_mean_diff_mask", lambda x, y, k: best(codes(x), y, k)),
               replaced(probing, "apply_topk_mask_reduce_dim", lambda x, masked: codes(x)[:, ~masked])):
             yield
@@ -2400,18 +2418,18 @@ class Texts:
         for split in ("train", "test"):
             for name, x in data[split].items():                                # [texts, tokens, d_in]; masked tokens are zero
                 at = []
-                for text, real in zip(x.cpu(), (x.sum(-1) != 0).cpu()):
+                for text, real in zip(x, x.sum(-1) != 0):
                     key = xxhash.xxh3_128_digest(text.numpy())
                     if key not in number:
                         number[key] = len(number) + 1
                         rows.append(text[real])
                     at.append(number[key])
-                data[split][name] = torch.tensor(at).to(x)[:, None, None]
+                data[split][name] = torch.tensor(at, dtype=x.dtype, device=self.bench.device)[:, None, None]
         length = torch.tensor([len(text) for text in rows])
         of = torch.arange(len(rows)).repeat_interleave(length)                 # whose each row is
         file = SimpleNamespace(data=data, keys=list(number), rows=torch.cat(rows), of=of, width=x.shape[1])
         sums = torch.zeros(len(rows), x.shape[2]).index_add_(0, file.of, file.rows)
-        file.length, file.mean = length.to(x.device), (sums / length[:, None]).to(x.device)
+        file.length, file.mean = length, sums / length[:, None]
         if file.rows.nbytes < self.room:
             self.files[path], self.room = file, self.room - file.rows.nbytes
         return file
@@ -2421,20 +2439,21 @@ class Texts:
         """Mean acts [texts, d_sae] over each text of self.file; those of texts that were in another file are known already."""
         file, known, n = self.file, self.means[run], sae.cfg.d_sae
         new = torch.tensor([key not in known for key in file.keys])
-        sums = torch.zeros(int(new.sum()) * n, device=sae.device)
+        sums = torch.zeros(int(new.sum()), n)
         at, chosen = (new.cumsum(0) - 1)[file.of], new[file.of].nonzero()[:, 0]
-        step = max(1, int(self.bench.share * (2**26 if sae.device.type == "cuda" else 2**19) // n))
+        step = max(1, int(self.bench.share * (CODES if sae.device.type == "cuda" else 2**19) // n))
         for part in chosen.split(step):
-            acts, to = sae.codes(file.rows.index_select(0, part).to(sae.device)), at.index_select(0, part).to(sae.device)
+            acts, to = sae.codes(file.rows.index_select(0, part).to(sae.device)), at.index_select(0, part)
             if isinstance(acts, Codes):
-                sums.index_add_(0, to.index_select(0, acts.rows) * n + acts.latents, acts.values)
+                sums.view(-1).index_add_(0, to.index_select(0, acts.rows) * n + acts.latents, acts.values)
             else:
-                sums.view(-1, n).index_add_(0, to, acts)
-        made = (sums.view(-1, n) / file.length[new.to(sae.device)][:, None]).cpu()
+                few = sums[to[0]:to[-1] + 1]                                   # of the texts that these rows are of
+                few += torch.zeros_like(few, device=sae.device).index_add_(0, (to - to[0]).to(sae.device), acts).cpu()
+        made = sums / file.length[new][:, None]
         found = known | dict(zip(itertools.compress(file.keys, new.tolist()), made))
         if made.nbytes < self.room:
             self.means[run], self.room = found, self.room - made.nbytes
-        return torch.stack([found[key] for key in file.keys]).to(sae.device)
+        return torch.stack([found[key] for key in file.keys])
 
 
 @torch.no_grad()
@@ -2800,7 +2819,7 @@ def bench_sae_probes(bench, runs, settings, failures):
         shutil.rmtree(folder / "making", ignore_errors=True)
         (folder / "making").mkdir()
         with contextlib.chdir(folder / "making"):
-            call(few_latents(bench))
+            call(few_latents(bench, bench.device))
         (folder / "making").rename(folder / "shared")
     shared = folder / "shared" / "artifacts"
     for run in runs:

@@ -3,8 +3,9 @@
     python tests/pretend_gpu.py 02_train.py --device cuda --variant topk ...        a script as it would run on a GPU
 
 What it shows: that code moves its tensors to the GPU and back, makes new ones where the others are, and draws random numbers from a generator
-there; what CUDA would do on another device it does on the CPU, with the same autograd, and autocast's bfloat16. What it can't show: speed,
-memory, CUDA's own kernels and their rounding, streams, whatever is wrong without an error on a CPU. `pytest -m gpu` is for a real one.
+there; what CUDA would do on another device it does on the CPU, with the same autograd, and autocast's bfloat16. torch.cuda.memory_allocated()
+and max_memory_allocated() count the tensors' bytes, without what an operator or the allocator takes for itself. What it can't show: speed,
+CUDA's own kernels and their rounding, streams, whatever is wrong without an error on a CPU. `pytest -m gpu` is for a real one.
 
 A tensor on the pretended GPU is a wrapper around a CPU tensor. Two modes stand between Python and PyTorch: Calls replaces `cuda` in what is
 called by a device type that no machine has and PyTorch does not look for, Operators runs each operator on what is wrapped.
@@ -15,6 +16,7 @@ import re
 import runpy
 import sys
 import threading
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -46,6 +48,31 @@ class EqualsTensor(type(torch.Tensor)):
     __hash__ = type.__hash__
 
 
+class Memory:
+    """Bytes of the storages of all tensors on the GPU, now and at most."""
+
+    def __init__(self):
+        self.users, self.now, self.most = {}, 0, 0
+
+    def hold(self, tensor):
+        storage = tensor.inside.untyped_storage()
+        at, size = storage.data_ptr(), storage.nbytes()
+        self.users[at] = self.users.get(at, 0) + 1
+        self.now += size if self.users[at] == 1 else 0
+        self.most = max(self.most, self.now)
+        weakref.finalize(tensor, self.drop, at, size)
+
+    def drop(self, at, size):
+        self.users[at] -= 1
+        self.now -= 0 if self.users[at] else size
+
+    def start_again(self):
+        self.most = self.now
+
+
+MEMORY = Memory()
+
+
 class OnGPU(torch.Tensor, metaclass=EqualsTensor):
     """A tensor on the pretended GPU; `inside` has its numbers."""
 
@@ -56,6 +83,8 @@ class OnGPU(torch.Tensor, metaclass=EqualsTensor):
         with torch.inference_mode(False):        # a view of a tensor made before can't be one of inference mode
             new = torch.Tensor._make_wrapper_subclass(cls, inside.shape, dtype=inside.dtype, layout=inside.layout, **strided, **sparse)
         new.inside = inside
+        if not sparse and inside.device.type == "cpu":
+            MEMORY.hold(new)
         return new
 
     device, is_cuda, is_cpu = property(lambda self: HERE), property(lambda self: True), property(lambda self: False)
@@ -247,7 +276,8 @@ def pretended():
     """Inside, in this thread and those that start there, the machine has a GPU."""
     cuda = {"is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0, "mem_get_info": lambda *_: (2**34, 2**35),
             "get_device_name": lambda *_: "a pretended GPU", "is_bf16_supported": lambda *_, **__: True, "_lazy_init": lambda: None,
-            "synchronize": lambda *_: None, "empty_cache": lambda: None, "is_current_stream_capturing": lambda: False,
+            "memory_allocated": lambda *_: MEMORY.now, "max_memory_allocated": lambda *_: MEMORY.most,
+            "reset_peak_memory_stats": lambda *_: MEMORY.start_again(), "synchronize": lambda *_: None, "empty_cache": lambda: None, "is_current_stream_capturing": lambda: False,
             "manual_seed_all": lambda seed: None, "get_rng_state": lambda *_: torch.get_rng_state(), "set_rng_state": lambda *_: None,
             "Stream": Stream, "default_stream": Stream, "current_stream": Stream,
             "stream": contextlib.nullcontext, "device": contextlib.nullcontext, "device_of": contextlib.nullcontext}

@@ -1,5 +1,6 @@
 """Promises of the pretended GPU (pretend_gpu.py), and of SAEBench on it; test_gpu.py has those of training and of the four scripts."""
 import copy
+import gc
 import importlib
 import threading
 
@@ -67,6 +68,17 @@ def test_gradients_optimizer_autocast_and_threads_work_on_it(gpu):
     assert found[0][:3] == (torch.bfloat16, "cuda", "cuda") and torch.equal(found[0][3], on_cpu[3])
 
 
+def test_the_memory_that_tensors_take_there_is_counted_once_and_given_back(gpu):
+    before, x = torch.cuda.memory_allocated(), torch.zeros(1000, 250).to(GPU)
+    view, more = x[:10], x + 1
+    assert torch.cuda.memory_allocated() - before == 2e6
+    del x, more
+    assert torch.cuda.memory_allocated() - before == 1e6 and view.shape == (10, 250)           # which the view still needs
+    torch.cuda.reset_peak_memory_stats()
+    del view
+    assert torch.cuda.memory_allocated() == before and torch.cuda.max_memory_allocated() - before == 1e6
+
+
 def test_it_is_gone_afterwards():
     before = torch.cuda.is_available, torch.Generator, torch.autocast, torch.load
     with pretended():
@@ -93,6 +105,29 @@ def test_saebenchs_figures_on_it_are_the_cpus(world, labelled, name):  # noqa: F
     here, there = on_both(world if name in ("saebench_core", "absorption") else labelled, name)
     for key in ("eval_result_metrics", "eval_result_details", "guards", "metrics"):
         same(there[key], here[key], key)
+
+
+@pytest.mark.parametrize("name", ["saebench_core", "absorption", "sparse_probing", pytest.param("scr", marks=pytest.mark.slow), "tpp", "unlearning"])
+def test_it_holds_the_language_model_one_sae_and_a_buffer_whatever_the_texts_and_runs(world, labelled, name, monkeypatch):  # noqa: F811
+    """Where a buffer is too small for a data set's activations or codes, as 8 GB are for SAEBench's. Absorption's is for SAEBench's batches of 64
+    prompts, of 77 tokens here."""
+    acts, buffer = (world if name in ("saebench_core", "absorption") else labelled), 2**26 if name == "absorption" else 2**23
+    monkeypatch.setattr(ev, "LOGITS", buffer // 32)
+    monkeypatch.setattr(ev, "CODES", buffer // 128)
+    monkeypatch.setattr(ev, "ON_DEVICE", 1)
+    size, failures = lambda tensors: sum(v.nbytes for v in tensors.values()), {}
+    with pretended():
+        model = size(ev.Bench(acts, HERE).model.state_dict())
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        runs = [make_run(f"held-{name}-{seed}", random_sae(acts, seed, 400)) for seed in (1, 2)]
+        for part in ev.portions(runs):
+            with ev.on_device(HERE, part):
+                ev.evaluate_saebench(acts, part, [name], False, HERE, failures)
+        taken, one = torch.cuda.max_memory_allocated() - before, size(runs[0].sae.state_dict())
+    assert not failures and all(result(run, name) for run in runs)
+    assert model + one < taken < model + one + buffer
 
 
 @pytest.mark.slow

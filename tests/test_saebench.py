@@ -735,7 +735,7 @@ def plain_call(labelled, bench, run, name, folder):
     settings = {"sae_bench": "", **ev.BENCH[name].settings(labelled)}
     main = importlib.import_module("sae_bench.evals." + ("sparse_probing" if name == "sparse_probing" else "scr_and_tpp") + ".main")
     fixed, counts = ({}, "k_values") if name == "sparse_probing" else ({"perform_scr": name == "scr"}, "n_values")
-    first, second = ev.BenchSAE(bench, ev.few_latents(bench)), ev.BenchSAE(bench, run)
+    first, second = ev.BenchSAE(bench, ev.few_latents(bench, CPU)), ev.BenchSAE(bench, run)
     config = ev.labelled_config(bench, settings, "SparseProbingEvalConfig" if name == "sparse_probing" else "ScrAndTppEvalConfig", fixed, counts, first)
     found = {}
     with ev.labelled_tasks(bench, settings) as data, bench.seams(ev.SEED, data, folder / "log.txt"):

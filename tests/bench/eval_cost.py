@@ -5,8 +5,9 @@
 
 Reads acts/tiny (01_cache_acts.py) and writes nothing but its eval_cache, which it empties. CPU seconds of this process with one thread, or
 with --wall seconds by the clock with PyTorch's usual threads; imports and the building of the language model apart. SAEs are random, 1,024
-latents, L0 16. SAEBench is timed on 1 and 2 SAEs, inside the same seams; its further SAEs cost what the second did. Both do the same work
-(absorption by prompts, every letter used); unlearning by losses is no evaluation of SAEBench's. What was measured is in RESULTS.md.
+latents, L0 16. "kept": one SAE in a call of its own, once what depends on no SAE is there. SAEBench is timed on 1 and 2 SAEs, inside the
+same seams; its further SAEs cost what the second did. Both do the same work (absorption by prompts, every letter used); unlearning by
+losses is no evaluation of SAEBench's. What was measured is in RESULTS.md.
 """
 import argparse
 import contextlib
@@ -97,7 +98,7 @@ def main():
     clock = (lambda: time.time() - BEGUN) if args.wall else time.process_time
     if not args.wall:
         torch.set_num_threads(1)
-    spent, plain, results, found = defaultdict(dict), defaultdict(dict), {}, {}
+    spent, kept, plain, results, found = defaultdict(dict), {}, defaultdict(dict), {}, {}
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
         acts, folder = Acts(Path("acts").resolve() / args.acts), Path(folder)
         if not args.alone:
@@ -114,6 +115,9 @@ def main():
                 for name in args.eval:
                     spent[name][n] = seconds(lambda: results.update({(name, n): ours(bench, name, runs[:n])}), clock)
                     print(name, n, round(spent[name][n], 2), file=sys.__stdout__, flush=True)
+            for name in args.eval:
+                bench = ev.Bench(acts, CPU)
+                kept[name] = seconds(lambda: ours(bench, name, runs[:1]), clock)
             for name in args.eval if not args.alone else ():
                 for n in (1, 2) if name != "unlearning" else ():
                     plain[name][n] = seconds(lambda: found.update({(name, n): theirs(bench, name, runs[:n], folder / f"{name}-{n}")}), clock)
@@ -128,6 +132,8 @@ def main():
         for n in args.saes:
             their = f"{first + (n - 1) * (second - first):10.1f}{(first + (n - 1) * (second - first)) / ours_n[n]:7.1f}" if first else f"{'-':>10}{'-':>7}"
             print(f"{name:16}{n:8}{ours_n[n]:9.1f}{their}{ours_n[n] / ours_n[1]:18.2f}")
+        if name in kept:
+            print(f"{name:16}{'kept':>8}{kept[name]:9.2f}" + (f"{first:10.2f}{first / kept[name]:7.1f}" if first else ""))
         if most > 1:
             each = (ours_n[most] - ours_n[1]) / (most - 1)
             print(f"{name:16}{'further':>8}{each:9.2f}" + (f"{second - first:10.2f}{(second - first) / each:7.1f}" if first else ""))
