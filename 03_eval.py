@@ -23,7 +23,8 @@ import signal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # a Ctrl-C while libraries load just ends it; run_script() takes over
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: waiting threads that spin cost 2 to 5 x on a busy machine
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")         # before torch loads: waiting threads that spin for long cost 2 to 5 x on a busy
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # machine, and those that sleep at once a fifth on an idle one
 
 import contextlib
 import copy
