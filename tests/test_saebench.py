@@ -286,6 +286,16 @@ def test_transformer_lens_is_given_models_of_many_kinds(world, tmp_path, kind):
     x = torch.randn(3, 16, 32, generator=generator(kind))
     log_p = bench.model(x, start_at_layer=bench.layer + 1).log_softmax(-1).flatten(0, 1)
     assert torch.allclose(torch.cat([bench.log_probs(rows) for rows, in bench.blocks(bench.behind(x).flatten(0, 1))]), log_p, atol=1e-5)
+    tokens = torch.randint(5, 20, (3, 16), generator=generator(kind, "tokens"))
+    tokens[0, :4] = bench.model.tokenizer.pad_token_id
+    for side in ("right", "left"):
+        with ev.replaced(bench.model.tokenizer, "padding_side", side):
+            read = bench.model.run_with_cache(tokens, prepend_bos=False, names_filter=[bench.hook_name])[1][bench.hook_name]
+            assert torch.allclose(bench.at_hook(tokens), read, atol=1e-5), side
+    calls, attend = [], ev.attend
+    with ev.replaced(ev, "attend", lambda *args, **more: calls.append(kind) or attend(*args, **more)):
+        bench.behind(x)
+    assert bool(calls) == (kind in ("GPT2", "GPTNeoX"))                       # the others' attention is not PyTorch's
 
 
 # ---- core -----------------------------------------------------------------------------------------------------------------------------
