@@ -277,8 +277,8 @@ def pretended():
     cuda = {"is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0, "mem_get_info": lambda *_: (2**34, 2**35),
             "get_device_name": lambda *_: "a pretended GPU", "is_bf16_supported": lambda *_, **__: True, "_lazy_init": lambda: None,
             "memory_allocated": lambda *_: MEMORY.now, "max_memory_allocated": lambda *_: MEMORY.most,
-            "reset_peak_memory_stats": lambda *_: MEMORY.start_again(), "synchronize": lambda *_: None, "empty_cache": lambda: None, "is_current_stream_capturing": lambda: False,
-            "manual_seed_all": lambda seed: None, "get_rng_state": lambda *_: torch.get_rng_state(), "set_rng_state": lambda *_: None,
+            "reset_peak_memory_stats": lambda *_: MEMORY.start_again(), "synchronize": lambda *_: None, "empty_cache": lambda: None,
+            "is_current_stream_capturing": lambda: False, "manual_seed_all": lambda seed: None, "get_rng_state": lambda *_: torch.get_rng_state(), "set_rng_state": lambda *_: None,
             "Stream": Stream, "default_stream": Stream, "current_stream": Stream,
             "stream": contextlib.nullcontext, "device": contextlib.nullcontext, "device_of": contextlib.nullcontext}
     as_cpu = lambda ask: lambda device_type="cuda": ask("cpu" if device_type == "cuda" else device_type)

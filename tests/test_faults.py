@@ -861,6 +861,15 @@ def test_a_ctrl_c_that_became_another_exception_fails_no_run(tmp_path, monkeypat
     assert not run.failure and "status" not in run.config
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="of GNU's OpenMP")
+@pytest.mark.parametrize("script", ["01_cache_acts.py", "02_train.py", "03_eval.py"])
+def test_threads_that_wait_spin_for_a_moment_only(script):
+    """As OpenMP itself says, once it is loaded: it reads the environment then, and not again."""
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | {"OMP_DISPLAY_ENV": "VERBOSE"}
+    said = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, env=env).stderr
+    assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", said)) == {"1000"}
+
+
 @pytest.mark.parametrize("script", ["01_cache_acts.py", "02_train.py", "03_eval.py", "04_plot.py"])
 def test_a_ctrl_c_while_libraries_load_just_ends_the_script(tmp_path, script):
     """It dies of the signal, which a shell calls 130 (Ctrl-C) or 143 (SIGTERM), and says nothing."""

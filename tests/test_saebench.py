@@ -715,6 +715,17 @@ def test_core_encodes_a_context_once(world, monkeypatch):
     assert sum(rows) == store["n_eval_reconstruction_batches"] * store["batch_size_prompts"] * store["context_size"]
 
 
+def test_a_call_on_another_sae_runs_no_layer_on_clean_contexts_again(world, monkeypatch):
+    evaluate(world, [make_run("fills-core", sparse_sae(world, 3))], "saebench_core")
+    calls, behind = [], ev.Bench.behind
+    monkeypatch.setattr(ev.Bench, "behind", lambda bench, x: calls.append(len(x)) or behind(bench, x))
+    monkeypatch.delattr(ev.Bench, "at_hook")
+    run = make_run("finds-core", sparse_sae(world, 4))
+    assert not evaluate(world, [run], "saebench_core")
+    store = result(run, "saebench_core")["eval_config"]
+    assert sum(calls) == store["n_eval_reconstruction_batches"] * store["batch_size_prompts"]         # the spliced ones
+
+
 def test_probing_scr_and_tpp_encode_a_text_once_together(labelled, monkeypatch):
     names = ("sparse_probing", "scr", "tpp")
     evaluate(labelled, [make_run("fills", sparse_sae(labelled, 1))], *names)
