@@ -18,7 +18,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # a Ctrl-C while libraries load just ends it; run_script() takes over
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")         # before torch loads: waiting threads that spin for long cost 2 to 5 x on a busy
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # machine, and those that sleep at once a fifth on an idle one
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # machine, and those that sleep at once a fifth in 03_eval.py on an idle one
 
 import argparse
 import ast
