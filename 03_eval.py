@@ -36,6 +36,7 @@ import importlib.metadata
 import itertools
 import json
 import math
+import multiprocessing.connection
 import platform
 import random
 import re
@@ -56,9 +57,9 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
-from sae import (SAE, SPARSE_BELOW, Acts, Codes, Parser, Refuse, above, blocks_of, checksum, generator, highest, hook_point, hub_errors, interrupt,
-                 is_disk_full, is_out_of_memory, language_model, load_run, loads, model_checksum, pick_device, read_json, read_log, read_tensors,
-                 run_folders, run_script, take_lock, unit, whole, write_file, write_json, write_tensors)
+from sae import (SAE, SPARSE_BELOW, Acts, Codes, Parser, Refuse, above, blocks_of, checksum, end_with_parent, generator, highest, hook_point,
+                 hub_errors, interrupt, is_disk_full, is_out_of_memory, language_model, load_run, loads, model_checksum, pick_device, read_json,
+                 read_log, read_tensors, run_folders, run_script, take_lock, unit, whole, write_file, write_json, write_tensors)
 
 VERSION = 3                      # of the evaluations here; results of another one are made again
 SAMPLE_ROWS = 16_384             # training rows that PCA, the mean and the controls are fitted on
@@ -1206,7 +1207,7 @@ class Bench:
         self.name = self.model.cfg.model_name
         self.dtype, self.started = "float32", time.time()
         self.d_sae, self.share = d_sae, 1.0                                   # share of what is usually worked on at once; halved when memory is short
-        self.texts = Texts(self)
+        self.room, self.texts, self.unfit = KEPT, Texts(self), set()          # bytes left for what is kept in memory; evaluations that make no sense
 
     @functools.cached_property
     def labelled(self):
@@ -1288,7 +1289,7 @@ class Bench:
 
         before = random.getstate(), numpy.random.get_state(), torch.is_grad_enabled()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng())
+            stack.enter_context(torch.random.fork_rng(None if self.device.type == "cuda" else []))
             stack.enter_context(replaced(gc, "collect", lambda *_: 0))            # a walk through all that was ever imported, for each SAE
             stack.enter_context(replaced(jaxtyping.config, "jaxtyping_disable", True))      # checks of every shape, at every call
             stack.enter_context(threadpoolctl.threadpool_limits(1, "blas"))       # small fits: numpy's threads wait more than they work
@@ -1521,14 +1522,74 @@ def evaluate_saebench(acts, runs, names, force, device, failures):
     except Unfit as e:
         print(f"{acts.folder}: SAEBench left out: {e}")
         return
+    threads, here, shares = torch.get_num_threads(), plans, []
+    if device.type == "cpu" and sys.platform == "linux" and 1 < threads <= len(runs):         # two threads hardly help one small SAE
+        usual, here = {name: plan for name, plan in plans.items() if name not in ASKED}, {name: plan for name, plan in plans.items() if name in ASKED}
+        for name, (settings, todo) in usual.items():
+            if todo:
+                list(outcomes(bench, name, settings, [], failures))                           # what all runs share
+        shares = [{name: (settings, [r for r in todo if r in runs[i::threads]]) for name, (settings, todo) in usual.items()} for i in range(threads)]
+    with tqdm(total=sum(len(todo) for _, todo in plans.values()), desc="SAEBench", unit="result", disable=None, file=sys.stderr) as bar:
+        for name in itertools.chain(in_processes(bench, shares, failures), saebench_results(bench, here, failures)):
+            bar.set_description(name)
+            bar.update()
+
+
+def saebench_results(bench, plans, failures):
+    """Makes the results of plans {evaluation: (settings, runs)}; yields the evaluation's name after each."""
     for name, (settings, todo) in plans.items():
-        with tqdm(total=len(todo), desc=name, unit="run", disable=None, file=sys.stderr) as bar:
-            for run, result, more, seconds in outcomes(bench, name, settings, todo, failures):
-                with blamed(run, failures, name):
-                    check_saebench(result, run, bench, BENCH[name])
-                    write_json(run.folder / "eval" / f"{name}.json", {**result, **envelope(name, run, acts, settings=settings), **more,
-                                                                      "seconds": seconds, "versions": versions()})
-                bar.update()
+        for run, result, more, seconds in outcomes(bench, name, settings, todo, failures) if todo else ():
+            with blamed(run, failures, name):
+                check_saebench(result, run, bench, BENCH[name])
+                write_json(run.folder / "eval" / f"{name}.json", {**result, **envelope(name, run, bench.acts, settings=settings), **more,
+                                                                  "seconds": seconds, "versions": versions()})
+            yield name
+
+
+def in_processes(bench, shares, failures):
+    """saebench_results() of each of several plans in a process of one thread, which has all that is in memory here: SAEBench's code keeps what
+    it works on in modules and generators, so that threads would meet there. What one process can't go on with ends the others."""
+    fork, started, going = multiprocessing.get_context("fork"), {}, []
+    try:
+        for plans in shares:
+            pipe, end = fork.Pipe(duplex=False)
+            started[pipe] = fork.Process(target=process_share, args=(bench, plans, len(shares), end), daemon=True)
+            started[pipe].start()
+            going.append(pipe)
+            end.close()
+        while going:
+            for pipe in multiprocessing.connection.wait(going):
+                try:
+                    said, found = pipe.recv()
+                except EOFError:
+                    raise Refuse("a process of this evaluation was killed: if memory is short, evaluate fewer runs in a call", 4) from None
+                for which in found.keys() - failures.keys():
+                    report(which, failures, found[which])
+                if isinstance(said, BaseException):
+                    raise said
+                if said is None:
+                    going.remove(pipe)
+                    started[pipe].join()
+                else:
+                    yield said
+    finally:
+        for pipe in going:
+            started[pipe].terminate()
+            started[pipe].join()
+
+
+def process_share(bench, plans, of, pipe):
+    """A process of in_processes(): sends (name of what it made, failures) after each result, then (None or what stopped it, failures)."""
+    end_with_parent()
+    torch.set_num_threads(1)
+    bench.room //= of
+    failures, sys.stdout, sys.stderr = {}, open(os.devnull, "w"), open(os.devnull, "w")
+    try:
+        for name in saebench_results(bench, plans, failures):
+            pipe.send((name, failures))
+        pipe.send((None, failures))
+    except BaseException as e:
+        pipe.send((e, failures))
 
 
 def saebench_table(runs, acts):
@@ -1554,9 +1615,9 @@ def saebench_table(runs, acts):
 
 
 def outcomes(bench, name, settings, todo, failures):
-    """The results of one evaluation, each with the seconds it took. What goes wrong for all runs ends this evaluation alone; where memory
-    does not suffice, it goes on with half as much at once."""
-    while todo:
+    """The results of one evaluation, each with the seconds it took; of no runs, what all share is made. What goes wrong for all runs ends this
+    evaluation alone; where memory does not suffice, it goes on with half as much at once."""
+    while name not in bench.unfit:
         started = time.perf_counter()
         try:
             for run, result, more in BENCH[name].evaluate(bench, todo, settings, failures):
@@ -1565,6 +1626,7 @@ def outcomes(bench, name, settings, todo, failures):
             return
         except Unfit as e:
             print(f"{bench.acts.folder}: {name} left out: {e}")
+            bench.unfit.add(name)
             return
         except Exception as e:
             if is_machines(e):
@@ -1612,7 +1674,8 @@ def bench_core(bench, runs, settings, failures):
     from sae_bench.evals.core.eval_config import CoreEvalConfig
     shared = CoreShared(bench, settings)
     saes = {run: BenchSAE(bench, run) for run in runs}
-    shared.splice(saes, failures)
+    if saes or not shared.kept:
+        shared.splice(saes, failures)
     n = settings["batches"]
     config = CoreEvalConfig(model_name=bench.name, llm_dtype=bench.dtype, batch_size_prompts=settings["batch_size_prompts"],
                             n_eval_reconstruction_batches=n, n_eval_sparsity_variance_batches=n, dataset=str(bench.acts.folder), context_size=settings["context_size"], compute_kl=True,
@@ -1674,7 +1737,7 @@ class CoreShared:
         self.kept_contexts = min(len(self.tokens), KEPT // (8 * self.context_size * bench.model.cfg.d_model))
         self.path = bench.folder("saebench_core", settings) / "clean.safetensors"
         self.kept = read_tensors(self.path)[0] if self.path.exists() else {}
-        self.codes, self.room = {}, KEPT
+        self.codes, self.room = {}, bench.room
 
     def parts(self, start=0, stop=None):
         """Slices of the contexts start .. stop: SAEBench's batches, in as many pieces as the logits' memory asks for."""
@@ -2360,7 +2423,7 @@ class Texts:
     SAEBench's code then sees a text as one token, whose activation is the text's number (from 1) and whose code is the mean of the text's."""
 
     def __init__(self, bench):
-        self.bench, self.files, self.means, self.room = bench, {}, defaultdict(dict), KEPT
+        self.bench, self.files, self.means = bench, {}, defaultdict(dict)
 
     @contextlib.contextmanager
     def seen_by(self, run, seen):
@@ -2431,8 +2494,9 @@ class Texts:
         file = SimpleNamespace(data=data, keys=list(number), rows=torch.cat(rows), of=of, width=x.shape[1])
         sums = torch.zeros(len(rows), x.shape[2]).index_add_(0, file.of, file.rows)
         file.length, file.mean = length, sums / length[:, None]
-        if file.rows.nbytes < self.room:
-            self.files[path], self.room = file, self.room - file.rows.nbytes
+        if file.rows.nbytes < self.bench.room:
+            self.files[path] = file
+            self.bench.room -= file.rows.nbytes
         return file
 
     @torch.no_grad()
@@ -2452,8 +2516,9 @@ class Texts:
                 few += torch.zeros_like(few, device=sae.device).index_add_(0, (to - to[0]).to(sae.device), acts).cpu()
         made = sums / file.length[new][:, None]
         found = known | dict(zip(itertools.compress(file.keys, new.tolist()), made))
-        if made.nbytes < self.room:
-            self.means[run], self.room = found, self.room - made.nbytes
+        if made.nbytes < self.bench.room:
+            self.means[run] = found
+            self.bench.room -= made.nbytes
         return torch.stack([found[key] for key in file.keys])
 
 
@@ -3046,8 +3111,13 @@ def is_machines(e):
 
 def blame(run, failures, name, e):
     reason = str(e) if isinstance(e, Refuse) else f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}"
-    failures[(run.folder, name) if name else run.folder] = reason
-    print(f"error: {run.folder}: {name + ' failed: ' if name else ''}{reason}", file=sys.stderr)
+    report((run.folder, name) if name else run.folder, failures, reason)
+
+
+def report(which, failures, reason):
+    """which: a run's folder, or (folder, evaluation)."""
+    failures[which] = reason
+    print("error: " + (f"{which[0]}: {which[1]} failed: " if isinstance(which, tuple) else f"{which}: ") + reason, file=sys.stderr)
 
 
 def load(folders, failures):
@@ -3133,9 +3203,11 @@ COLUMNS = [("L0", "l0", ".2f"), ("expl.var", "explained_variance", ".4f"), ("cos
 
 
 def table(runs, acts, contexts):
-    """One line per run and control with a core result: its metrics and the guards that fired (! where they make it invalid)."""
+    """One line per run and control with a core result: its metrics and the guards that fired (! where they make it invalid); "" if none has."""
     results = [(run, stored("core", run, acts, contexts)) for run in runs]
     results = [(run, r) for run, r in results if r]
+    if not results:
+        return ""
     columns = [c for c in COLUMNS if any(c[1] in r["metrics"] for _, r in results)]
     width = max([3, *(len(label(run)) for run, _ in results)])
     lines = [f"{'run':{width}}" + "".join(f"  {title:>8}" for title, *_ in columns) + "  guards"]
@@ -3186,7 +3258,8 @@ def main():
                 evaluate(acts, alive(part, failures), asked(["features"]), args.force, args.contexts, device, failures)     # shows the absorbed
         del locks
         n = n_contexts(acts, args.contexts)
-        print(f"\n{acts.folder}, {n} held-out {'contexts' if acts.meta['source'] == 'model' else 'rows'}\n{table(group, acts, n)}")
+        if shown := table(group, acts, n):
+            print(f"\n{acts.folder}, {n} held-out {'contexts' if acts.meta['source'] == 'model' else 'rows'}\n{shown}")
         if shown := saebench_table(group, acts):
             print(f"\n{shown}")
     return 5 if failures else 0

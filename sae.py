@@ -1101,8 +1101,8 @@ def run_script(main):
         for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             signal.signal(sign, interrupt)
         sys.unraisablehook = lambda dropped: dropped.exc_type is KeyboardInterrupt or sys.__unraisablehook__(dropped)
-        if share()[1] > 1 and sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)       # PR_SET_PDEATHSIG: where torchrun is killed, what it started ends too
+        if share()[1] > 1 and sys.platform == "linux":       # where torchrun is killed, what it started ends too
+            end_with_parent()
         code, said = main() or 0, None
     except (Exception, KeyboardInterrupt) as e:
         if interrupt.came or isinstance(e, KeyboardInterrupt):
@@ -1123,6 +1123,11 @@ def run_script(main):
     if said:
         print(" ".join(said.split()), file=sys.stderr)
     sys.exit(code)
+
+
+def end_with_parent():
+    """From now on this process gets a SIGTERM when the one that started it dies; on Linux."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)               # PR_SET_PDEATHSIG
 
 
 def interrupt(*_):

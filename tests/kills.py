@@ -40,6 +40,7 @@ class Stage(NamedTuple):
     """What is disturbed."""
     parts: list              # (script, its arguments, what torchrun would set) of each process; several run at once
     writes: str              # the folder that is compared
+    threads: int = 1
 
 
 def two(script, *argv):
@@ -60,7 +61,7 @@ STAGES = {
     "02_train by two": Stage(two("02_train", "--acts", "toy", *TRAIN), "runs"),
     "ring": Stage([("01_cache_acts", RING, {}), ("02_train", ["--acts", "synthetic", *TRAIN], {})], "runs"),
     "runs": Stage([("02_train", ["--acts", "labelled", "--epochs", "2", *TRAIN], {})], "runs"),        # which it evaluates
-    "saebench": Stage([("03_eval", ["--eval", *BENCH, "--device", "cpu"], {})], "runs")}
+    "saebench": Stage([("03_eval", ["--eval", *BENCH, "--device", "cpu"], {})], "runs", threads=2)}      # and as many processes
 SINGLE, ALL = list(STAGES)[:4], [name for name in STAGES if name != "runs"]
 SCRIPT = {name: importlib.import_module(name) for name in SINGLE}
 PAIRS = ["01_cache_acts by two", "02_train by two"]
@@ -81,6 +82,7 @@ def start(name, *more, part=0, limit=None, fill=None):
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(write, 2)
     sys.argv = [f"{script}.py", *more, *argv]
+    torch.set_num_threads(STAGES[name].threads)
     os.environ.update(env)
     if limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

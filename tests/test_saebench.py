@@ -3,18 +3,22 @@
 The language model is a small Llama with random weights whose word embeddings are planted: a direction for the first letter, which a probe
 finds, and for a third of each letter's words a direction of their own."""
 import contextlib
+import errno
 import functools
 import http.server
 import importlib
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import string
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -506,6 +510,104 @@ def test_an_interrupted_evaluation_goes_on_with_the_runs_that_are_left(world, mo
         evaluate(world, runs, "saebench_core")
     evaluate(world, runs, "saebench_core")
     assert calls == ["resume0", "resume1", "resume1", "resume2"] and all(result(r, "saebench_core") for r in runs)
+
+
+@pytest.fixture
+def processes(monkeypatch, tmp_path):
+    """Two threads, so that two runs and more are evaluated in two processes; -> whose result was made in which, with room for how many bytes."""
+    real, made = ev.check_saebench, tmp_path / "made"
+
+    def check(result, run, bench, spec):
+        with open(made, "a") as f:
+            f.write(f"{run.name} {os.getpid()} {bench.room}\n")
+        return real(result, run, bench, spec)
+    monkeypatch.setattr(ev, "check_saebench", check)
+    torch.set_num_threads(2)
+    yield lambda: [(name, int(pid), int(room)) for name, pid, room in map(str.split, made.read_text().splitlines())]
+    torch.set_num_threads(1)
+    assert not multiprocessing.active_children()
+
+
+forks = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+
+
+@forks
+def test_as_many_runs_as_threads_are_evaluated_side_by_side_to_the_same_figures(labelled, processes, capsys):
+    names, runs = [n for n in ev.BENCH if n not in ev.ASKED], [make_run(f"side{i}", random_sae(labelled, 20 + i)) for i in range(3)]
+    torch.set_num_threads(1)
+    assert not evaluate(labelled, runs, *names)
+    alone = {(r.name, n): result(r, n) for r in runs for n in names}
+    assert {pid for _, pid, _ in processes()} == {os.getpid()} and processes()[0][2] == ev.KEPT
+    shutil.rmtree(labelled.folder / "eval_cache")
+    torch.set_num_threads(2)
+    assert not evaluate(labelled, runs, *names, force=True)
+    made = processes()[len(alone):]
+    pids = {r.name: {pid for name, pid, _ in made if name == r.name} for r in runs}
+    assert os.getpid() not in set.union(*pids.values()) and pids["side0"] == pids["side2"] != pids["side1"] and len(pids["side1"]) == 1
+    assert made[0][2] == ev.KEPT // 2
+    assert capsys.readouterr().out.count("activations and probes that all runs share") == 6                     # three evaluations, once each
+    for (name, evaluation), want in alone.items():
+        ours = read_json(Path("runs") / name / "eval" / f"{evaluation}.json")
+        for key in ("metrics", "guards", "eval_result_details"):
+            same(ours[key], want[key], f"{name} {evaluation} {key}", rtol=1e-6, atol=1e-9)
+
+
+@forks
+def test_which_one_failed_is_told_once_and_the_others_go_on(world, processes, monkeypatch, capfd):
+    runs = [make_run(f"aside{i}", random_sae(world, 30 + i)) for i in range(3)]
+    monkeypatch.setattr(runs[1].sae, "activate", lambda pre: throw(ValueError("no latents today")), raising=False)
+    assert evaluate(world, runs, "saebench_core", "absorption").keys() == {(runs[1].folder, "saebench_core"), (runs[1].folder, "absorption")}
+    said = capfd.readouterr()
+    assert said.err.count("aside1: saebench_core failed: ValueError: no latents today") == said.err.count("aside1: absorption failed") == 1
+    assert all(result(r, n) for r in (runs[0], runs[2]) for n in ("saebench_core", "absorption"))
+
+
+@forks
+def test_what_makes_no_sense_for_the_model_is_found_once_for_all_processes(world, processes, monkeypatch, tmp_path, capsys):
+    def unfit(*_):
+        with open(tmp_path / "asked", "a") as f:
+            f.write("once ")
+        raise ev.Unfit("no letters")
+    monkeypatch.setitem(ev.BENCH, "absorption", ev.BENCH["absorption"]._replace(evaluate=unfit))
+    assert not evaluate(world, [make_run(f"unfit{i}", random_sae(world, 50 + i)) for i in range(3)], "absorption")
+    assert (tmp_path / "asked").read_text() == "once " and capsys.readouterr().out.count("absorption left out: no letters") == 1
+
+
+@forks
+@pytest.mark.parametrize("end, told", [(lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed"),
+                                       (lambda: throw(OSError(errno.ENOSPC, "No space left")), "No space"), (lambda: throw(KeyboardInterrupt), None)])
+def test_what_ends_one_process_ends_all_and_the_next_call_goes_on(world, processes, monkeypatch, end, told):
+    runs, real = [make_run(f"ended{i}", random_sae(world, 40 + i)) for i in range(4)], ev.core_result
+    with monkeypatch.context() as patch, pytest.raises((ev.Refuse, OSError, KeyboardInterrupt), match=told):
+        patch.setattr(ev, "core_result", lambda bench, run, *rest: end() if run is runs[3] else real(bench, run, *rest))
+        evaluate(world, runs, "saebench_core", force=True)
+    assert not multiprocessing.active_children()
+    assert not evaluate(world, runs, "saebench_core") and all(result(r, "saebench_core") for r in runs)
+
+
+@forks
+def test_they_end_with_the_process_that_started_them(tmp_path):
+    code = ("import importlib, os, pathlib, time, types; ev = importlib.import_module('03_eval')\n"
+            "def sleep(*_): pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(600)\n"
+            "ev.saebench_results = sleep\n"
+            "list(ev.in_processes(types.SimpleNamespace(room=1), [{}], {}))")
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(ev.__file__).parent)})
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    pid = (tmp_path / "pid").read_text()
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def throw(e):
+    raise e
+
+
+def wait_for(what, seconds=60):
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_short_memory_is_met_with_smaller_batches(world, monkeypatch):
