@@ -61,7 +61,7 @@ from sae import (SAE, SPARSE_BELOW, Acts, Codes, Parser, Refuse, above, blocks_o
                  hub_errors, interrupt, is_disk_full, is_out_of_memory, language_model, load_run, loads, model_checksum, pick_device, read_json,
                  read_log, read_tensors, run_folders, run_script, take_lock, unit, whole, write_file, write_json, write_tensors)
 
-VERSION = 3                      # of the evaluations here; results of another one are made again
+VERSION = 4                      # of the evaluations here; results of another one are made again
 SAMPLE_ROWS = 16_384             # training rows that PCA, the mean and the controls are fitted on
 ON_DEVICE = 2**33                # bytes of SAEs that are on the device together with the language model, or one SAE
 BUFFER = 2**33                   # bytes of a GPU for all that is worked on beside these; LOGITS and CODES are so few that it suffices
@@ -1252,13 +1252,18 @@ class Bench:
                 stack.enter_context(replaced(block.attn, "forward", functools.partial(attend, block.attn)))
             return model(x, **layers)
 
-    def log_probs(self, stream):
-        """log p of the next token [rows, d_vocab] for rows of the stream behind the last layer [rows, d_model]."""
-        logits, cap = self.model.unembed(self.model.ln_final(stream[None]))[0], self.model.cfg.output_logits_soft_cap
-        return (cap * (logits / cap).tanh() if cap > 0 else logits).log_softmax(-1)
+    def logits(self, stream):
+        """The next token's logits [rows, d_vocab] for rows of the stream behind the last layer [rows, d_model], and what they are linear in: what
+        the final norm makes of these rows, or, where they are capped, the logits themselves."""
+        normed, cap = self.model.ln_final(stream[None])[0], self.model.cfg.output_logits_soft_cap
+        logits = self.model.unembed(normed[None])[0]
+        if cap <= 0:
+            return logits, normed
+        logits = cap * (logits / cap).tanh()
+        return logits, logits
 
     def blocks(self, *rows):
-        """The same rows [n, ...] of each, so few at a time that a CPU's cache holds their log_probs."""
+        """The same rows [n, ...] of each, so few at a time that a CPU's cache holds their logits."""
         return zip(*(x.split(self.at_once(1, 2**19)) for x in rows))
 
     def label(self, run):
@@ -1734,7 +1739,7 @@ class CoreShared:
         self.ignored = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
         self.special = torch.isin(self.tokens, torch.tensor([i for i in self.ignored if i is not None]))
         self.at_once = bench.at_once(self.context_size)
-        self.kept_contexts = min(len(self.tokens), KEPT // (8 * self.context_size * bench.model.cfg.d_model))
+        self.kept_contexts = min(len(self.tokens), KEPT // (4 * self.context_size * (3 * bench.model.cfg.d_model + 1)))
         self.path = bench.folder("saebench_core", settings) / "clean.safetensors"
         self.kept = read_tensors(self.path)[0] if self.path.exists() else {}
         self.codes, self.room = {}, bench.room
@@ -1745,10 +1750,13 @@ class CoreShared:
         return [slice(i, min(i + self.at_once, at + batch)) for at in range(start, stop or len(self.tokens), batch)
                 for i in range(at, at + batch, self.at_once)]
 
+    def is_kept(self, part):
+        return part.stop <= self.kept_contexts and bool(self.kept)
+
     @torch.no_grad()
     def clean(self, name, part):
         """"acts" at the hook or the "stream" behind the last layer [n, ctx, d_model] of a slice of contexts: what is kept, or read from the model."""
-        if part.stop <= self.kept_contexts and self.kept:
+        if self.is_kept(part):
             return self.kept[name][part].to(self.bench.device)
         return self.bench.at_hook(self.tokens[part]) if name == "acts" else self.bench.behind(self.clean("acts", part))
 
@@ -1757,17 +1765,16 @@ class CoreShared:
         """Losses and divergences with each SAE's reconstruction at the hook, and, where they are not kept yet, with the activations as they
         are and with zeros, which give the same in every context. One clean pass for all SAEs, whose codes are kept for SAEBench's own pass."""
         bench, ctx, errors, mean, square, n = self.bench, self.context_size, defaultdict(float), 0, 0.0, 0
-        found = {key: torch.zeros(2, self.tokens.numel()) for key in (*saes, *(() if self.kept else ("clean", "zero")))}     # loss and divergence
-        made = {k: torch.zeros(0 if self.kept else self.kept_contexts, ctx, bench.model.cfg.d_model) for k in ("acts", "stream")}
-        ablated = None if self.kept else bench.log_probs(bench.behind(self.clean("acts", slice(0, 1)) * 0)[0])             # [ctx, d_vocab]
-        targets = self.tokens.roll(-1, 1).flatten()                                    # a context's last token predicts nothing
+        making, targets, linear = not self.kept, self.tokens.roll(-1, 1).flatten(), bench.model.cfg.output_logits_soft_cap <= 0
+        found = {key: torch.zeros(2, self.tokens.numel()) for key in (*saes, *(("clean", "zero") if making else ()))}     # loss and divergence
+        widths = dict(zip(("acts", "stream", "under_p", "entropy") if linear else ("acts", "stream"), [bench.model.cfg.d_model] * 3 + [1]))
+        made = {name: torch.zeros(self.kept_contexts * ctx, width) for name, width in widths.items()} if making else {}
+        zero = bench.logits(bench.behind(self.clean("acts", slice(0, 1)) * 0)[0]) if making else ()
         for part in tqdm(self.parts(), desc="saebench_core: losses", disable=None):
             x, special, streams = self.clean("acts", part), self.special[part].to(bench.device), {}
-            clean = self.clean("stream", part) if self.kept else bench.behind(x)
+            clean = bench.behind(x) if making else self.clean("stream", part)
             rows = x[~special].double()
             mean, square, n = mean + rows.sum(0), square + rows.square().sum().item(), n + len(rows)
-            for name, read in (("acts", x), ("stream", clean)):
-                made[name][part] = read[:len(made[name][part])].cpu()
             for run, sae in saes.items():
                 if (run.folder, "saebench_core") not in failures:
                     with blamed(run, failures, "saebench_core"):
@@ -1778,20 +1785,36 @@ class CoreShared:
                         errors[run] += (rows - x_hat[~special].double()).square().sum().item()
                         streams[run] = bench.behind(x_hat).flatten(0, 1)
             numbers = torch.arange(part.start * ctx, part.stop * ctx)
-            for number, rows, *spliced in bench.blocks(numbers, clean.flatten(0, 1), *streams.values()):
-                target, log_p = targets[number].to(bench.device)[:, None], bench.log_probs(rows)
-                p = log_p.exp()
-                negative_entropy = torch.linalg.vecdot(p, log_p)
-                given = ((run, bench.log_probs(rows)) for run, rows in zip(streams, spliced))
-                for key, log_q in itertools.chain(given, () if self.kept else (("clean", log_p), ("zero", ablated[number % ctx]))):
-                    kl = negative_entropy - torch.linalg.vecdot(p, log_q)                                                     # KL(p || q)
+            for number, at_hook, rows, *spliced in bench.blocks(numbers, x.flatten(0, 1), clean.flatten(0, 1), *streams.values()):
+                target, given = targets[number].to(bench.device)[:, None], ((run, *bench.logits(rows)) for run, rows in zip(streams, spliced))
+                if linear and self.is_kept(part):
+                    under_p, entropy = (self.kept[name].flatten(0, 1)[number].to(bench.device) for name in ("under_p", "entropy"))
+                else:
+                    predicted = bench.logits(rows)
+                    under_p, entropy = self.predictions(*predicted)
+                    if making:
+                        given = itertools.chain(given, [("clean", *predicted), ("zero", *(z[number % ctx] for z in zero))])
+                for to, value in zip(made.values(), (at_hook, rows, under_p, entropy)):
+                    to[number[0]:number[-1] + 1] = value[:max(0, len(to) - number[0])].cpu()
+                for key, logits, basis in given:
+                    log_q = logits.log_softmax(-1)
+                    kl = entropy[:, 0] + logits[:, 0] - log_q[:, 0] - torch.linalg.vecdot(basis, under_p)     # see predictions()
                     found[key][:, number] = torch.stack([-log_q.gather(-1, target)[:, 0], kl]).cpu()
         found = {key: {"ce": ce.view(-1, ctx)[:, :-1].contiguous(), "kl": kl.view(-1, ctx)} for key, (ce, kl) in found.items()}
-        if not self.kept:
-            self.kept = {**made, "ce_clean": found["clean"]["ce"], "ce_zero": found["zero"]["ce"], "kl_zero": found["zero"]["kl"]}
+        if making:
+            self.kept = {**{name: value.unflatten(0, (-1, ctx)) for name, value in made.items()}, "ce_clean": found["clean"]["ce"], "ce_zero": found["zero"]["ce"], "kl_zero": found["zero"]["kl"]}
             write_tensors(self.path, self.kept)
         total = square - (mean / n).square().sum().item() * n
         self.spliced, self.explained_variance = found, {run: 1 - errors[run] / total for run in saes}
+
+    def predictions(self, logits, basis):
+        """What KL(p || q) = sum p log p - sum p logits(q) + logsumexp(logits(q)) needs of the clean predictions p: the sum of p logits(q) is a
+        product of what logits(q) are linear in with its counterpart under p (of the unembedding's columns, the mean; of its bias, a number).
+        Where that has d_model entries it is kept, and no second SAE needs p. -> ([rows, d_model or d_vocab], sum p log p less the number [rows, 1])"""
+        log_p, unembed = logits.log_softmax(-1), self.model.unembed
+        p = log_p.exp()
+        entropy = torch.linalg.vecdot(p, log_p)[:, None]
+        return (p, entropy) if basis is logits else (p @ unembed.W_U.T, entropy - (p @ unembed.b_U)[:, None])
 
     def keep(self, run, part, acts, x_hat):
         """What encode() and decode() give back to SAEBench, as far as memory allows."""
@@ -2782,7 +2805,7 @@ class ForgetRetain:
     def predict(self, x, tokens, which):
         """Losses [number of `which`] of those of the predictions [n, ctx - 1] that are asked for, with x [n, ctx, d_in] at the hook."""
         stream = self.bench.behind(x)[:, :-1][which]
-        found = [-self.bench.log_probs(rows).gather(-1, target) for rows, target in self.bench.blocks(stream, tokens[:, 1:][which][:, None])]
+        found = [-self.bench.logits(rows)[0].log_softmax(-1).gather(-1, target) for rows, target in self.bench.blocks(stream, tokens[:, 1:][which][:, None])]
         return torch.cat(found)[:, 0]
 
     def rates(self, sae, topic):

@@ -289,7 +289,7 @@ def test_transformer_lens_is_given_models_of_many_kinds(world, tmp_path, kind):
     assert bench.model.cfg.d_model == 32
     x = torch.randn(3, 16, 32, generator=generator(kind))
     log_p = bench.model(x, start_at_layer=bench.layer + 1).log_softmax(-1).flatten(0, 1)
-    assert torch.allclose(torch.cat([bench.log_probs(rows) for rows, in bench.blocks(bench.behind(x).flatten(0, 1))]), log_p, atol=1e-5)
+    assert torch.allclose(torch.cat([bench.logits(rows)[0].log_softmax(-1) for rows, in bench.blocks(bench.behind(x).flatten(0, 1))]), log_p, atol=1e-5)
     tokens = torch.randint(5, 20, (3, 16), generator=generator(kind, "tokens"))
     tokens[0, :4] = bench.model.tokenizer.pad_token_id
     for side in ("right", "left"):
@@ -329,6 +329,18 @@ def test_core_is_saebenchs_own_field_by_field(world, bench, tmp_path):
             same(ours[key], theirs[key], key)
 
 
+@pytest.mark.parametrize("cap", [-1.0, 2.0])
+def test_core_is_saebenchs_own_where_logits_are_capped_too_and_the_same_bits_once_it_is_kept(world, bench, tmp_path, monkeypatch, cap):
+    monkeypatch.setattr(bench.model.cfg, "output_logits_soft_cap", cap)
+    monkeypatch.setattr(ev, "VERSION", f"capped at {cap}")                    # a folder of its own
+    run, settings = make_run("capped", random_sae(world, 8)), ev.core_settings(world)
+    first, again = ([made for _, made, *_ in ev.outcomes(bench, "saebench_core", settings, [run], {})] for _ in range(2))
+    theirs = plain_core(world, bench, [run], settings, tmp_path)
+    for key in ("eval_result_metrics", "eval_result_details"):
+        same(first[0][key], theirs[0][key], key)
+        assert first[0][key] == again[0][key]
+
+
 def test_identity_recovers_the_loss_and_zero_output_is_void(world):
     identity = make_run("identity", identity_sae(world))
     zero = make_run("zero", relu_sae(world, torch.eye(D), torch.eye(D), torch.tensor(-1e6)))
@@ -346,7 +358,7 @@ def test_what_exceeds_the_memory_is_computed_again(world, bench, monkeypatch):
     runs = [make_run("again", random_sae(world, 3))]
     evaluate(world, runs, "saebench_core")
     first = result(runs[0], "saebench_core")["eval_result_metrics"]
-    monkeypatch.setattr(ev, "KEPT", 5 * 8 * CTX * D)                         # five contexts
+    monkeypatch.setattr(ev, "KEPT", 5 * 4 * CTX * (3 * D + 1))                         # five contexts
     monkeypatch.setattr(ev, "VERSION", 99)
     evaluate(world, runs, "saebench_core")
     same(result(runs[0], "saebench_core")["eval_result_metrics"], first)
@@ -822,6 +834,7 @@ def test_a_call_on_another_sae_runs_no_layer_on_clean_contexts_again(world, monk
     calls, behind = [], ev.Bench.behind
     monkeypatch.setattr(ev.Bench, "behind", lambda bench, x: calls.append(len(x)) or behind(bench, x))
     monkeypatch.delattr(ev.Bench, "at_hook")
+    monkeypatch.delattr(ev.CoreShared, "predictions")
     run = make_run("finds-core", sparse_sae(world, 4))
     assert not evaluate(world, [run], "saebench_core")
     store = result(run, "saebench_core")["eval_config"]
