@@ -2012,6 +2012,7 @@ def absorption_result(bench, run, letters, config):
 def split_latents(sae, letters, config):
     """SAEBench's main latents of each letter: those of the k-sparse probe with the largest k up to which every k adds more than f1_jump to
     the F1 on the test words; -> (latents of each letter, F1 of its first one). Probes of larger k decide nothing and are not trained."""
+    from sklearn.linear_model import LogisticRegression
     rows, y = letters["train"], letters["train_y"]
     precalc = len(rows) * sae.cfg.d_sae * 4 <= KEPT
     torch.set_rng_state(letters["rng"])
@@ -2026,8 +2027,8 @@ def split_latents(sae, letters, config):
         reached, chosen_k = -100.0, 0
         for k in range(1, config.max_k_value + 1) if (y == a).any() else ():
             at = place[a, :k]
-            weights, intercept = logistic(train[:, at], y == a, balanced=True, max_iter=500)
-            f1 = letter_f1(test[:, at] @ torch.tensor(weights).float() + float(intercept), test_y == a)
+            fit = LogisticRegression(max_iter=500, class_weight="balanced").fit(train[:, at].numpy(), (y == a).numpy())
+            f1 = letter_f1(test[:, at] @ torch.tensor(fit.coef_[0]).float() + float(fit.intercept_[0]), test_y == a)
             first_f1 += [f1] if k == 1 else []
             if f1 <= reached + config.f1_jump_threshold:
                 break
@@ -2072,26 +2073,6 @@ class AdamState:
         self.mean.lerp_(gradient, 0.1)
         self.square.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
         self.value.addcdiv_(self.mean, (self.square.sqrt() / (1 - 0.999 ** self.steps) ** 0.5).add_(1e-8), value=-lr / (1 - 0.9 ** self.steps))
-
-
-def logistic(x, y, balanced, max_iter):
-    """(weights [k], intercept) of sklearn's LogisticRegression on x [n, k] for labels y [n], to 1e-6: its loss, penalty, search and stop, without
-    its checks, which take longer than the fit. balanced: both classes weigh the same."""
-    from scipy.optimize import minimize
-    x, y = x.double().cpu().numpy(), y.bool().cpu().numpy()
-    weight = numpy.where(y, 0.5 / y.sum(), 0.5 / (~y).sum()) if balanced else numpy.full(len(y), 1 / len(y))
-    x = numpy.where(y[:, None], 1.0, -1.0) * numpy.concatenate([x, numpy.ones((len(y), 1))], 1)      # so that a score above 0 is right
-    weighted, shrink = weight[:, None] * x, numpy.append(numpy.full(x.shape[1] - 1, 1 / len(y)), 0.0)
-
-    def loss(w):
-        score = x @ w
-        e = numpy.exp(-abs(score))
-        wrong = numpy.where(score > 0, e, 1.0) / (1 + e)
-        return weight @ (numpy.log(1 + e) - numpy.minimum(score, 0)) + shrink @ (w * w) / 2, shrink * w - wrong @ weighted
-
-    w = minimize(loss, numpy.zeros(x.shape[1]), jac=True, method="L-BFGS-B",
-                 options={"maxiter": max_iter, "maxls": 50, "gtol": 1e-4, "ftol": 64 * numpy.finfo(float).eps}).x
-    return w[:-1], w[-1]
 
 
 def encode_rows(sae, rows, latents=slice(None)):
@@ -2493,7 +2474,7 @@ class Texts:
         with (replaced(torch, "load", load), replaced(seen, "encode", encode), replaced(scr, "ablated_precomputed_activations", ablated),
               replaced(collected, "get_sae_meaned_activations", numbers_of), replaced(probing, "train_probe_gpu", train),
               replaced(probing, "test_probe_gpu", lambda x, y, _, probe: accuracy(x, y, probe.net.weight.to(x), probe.net.bias.to(x))),
-              replaced(probing, "train_sklearn_probe", fit_probe), replaced(probing, "get_top_k_mean_diff_mask", lambda x, y, k: best(codes(x), y, k)),
+              replaced(probing, "get_top_k_mean_diff_mask", lambda x, y, k: best(codes(x), y, k)),
               replaced(probing, "apply_topk_mask_reduce_dim", lambda x, masked: codes(x)[:, ~masked])):
             yield
 
@@ -2575,13 +2556,6 @@ def train_probe(x, y, test_x, test_y, dim, batch_size, epochs, lr, verbose, earl
 def accuracy(x, y, weight, bias):
     """SAEBench's test_probe_gpu, without the loss, which nobody reads."""
     return ((torch.nn.functional.linear(x, weight, bias)[:, 0] > 0) == y.bool()).float().mean().item()
-
-
-def fit_probe(x, y, test_x, test_y, verbose):
-    """SAEBench's train_sklearn_probe, without the accuracy on x."""
-    weights, intercept = logistic(x, y, balanced=False, max_iter=1000)
-    guess = test_x.double().cpu().numpy() @ weights + intercept > 0
-    return (weights, intercept), float((guess == test_y.cpu().numpy()).mean())
 
 
 def probing_guards(metrics, _):
