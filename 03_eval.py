@@ -45,6 +45,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -1295,6 +1296,7 @@ class Bench:
         before = random.getstate(), numpy.random.get_state(), torch.is_grad_enabled()
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(None if self.device.type == "cuda" else []))
+            stack.enter_context(warnings.catch_warnings(action="ignore", category=FutureWarning))     # sklearn's, of how SAEBench calls it
             stack.enter_context(replaced(gc, "collect", lambda *_: 0))            # a walk through all that was ever imported, for each SAE
             stack.enter_context(replaced(jaxtyping.config, "jaxtyping_disable", True))      # checks of every shape, at every call
             stack.enter_context(threadpoolctl.threadpool_limits(1, "blas"))       # small fits: numpy's threads wait more than they work
