@@ -1531,7 +1531,8 @@ def evaluate_saebench(acts, runs, names, force, device, failures):
         return
     threads, here, shares = torch.get_num_threads(), plans, []
     if device.type == "cpu" and sys.platform == "linux" and 1 < threads <= len(runs):         # two threads hardly help one small SAE
-        usual, here = {name: plan for name, plan in plans.items() if name not in ASKED}, {name: plan for name, plan in plans.items() if name in ASKED}
+        here = {name: plans[name] for name in plans if name in ASKED}                         # a model or a server of their own
+        usual = {name: plans[name] for name in plans if name not in ASKED}
         for name, (settings, todo) in usual.items():
             if todo:
                 list(outcomes(bench, name, settings, [], failures))                           # what all runs share
@@ -1767,10 +1768,11 @@ class CoreShared:
         """Losses and divergences with each SAE's reconstruction at the hook, and, where they are not kept yet, with the activations as they
         are and with zeros, which give the same in every context. One clean pass for all SAEs, whose codes are kept for SAEBench's own pass."""
         bench, ctx, errors, mean, square, n = self.bench, self.context_size, defaultdict(float), 0, 0.0, 0
-        making, targets, linear = not self.kept, self.tokens.roll(-1, 1).flatten(), bench.model.cfg.output_logits_soft_cap <= 0
+        making, linear, d_model = not self.kept, bench.model.cfg.output_logits_soft_cap <= 0, bench.model.cfg.d_model
+        targets = self.tokens.roll(-1, 1).flatten()                                    # a context's last token predicts nothing
         found = {key: torch.zeros(2, self.tokens.numel()) for key in (*saes, *(("clean", "zero") if making else ()))}     # loss and divergence
-        widths = dict(zip(("acts", "stream", "under_p", "entropy") if linear else ("acts", "stream"), [bench.model.cfg.d_model] * 3 + [1]))
-        made = {name: torch.zeros(self.kept_contexts * ctx, width) for name, width in widths.items()} if making else {}
+        names = ("acts", "stream", "under_p", "entropy") if linear else ("acts", "stream")
+        made = {name: torch.zeros(self.kept_contexts * ctx, 1 if name == "entropy" else d_model) for name in names if making}
         zero = bench.logits(bench.behind(self.clean("acts", slice(0, 1)) * 0)[0]) if making else ()
         for part in tqdm(self.parts(), desc="saebench_core: losses", disable=None):
             x, special, streams = self.clean("acts", part), self.special[part].to(bench.device), {}
@@ -1804,7 +1806,8 @@ class CoreShared:
                     found[key][:, number] = torch.stack([-log_q.gather(-1, target)[:, 0], kl]).cpu()
         found = {key: {"ce": ce.view(-1, ctx)[:, :-1].contiguous(), "kl": kl.view(-1, ctx)} for key, (ce, kl) in found.items()}
         if making:
-            self.kept = {**{name: value.unflatten(0, (-1, ctx)) for name, value in made.items()}, "ce_clean": found["clean"]["ce"], "ce_zero": found["zero"]["ce"], "kl_zero": found["zero"]["kl"]}
+            self.kept = {**{name: value.unflatten(0, (-1, ctx)) for name, value in made.items()},
+                         "ce_clean": found["clean"]["ce"], "ce_zero": found["zero"]["ce"], "kl_zero": found["zero"]["kl"]}
             write_tensors(self.path, self.kept)
         total = square - (mean / n).square().sum().item() * n
         self.spliced, self.explained_variance = found, {run: 1 - errors[run] / total for run in saes}
@@ -2781,7 +2784,8 @@ class ForgetRetain:
     def predict(self, x, tokens, which):
         """Losses [number of `which`] of those of the predictions [n, ctx - 1] that are asked for, with x [n, ctx, d_in] at the hook."""
         stream = self.bench.behind(x)[:, :-1][which]
-        found = [-self.bench.logits(rows)[0].log_softmax(-1).gather(-1, target) for rows, target in self.bench.blocks(stream, tokens[:, 1:][which][:, None])]
+        found = [-self.bench.logits(rows)[0].log_softmax(-1).gather(-1, target)
+                 for rows, target in self.bench.blocks(stream, tokens[:, 1:][which][:, None])]
         return torch.cat(found)[:, 0]
 
     def rates(self, sae, topic):
