@@ -1529,14 +1529,14 @@ def evaluate_saebench(acts, runs, names, force, device, failures):
     except Unfit as e:
         print(f"{acts.folder}: SAEBench left out: {e}")
         return
-    threads, here, shares = torch.get_num_threads(), plans, []
-    if device.type == "cpu" and sys.platform == "linux" and 1 < threads <= len(runs):         # two threads hardly help one small SAE
+    here, shares, n = plans, [], min(torch.get_num_threads(), len(runs))
+    if device.type == "cpu" and sys.platform == "linux" and n > 1 and torch.get_num_threads() <= 2 * n:      # two threads hardly help one small SAE
         here = {name: plans[name] for name in plans if name in ASKED}                         # a model or a server of their own
         usual = {name: plans[name] for name in plans if name not in ASKED}
         for name, (settings, todo) in usual.items():
             if todo:
                 list(outcomes(bench, name, settings, [], failures))                           # what all runs share
-        shares = [{name: (settings, [r for r in todo if r in runs[i::threads]]) for name, (settings, todo) in usual.items()} for i in range(threads)]
+        shares = [{name: (settings, [r for r in todo if r in runs[i::n]]) for name, (settings, todo) in usual.items()} for i in range(n)]
     with tqdm(total=sum(len(todo) for _, todo in plans.values()), desc="SAEBench", unit="result", disable=None, file=sys.stderr) as bar:
         for name in itertools.chain(in_processes(bench, shares, failures), saebench_results(bench, here, failures)):
             bar.set_description(name)

@@ -565,6 +565,14 @@ def test_as_many_runs_as_threads_are_evaluated_side_by_side_to_the_same_figures(
 
 
 @forks
+@pytest.mark.parametrize("threads, n, others", [(2, 1, 0), (1, 2, 0), (4, 2, 2), (5, 2, 0), (2, 3, 2)])
+def test_there_are_as_many_processes_as_threads_or_runs_if_these_are_half_as_many_at_least(world, processes, threads, n, others):
+    torch.set_num_threads(threads)
+    assert not evaluate(world, [make_run(f"count{i}", random_sae(world, 60 + i)) for i in range(n)], "absorption", force=True)
+    assert len({pid for _, pid, _ in processes()} - {os.getpid()}) == others
+
+
+@forks
 def test_which_one_failed_is_told_once_and_the_others_go_on(world, processes, monkeypatch, capfd):
     runs = [make_run(f"aside{i}", random_sae(world, 30 + i)) for i in range(3)]
     monkeypatch.setattr(runs[1].sae, "activate", lambda pre: throw(ValueError("no latents today")), raising=False)
