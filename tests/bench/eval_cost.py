@@ -1,7 +1,8 @@
 """What SAEBench's evaluations cost for 1, 5 and 20 SAEs: 03_eval.py, which shares what depends on no SAE, against SAEBench's own calls.
 
     python tests/bench/eval_cost.py                       # on acts/tiny, a quarter of its contexts, words and texts
-    python tests/bench/eval_cost.py --alone --part 1      # 03_eval.py alone, as the default job calls it
+    python tests/bench/eval_cost.py --alone               # 03_eval.py alone, one evaluation and SAE after another
+    python tests/bench/eval_cost.py --wall                # 03_eval.py as it is called, by the clock: SAEs side by side
 
 Reads acts/tiny (01_cache_acts.py) and writes nothing but its eval_cache, which it empties. CPU seconds of this process with one thread, or
 with --wall seconds by the clock with PyTorch's usual threads; imports and the building of the language model apart. SAEs are random, 1,024
@@ -21,12 +22,11 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
-ev = importlib.import_module("03_eval")
+ev = importlib.import_module("03_eval")                                 # before torch: it says how threads wait
 import test_saebench as own  # noqa: E402
+import torch  # noqa: E402
 from sae import SAE, Acts, checksum, generator  # noqa: E402
 
 CPU, BEGUN = torch.device("cpu"), time.time() - time.process_time()      # nearly: what loading waited for the disk is not in it
@@ -57,6 +57,13 @@ def ours(bench, name, runs):
     results = {run.name: result for run, result, *_ in ev.outcomes(bench, name, settings, runs, failures)}
     assert not failures and len(results) == len(runs), failures
     return results
+
+
+def whole(acts, names, runs):
+    """What a call of 03_eval.py does once it has loaded."""
+    failures = {}
+    ev.evaluate_saebench(acts, runs, names, True, CPU, failures)
+    assert not failures, failures
 
 
 def theirs(bench, name, runs, folder):
@@ -91,10 +98,12 @@ def main():
     usual = [name for name in ev.BENCH if name not in ev.ASKED]
     p.add_argument("--eval", nargs="+", default=usual, help="which evaluations")
     p.add_argument("--saes", nargs="+", type=int, default=[1, 5, 20], help="how many SAEs; the first must be 1")
-    p.add_argument("--part", type=int, default=4, help="work on one of so many contexts, words and texts")
-    p.add_argument("--alone", action="store_true", help="03_eval.py alone, absorption as in the default job")
-    p.add_argument("--wall", action="store_true", help="seconds by the clock, with as many threads as PyTorch takes by itself; for an idle machine")
+    p.add_argument("--part", type=int, default=4, help="against SAEBench: work on one of so many contexts, words and texts")
+    p.add_argument("--alone", action="store_true", help="03_eval.py alone, on all of them, absorption as in the default job")
+    p.add_argument("--wall", action="store_true", help="the same by the clock, all evaluations in one call, side by side on the threads that PyTorch "
+                                                       "takes by itself; for an idle machine")
     args = p.parse_args()
+    args.alone |= args.wall
     clock = (lambda: time.time() - BEGUN) if args.wall else time.process_time
     if not args.wall:
         torch.set_num_threads(1)
@@ -105,17 +114,20 @@ def main():
             smaller(args.part, acts)
         for module in ("core", "absorption", "sparse_probing", "scr_and_tpp", "unlearning"):
             importlib.import_module(f"sae_bench.evals.{module}.main")
-        runs, bench = random_runs(acts, max(args.saes), folder), ev.Bench(acts, CPU)
+        runs, bench = random_runs(acts, max(args.saes), folder), None if args.wall else ev.Bench(acts, CPU)
         start = clock()
         print(f"{acts.folder.name}: {'' if args.wall else 'CPU '}seconds; before anything is evaluated {start:.1f}", flush=True)
         with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
             for n in args.saes:
                 shutil.rmtree(acts.folder / "eval_cache", ignore_errors=True)
+                if args.wall:
+                    spent["all"][n] = start + seconds(lambda: whole(acts, args.eval, runs[:n]), clock)
+                    continue
                 bench = ev.Bench(acts, CPU)
                 for name in args.eval:
                     spent[name][n] = seconds(lambda: results.update({(name, n): ours(bench, name, runs[:n])}), clock)
                     print(name, n, round(spent[name][n], 2), file=sys.__stdout__, flush=True)
-            for name in args.eval:
+            for name in args.eval if not args.wall else ():
                 bench = ev.Bench(acts, CPU)
                 kept[name] = seconds(lambda: ours(bench, name, runs[:1]), clock)
             for name in args.eval if not args.alone else ():
@@ -126,7 +138,8 @@ def main():
         own.same(results[name, 1]["random-0"]["eval_result_metrics"], found[name, 1][0]["eval_result_metrics"], rtol=1e-4, atol=1e-5)
     most = max(args.saes)
     print(f"{'':16}{'SAEs':>8}{'ours':>9}{'SAEBench':>10}{'ratio':>7}{'ours / ours of 1':>18}")
-    spent["all"] = {n: start + sum(spent[name][n] for name in args.eval) for n in args.saes}
+    if not args.wall:
+        spent["all"] = {n: start + sum(spent[name][n] for name in args.eval) for n in args.saes}
     for name, ours_n in spent.items():
         first, second = plain[name].get(1), plain[name].get(2)
         for n in args.saes:
