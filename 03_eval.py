@@ -1258,10 +1258,7 @@ class Bench:
         the final norm makes of these rows, or, where they are capped, the logits themselves."""
         normed, cap = self.model.ln_final(stream[None])[0], self.model.cfg.output_logits_soft_cap
         logits = self.model.unembed(normed[None])[0]
-        if cap <= 0:
-            return logits, normed
-        logits = cap * (logits / cap).tanh()
-        return logits, logits
+        return (logits, normed) if cap <= 0 else (logits.div_(cap).tanh_().mul_(cap),) * 2
 
     def blocks(self, *rows):
         """The same rows [n, ...] of each, so few at a time that a CPU's cache holds their logits."""

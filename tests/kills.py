@@ -40,7 +40,7 @@ class Stage(NamedTuple):
     """What is disturbed."""
     parts: list              # (script, its arguments, what torchrun would set) of each process; several run at once
     writes: str              # the folder that is compared
-    threads: int = 1
+    threads: int = 1         # of each
 
 
 def two(script, *argv):

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -244,6 +245,26 @@ def test_a_call_into_saebench_leaves_no_trace(bench):
         torch.rand(7), random.random(), numpy.random.rand()
     assert before == (random.random, transformer_lens.HookedTransformer.__dict__["from_pretrained_no_processing"], torch.is_grad_enabled())
     assert (random.random(), numpy.random.rand(), torch.rand(1)) == want
+
+
+def test_a_call_on_a_cpu_leaves_gpus_alone_which_a_forked_process_could_not_touch(bench, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: throw(RuntimeError("Cannot re-initialize CUDA in forked subprocess")))
+    with bench.seams(42):
+        torch.rand(1)
+
+
+def test_warnings_of_how_saebench_calls_sklearn_stay_inside(bench):
+    with warnings.catch_warnings(record=True, action="always") as seen:
+        with bench.seams(42):
+            warnings.warn("'penalty' was deprecated", FutureWarning)
+        assert not seen
+        warnings.warn("ours", FutureWarning)
+    assert [str(w.message) for w in seen] == ["ours"]
+
+
+def test_a_table_without_results_is_none(world):
+    assert ev.table([make_run("without", random_sae(world))], world, 8) == ""
 
 
 def test_a_seed_decides_what_every_generator_draws_in_a_call(bench):
