@@ -4,8 +4,8 @@
     python tests/bench/eval_cost.py --alone               # 03_eval.py alone, one evaluation and SAE after another
     python tests/bench/eval_cost.py --wall                # 03_eval.py as it is called, by the clock: SAEs side by side
 
-Reads acts/tiny (01_cache_acts.py) and writes nothing but its eval_cache, which it empties. CPU seconds of this process with one thread, or
-with --wall seconds by the clock with PyTorch's usual threads; imports and the building of the language model apart. SAEs are random, 1,024
+Reads acts/tiny (01_cache_acts.py) and writes nothing but its eval_cache, which it empties. CPU seconds of this process with one thread, imports
+and the building of the language model apart; with --wall all seconds by the clock, with PyTorch's usual threads. SAEs are random, 1,024
 latents, L0 16. "kept": one SAE in a call of its own, once what depends on no SAE is there. SAEBench is timed on 1 and 2 SAEs, inside the
 same seams; its further SAEs cost what the second did. Both do the same work (absorption by prompts, every letter used); unlearning by
 losses is no evaluation of SAEBench's. What was measured is in RESULTS.md.
@@ -45,7 +45,7 @@ def random_runs(acts, n, folder):
     return made
 
 
-def seconds(work, clock):
+def seconds(work, clock=time.process_time):
     started = clock()
     work()
     return clock() - started
@@ -59,11 +59,19 @@ def ours(bench, name, runs):
     return results
 
 
-def whole(acts, names, runs):
-    """What a call of 03_eval.py does once it has loaded."""
-    failures = {}
-    ev.evaluate_saebench(acts, runs, names, True, CPU, failures)
-    assert not failures, failures
+def by_the_clock(acts, names, counts):
+    """Prints what whole calls of 03_eval.py take; each starts from an empty cache."""
+    took = {}
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
+        runs = random_runs(acts, max(counts), Path(folder))
+        loaded = time.time() - BEGUN
+        for n in counts:
+            shutil.rmtree(acts.folder / "eval_cache", ignore_errors=True)
+            failures = {}
+            with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+                took[n] = loaded + seconds(lambda: ev.evaluate_saebench(acts, runs[:n], names, True, CPU, failures), time.perf_counter)
+            assert not failures, failures
+            print(f"{n:4} SAEs {took[n]:7.1f} s {took[n] / took[counts[0]]:6.2f}", flush=True)
 
 
 def theirs(bench, name, runs, folder):
@@ -103,43 +111,39 @@ def main():
     p.add_argument("--wall", action="store_true", help="the same by the clock, all evaluations in one call, side by side on the threads that PyTorch "
                                                        "takes by itself; for an idle machine")
     args = p.parse_args()
-    args.alone |= args.wall
-    clock = (lambda: time.time() - BEGUN) if args.wall else time.process_time
-    if not args.wall:
-        torch.set_num_threads(1)
+    acts = Acts(Path("acts").resolve() / args.acts)
+    for module in ("core", "absorption", "sparse_probing", "scr_and_tpp", "unlearning"):
+        importlib.import_module(f"sae_bench.evals.{module}.main")
+    if args.wall:
+        return by_the_clock(acts, args.eval, args.saes)
+    torch.set_num_threads(1)
     spent, kept, plain, results, found = defaultdict(dict), {}, defaultdict(dict), {}, {}
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
-        acts, folder = Acts(Path("acts").resolve() / args.acts), Path(folder)
+        folder = Path(folder)
         if not args.alone:
             smaller(args.part, acts)
-        for module in ("core", "absorption", "sparse_probing", "scr_and_tpp", "unlearning"):
-            importlib.import_module(f"sae_bench.evals.{module}.main")
-        runs, bench = random_runs(acts, max(args.saes), folder), None if args.wall else ev.Bench(acts, CPU)
-        start = clock()
-        print(f"{acts.folder.name}: {'' if args.wall else 'CPU '}seconds; before anything is evaluated {start:.1f}", flush=True)
+        runs, bench = random_runs(acts, max(args.saes), folder), ev.Bench(acts, CPU)
+        start = time.process_time()
+        print(f"{acts.folder.name}: CPU seconds; before anything is evaluated {start:.1f}", flush=True)
         with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
             for n in args.saes:
                 shutil.rmtree(acts.folder / "eval_cache", ignore_errors=True)
-                if args.wall:
-                    spent["all"][n] = start + seconds(lambda: whole(acts, args.eval, runs[:n]), clock)
-                    continue
                 bench = ev.Bench(acts, CPU)
                 for name in args.eval:
-                    spent[name][n] = seconds(lambda: results.update({(name, n): ours(bench, name, runs[:n])}), clock)
+                    spent[name][n] = seconds(lambda: results.update({(name, n): ours(bench, name, runs[:n])}))
                     print(name, n, round(spent[name][n], 2), file=sys.__stdout__, flush=True)
-            for name in args.eval if not args.wall else ():
+            for name in args.eval:
                 bench = ev.Bench(acts, CPU)
-                kept[name] = seconds(lambda: ours(bench, name, runs[:1]), clock)
+                kept[name] = seconds(lambda: ours(bench, name, runs[:1]))
             for name in args.eval if not args.alone else ():
                 for n in (1, 2) if name != "unlearning" else ():
-                    plain[name][n] = seconds(lambda: found.update({(name, n): theirs(bench, name, runs[:n], folder / f"{name}-{n}")}), clock)
+                    plain[name][n] = seconds(lambda: found.update({(name, n): theirs(bench, name, runs[:n], folder / f"{name}-{n}")}))
                     print(f"SAEBench's {name}", n, round(plain[name][n], 2), file=sys.__stdout__, flush=True)
     for name in {"saebench_core", "absorption"} & plain.keys():
         own.same(results[name, 1]["random-0"]["eval_result_metrics"], found[name, 1][0]["eval_result_metrics"], rtol=1e-4, atol=1e-5)
     most = max(args.saes)
     print(f"{'':16}{'SAEs':>8}{'ours':>9}{'SAEBench':>10}{'ratio':>7}{'ours / ours of 1':>18}")
-    if not args.wall:
-        spent["all"] = {n: start + sum(spent[name][n] for name in args.eval) for n in args.saes}
+    spent["all"] = {n: start + sum(spent[name][n] for name in args.eval) for n in args.saes}
     for name, ours_n in spent.items():
         first, second = plain[name].get(1), plain[name].get(2)
         for n in args.saes:
