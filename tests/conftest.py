@@ -1,3 +1,4 @@
+import os
 import signal
 import sys
 from pathlib import Path
@@ -7,6 +8,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
+
+import mutants  # noqa: E402
+
+if os.environ.get("MUTANT"):
+    mutants.apply(os.environ["MUTANT"])
 
 torch.use_deterministic_algorithms(True)        # as 02_train.py does on a CPU
 torch.set_num_threads(1)                        # bits depend on it, and toys are faster so
