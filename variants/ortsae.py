@@ -1,16 +1,11 @@
-"""ortsae = baseline + each latent is pushed away from the nearest other one of a random chunk of the dictionary (OrtSAE 2025).
+"""ortsae = baseline + each latent is pushed away from the nearest of a random chunk (OrtSAE 2025).
 
-    ortho = mean over latents i of (max over j != i of its chunk of cos(d_i, d_j))^2
+    ortsae = mean over latents i of (max over j != i of its chunk of cos(d_i, d_j))^2
 
-Absorption and composition show as latents whose directions overlap; this charges each latent for its largest overlap. The chunks are
-new in every step, so every pair meets now and then. Cosines, not their absolute value: opposite directions do no harm. The paper
-has it on BatchTopK (--set activation=batch_topk).
-
-Found on toys (300 steps, 3 seeds): on trees of features with BatchTopK at weight 1, absorption 0.57 -> 0.20, mean largest cosine
-0.57 -> 0.09, explained variance 0.905 -> 0.825; at the paper's 0.25: 0.52, 0.29, 0.882.
-
-The penalty takes a product of [chunk, d_in] by its transpose for every chunk, without gradient: only the nearest pairs are differentiated.
-Costs: time 1.4, memory 1.00 of the base's.
+Absorption and composition show as latents whose directions overlap; this charges each latent for its
+largest overlap. Chunks of the dictionary are drawn in every step, so that every pair meets now and then.
+Cosines, not their absolute values: opposite directions do no harm. The paper has it on BatchTopK
+(--set activation=batch_topk).
 """
 import torch
 
@@ -18,35 +13,34 @@ from sae import SAE
 
 
 class Variant(SAE):
-    ortsae_weight = 0.25      # of the penalty
+    ortsae_weight = 0.25      # the paper's
     ortsae_chunk = 8192       # latents that are compared with each other
     off = {"ortsae_weight": 0.0}
 
     def build(self):
         super().build()
-        self.paired_at = None                     # the step that self.pairs are of
+        self.nearest_at, self.nearest = None, None             # the step of self.nearest
 
-    def losses(self, out):
-        terms = super().losses(out)
-        if self.ortsae_weight:
-            terms["ortho"] = self.ortsae_weight * self.ortho()
-        return terms
+    def penalties(self, out):
+        return super().penalties(out) | {"ortsae": self.ortho()}
 
     def ortho(self):
-        """The penalty before its weight."""
-        if self.paired_at != self.step:           # micro-batches of a step share them
-            self.paired_at, self.pairs = self.step, self.nearest()
-        nearest = self.pairs
-        cos = (self.W_dec * self.W_dec.index_select(0, nearest)).sum(-1)                 # decoder rows are unit
-        return (self.pair_weight(torch.arange(self.d_sae, device=nearest.device), nearest) * cos.relu().square()).mean()
+        """The penalty. The nearest latents are found without a gradient, once for all micro-batches."""
+        if self.nearest_at != self.step:
+            self.nearest_at, self.nearest = self.step, self.find_nearest()
+        cos = (self.W_dec * self.W_dec.index_select(0, self.nearest)).sum(-1)      # rows are unit
+        latents = torch.arange(self.d_sae, device=cos.device)
+        return (self.pair_weight(latents, self.nearest) * cos.relu().square()).mean()
 
     @torch.no_grad()
-    def nearest(self):
-        """For each latent, the one of its chunk that it overlaps most with (weighted) [d_sae]."""
-        nearest = torch.randperm(self.d_sae, generator=self.generator("ortsae"), device=self.W_dec.device)
-        for chunk in nearest.clone().tensor_split(-(-self.d_sae // self.ortsae_chunk)):
+    def find_nearest(self):
+        """For each latent, the one of its chunk that it overlaps most with, by weight [d_sae]."""
+        rng = self.generator("ortsae")
+        order = torch.randperm(self.d_sae, generator=rng, device=self.W_dec.device)
+        nearest = torch.empty_like(order)
+        for chunk in order.tensor_split(-(-self.d_sae // self.ortsae_chunk)):
             rows = self.W_dec[chunk]
-            overlap = (rows @ rows.T).relu_().square_().mul_(self.pair_weight(chunk[:, None], chunk))
+            overlap = (rows @ rows.T).relu().square() * self.pair_weight(chunk[:, None], chunk)
             nearest[chunk] = chunk[overlap.fill_diagonal_(-1).argmax(1)]
         return nearest
 
