@@ -226,7 +226,13 @@ class ReLU:
         return self.sae.row_sums(out.acts).mean() / self.sae.d_in ** 0.5
 
     def after_step(self, out):
-        """Follow what the step did to pre."""
+        """Follow what the step did."""
+        self.size = self.sae.row_sums(out.acts).sum() / (self.sae.firing(out.acts).sum() * len(out.x)).clamp_min(1)
+
+    def nudge(self, error):
+        """Move the cut so that log L0 falls by about `error`: acts fall off like an exponential, whose
+        mean, the mean act that fires, says how much lies just above the cut."""
+        self.sae.b_enc.sub_(error * self.size)
 
 
 class TopK(ReLU):
@@ -235,6 +241,9 @@ class TopK(ReLU):
     steered = False
 
     def start(self, pre, rank):
+        pass
+
+    def after_step(self, out):
         pass
 
     def select(self, pre):
@@ -311,6 +320,11 @@ class JumpReLU(ReLU):
     def fire(self, pre, latents):
         return Jump.apply(pre, self.sae.log_threshold.exp()[latents], self.sae.bandwidth)
 
+    def nudge(self, error):
+        threshold = self.sae.log_threshold.exp()
+        excess = (self.size - threshold.mean()).clamp_min(0)
+        self.sae.log_threshold.copy_((threshold + error * excess).clamp_min(1e-3).log())
+
     def penalty(self, out):
         """L0 / l0, mean over rows."""
         fired = self.sae.fired
@@ -377,8 +391,9 @@ class SAE(nn.Module):
     micro_batches = 1         # a batch is worked on in this many parts
     sparsity_start = 1.0      # training starts at this multiple of l0 ...
     sparsity_warmup = 0.2     # ... and comes to l0 over this fraction of the run
-    sparsity_weight = 0.03    # relu, jumprelu: of the penalty at first; a controller then holds L0 at l0
-    sparsity_gain = 2.0       # how strongly that controller answers a change of L0
+    sparsity_weight = 0.2     # relu, jumprelu: of the penalty at first; a controller then holds L0 at l0
+    sparsity_gain = 0.8       # share of an error of log L0 that the controller takes off the cut in a step ...
+    sparsity_memory = 0.004   # ... and fraction of the run over which it takes it off the weight
     bandwidth = 0.5           # jumprelu: width of the kernel that stands in for the step's derivative
     threshold_lr = 10.0       # jumprelu: learning rate of the thresholds over lr; 1 is too slow to hold L0
     aux_weight = 1 / 32       # dead latents reconstruct the residual (AuxK, Gao 2024)
@@ -449,7 +464,6 @@ class SAE(nn.Module):
         self.sparsifier = SPARSIFIERS[self.activation](self)
         if self.sparsifier.steered:
             self.register_buffer("sparsity_scale", torch.ones(()))     # on sparsity_weight
-            self.register_buffer("l0_now", torch.tensor(float(self.wanted_l0())))
 
     def make_optimizer(self):
         thresholds = [self.log_threshold] if self.activation == "jumprelu" else []
@@ -632,14 +646,11 @@ class SAE(nn.Module):
         return self.sparsifier.penalty(out)
 
     def steer_sparsity(self, l0):
-        """Move the penalty's weight so that L0, `l0` in this batch, stays at wanted_l0(): a controller on
-        the logarithms, proportional to L0's change and, summed over 5 % of the run, to its error."""
-        before = self.l0_now.clamp_min(1e-3)
-        self.l0_now.lerp_(l0, 0.5)
-        now = self.l0_now.clamp_min(1e-3)
-        change, error = (now / before).log(), (now / self.wanted_l0()).log()
-        step = self.sparsity_gain * change + error / (0.05 * self.steps)
-        self.sparsity_scale.mul_(step.clamp(-0.2, 0.2).exp())
+        """Hold L0, `l0` in this batch, at wanted_l0(): every step moves the cut by a part of the error, and
+        the penalty's weight by a smaller one, until the cut need not move any more."""
+        error = (l0.clamp_min(1e-3) / self.wanted_l0()).log()
+        self.sparsifier.nudge(self.sparsity_gain * error.clamp(-1, 1))
+        self.sparsity_scale.mul_((error / (self.sparsity_memory * self.steps)).clamp(-0.2, 0.2).exp())
 
     def scale_encoder(self, x):
         """Multiply the encoder by the factor that makes the latents reconstruct x [n, d_in] best."""
@@ -970,16 +981,71 @@ def read_log(folder, config):
 # ---- language models: loading, and where a hook sits ---------------------------------------------------
 
 
-def language_model(path, dtype, **extra):
-    """The causal language model of a hub name or folder, in eval mode. Weights in pickle files are read
-    only where remote code is trusted."""
+def model_files(path):
+    """(folder or hub name, {"gguf_file": name} if its weights are a .gguf file) of a model."""
+    path = Path(path)
+    found = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if found and found[0].is_file() and not (path / "config.json").is_file():
+        return str(found[0].parent), {"gguf_file": found[0].name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise Refuse(f"model {path}: the folder has no config.json, so it is not a model", 2)
+    return str(path), {}
+
+
+def model_config(path, **extra):
+    """The configuration of a causal language model. Refuse what the installed transformers leaves unread
+    in config.json (version 4 takes its own rotary base for the `rope_parameters` of version 5)."""
     import transformers
-    config = transformers.AutoConfig.from_pretrained(path, **extra).get_text_config()
+    folder, gguf = model_files(path)
+    config = transformers.AutoConfig.from_pretrained(folder, **gguf, **extra)
+    if config.is_encoder_decoder:
+        raise Refuse(f"model {path} is an encoder-decoder: want a causal language model")
+    if gguf:
+        return config
+    extra.pop("trust_remote_code", None)
+    written, _ = transformers.PretrainedConfig.get_config_dict(folder, **extra)
+    version = written.get("transformers_version", "an unknown version")
+    newer = release(version) > release(transformers.__version__)
+    for read, part in [(config, written), (config.get_text_config(), written.get("text_config") or {})]:
+        known = {*vars(type(read)()), *inspect.signature(type(read).__init__).parameters}
+        unread = {key for key, value in part.items() if key not in known and value is not None}
+        unread = {key for key in unread if newer or key == "rope_parameters"} - {"_name_or_path"}
+        if unread:
+            raise Refuse(f"model {path} was written by transformers {version}, and its config.json has "
+                         f"{', '.join(sorted(unread))}, which transformers {transformers.__version__} does "
+                         "not read: install the newer one")
+    return config
+
+
+def release(version):
+    """[5, 2] of "5.2.0"."""
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
+
+
+def model_tokenizer(path, **extra):
+    """The tokenizer of a language model, a hub name, folder or .gguf file."""
+    import transformers
+    folder, gguf = model_files(path)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, **gguf, **extra)
+    except ValueError as e:
+        if "TokenizersBackend" not in str(e):
+            raise
+        raise Refuse(f"model {path}: its tokenizer was written by transformers 5, which transformers "
+                     f"{transformers.__version__} does not read: install the newer one") from e
+
+
+def language_model(path, dtype, **extra):
+    """The causal language model of a hub name, folder or .gguf file, in eval mode. Weights in pickle files
+    are read only if remote code is trusted."""
+    import transformers
+    folder, gguf = model_files(path)
+    config = model_config(path, **extra).get_text_config()
     if getattr(config, "attn_logit_softcapping", None):
         extra["attn_implementation"] = "eager"             # Gemma-2: sdpa leaves the soft cap out
-    if not extra.get("trust_remote_code"):
+    if not extra.get("trust_remote_code") and not gguf:
         extra["use_safetensors"] = True
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **extra).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf, **extra).eval()
 
 
 HUB_ERRORS = {       # class in the chain of causes, or HTTP status -> (what to say, exit code)
