@@ -28,7 +28,6 @@ import textwrap
 import time
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import torch
@@ -46,25 +45,23 @@ CODES = 2 ** 25              # entries of [rows, d_sae] that are made at a time
 LOGITS = {"cpu": 2 ** 22, "cuda": 2 ** 28}     # entries of [tokens, vocabulary] at a time
 
 
-class Run(NamedTuple):
+class Run:
     """What is evaluated: a run of 02_train.py, or a control."""
-    folder: Path
-    config: dict
-    sae: SAE                 # in eval mode
 
-    @property
-    def name(self):
-        return self.folder.name
+    def __init__(self, folder, config, sae):
+        self.folder, self.name, self.config = folder, folder.name, config
+        self.sae = sae                     # in eval mode; None when it is no longer needed
+        self.is_control = "control" in config
 
-    @property
-    def is_control(self):
-        return "control" in self.config
 
-    def __hash__(self):
-        return hash(self.folder)
-
-    def __eq__(self, other):
-        return self.folder == other.folder
+class Evaluation(NamedTuple):
+    """An entry of EVALS, the table of all evaluations below."""
+    make: Callable                         # (acts, model, runs, settings) -> yields (run, result or error)
+    settings: Callable = lambda acts: {}   # what a result depends on besides weights and activations
+    inputs: Callable = lambda run: {}      # ... and what other files of this run or of its siblings
+    of_controls: bool = True               # whether it says something of a control
+    reads_model: bool = True               # whether it needs the language model
+    package: str = "torch"                 # it is left out where this one is not installed
 
 
 class Unfit(Exception):
@@ -378,7 +375,7 @@ class Score:
             "silent_rows": s["silent_rows"] / n,
             "decoder_max_cosine": highest_cosines(W_dec).mean().item(),
             "decoder_norm_error": (W_dec.norm(dim=-1) - 1).abs().max().item(),
-            "explained_variance_pca": data.pca[min(int(l0), data.d_in)],       # of rank L0
+            "explained_variance_pca": data.pca[min(round(l0), data.d_in)],     # of rank L0
             "skip_share": skip_share(self.sae, data.sample[:4096]),
         }
         if data.language:
@@ -473,7 +470,7 @@ class TruthScore:
         self.cosine = truth.directions @ unit(sae.W_dec.detach()).T            # [n_features, d_sae]
         # one latent for each feature, so that the sum of cosines is highest
         matched = linear_sum_assignment(self.cosine.abs().cpu().numpy(), maximize=True)
-        self.features, self.latents = torch.as_tensor(matched, device=self.cosine.device)
+        self.features, self.latents = (torch.as_tensor(i).to(self.cosine.device) for i in matched)
         self.near = (self.cosine > NEAR).float()
         related = (self.cosine > RELATED).float()
         self.related = related[truth.parent] * related[truth.child]            # [pairs, d_sae]
@@ -1108,16 +1105,6 @@ def make_controls(acts, runs):
 # ---- results -----------------------------------------------------------------------------------------------
 
 
-class Evaluation(NamedTuple):
-    """An entry of EVALS."""
-    make: Callable                         # (acts, model, runs, settings) -> yields (run, result or error)
-    settings: Callable = lambda acts: {}   # what a result depends on besides weights and activations
-    inputs: Callable = lambda run: {}      # ... and what other files of this run or of its siblings
-    of_controls: bool = True               # whether it says something of a control
-    reads_model: bool = True               # whether it needs the language model
-    package: str = "torch"                 # it is left out where this one is not installed
-
-
 def features_inputs(run):
     path = run.folder / "eval" / "absorption.json"
     return {"absorption": checksum(path.read_bytes()) if path.exists() else None}
@@ -1137,7 +1124,7 @@ def identity(name, run, acts):
     return {"name": name, "version": VERSION, "run": run.name, "control": run.is_control,
             "sae_checksum": run.config["sae_checksum"], "acts": acts.folder.name,
             "acts_checksum": acts.checksum, "model": acts.meta["model"], "layer": acts.meta["layer"],
-            "hook_name": acts.meta["hook_name"], "d_in": acts.d_in, "d_sae": run.sae.d_sae,
+            "hook_name": acts.meta["hook_name"], "d_in": acts.d_in, "d_sae": run.config["settings"]["d_sae"],
             "settings": EVALS[name].settings(acts), "inputs": EVALS[name].inputs(run)}
 
 
@@ -1290,7 +1277,9 @@ def evaluate_cache(acts, folders, args, names, device, failures):
                 model = LanguageModel(acts, device)
             if todo:
                 evaluate(name, acts, model, todo, failures)
-        seen += [Run(run.folder, run.config, SimpleNamespace(d_sae=run.sae.d_sae)) for run in runs]
+        seen += runs
+        for run in runs:                   # the next portion needs the memory
+            run.sae = None
     print_table(seen, acts)
     for held in locks:
         held.release()
