@@ -1,4 +1,4 @@
-"""Evaluate trained SAEs on held-out contexts; all runs of a cache share each pass of the language model.
+"""Evaluate trained SAEs on held-out contexts; the runs of a cache share each pass of the model.
 
     python 03_eval.py                                        every finished run under runs/
     python 03_eval.py runs/topk-s0 runs/topk-s1 --eval core  these runs, this evaluation
@@ -7,14 +7,14 @@
 Reads runs/NAME (02_train.py), acts/NAME (01_cache_acts.py) and the language model. Writes
 runs/NAME/eval/EVAL.json, and for controls runs/controls-ACTS/KIND/eval/EVAL.json:
 
-    core        reconstruction, sparsity, the language model's loss with the SAE spliced in, the known
-                truth of synthetic data, and the guards; rates.safetensors: how often each latent fires
+    core        reconstruction, sparsity, the language model's loss with the SAE spliced in, the
+                truth of synthetic data, and the guards; rates.safetensors: how often latents fire
     geometry    coherence, rank, condition numbers, correlations, random projections
     stability   which latents the other seeds of the same settings find again
     features    for some latents the contexts in which they fire most
     absorption, sparse_probing, scr, tpp, unlearning, forget ...: SAEBench's; see below
 
-A result that belongs to the same weights, activations and settings is left alone (--force: made again).
+A result that belongs to the same weights, activations and settings is left alone, unless --force.
 Numbers are in fp32, sums in fp64.
 """
 import contextlib
@@ -35,9 +35,10 @@ from scipy.optimize import linear_sum_assignment
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from sae import (SAE, Acts, Parser, Refuse, checksum, decoder_layers, generator, hook_point, hub_errors,
-                 language_model, load_run, load_variant, lock, model_checksum, pick_device, read_json, read_log,
-                 read_tensors, run_folders, run_script, unit, write_json, write_tensors)
+from sae import (SAE, Acts, Parser, Refuse, checksum, decoder_layers, generator, hook_point,
+                 hub_errors, language_model, load_run, load_variant, lock, model_checksum,
+                 pick_device, read_json, read_log, read_tensors, run_folders, run_script, unit,
+                 write_json, write_tensors)
 
 VERSION = 5                  # of the evaluations here; a result of another version is made again
 LOADED = 2 ** 33             # bytes of SAEs that are in memory at the same time, or one SAE
@@ -56,8 +57,8 @@ class Run:
 
 class Evaluation(NamedTuple):
     """An entry of EVALS, the table of all evaluations below."""
-    make: Callable                         # (acts, model, runs, settings) -> yields (run, result or error)
-    settings: Callable = lambda acts: {}   # what a result depends on besides weights and activations
+    make: Callable           # (acts, model, runs, settings) -> yields (run, result or error)
+    settings: Callable = lambda acts: {}   # what results depend on besides weights, activations
     inputs: Callable = lambda run: {}      # ... and what other files of this run or of its siblings
     of_controls: bool = True               # whether it says something of a control
     reads_model: bool = True               # whether it needs the language model
@@ -65,7 +66,7 @@ class Evaluation(NamedTuple):
 
 
 class Unfit(Exception):
-    """An evaluation says nothing of these activations; the reason is printed and no run has failed."""
+    """An evaluation can say nothing of these activations; no run has failed."""
 
 
 @contextlib.contextmanager
@@ -77,7 +78,7 @@ def noting(failed, run):
         failed[run] = error
 
 
-# ---- the language model ------------------------------------------------------------------------------
+# ---- the language model --------------------------------------------------------------------------
 
 
 class Reached(Exception):
@@ -85,15 +86,15 @@ class Reached(Exception):
 
 
 class LanguageModel:
-    """The language model in fp32, read at the hook of stage 1 and run on with other activations there."""
+    """The language model in fp32, read at stage 1's hook and run on with other values there."""
 
     def __init__(self, acts, device):
         meta = acts.meta["model"]
         self.path, self.d_in, self.device = meta["path"], acts.d_in, device
         is_local = Path(self.path).exists()
         if is_local and meta["revision"] not in (None, model_checksum(self.path)):
-            raise Refuse(f"the language model in {self.path} has changed since its activations were "
-                         "cached: put it back, or cache again")
+            raise Refuse(f"the language model in {self.path} has changed since its activations "
+                         "were cached: put it back, or cache again")
         self.revision = {} if is_local else {"revision": meta["revision"]}
         with hub_errors("model", self.path):
             self.model = language_model(self.path, torch.float32, **self.revision).to(device)
@@ -148,7 +149,7 @@ class LanguageModel:
 
 
 def hidden_of(out):
-    """The hidden state [n, ctx, d] in a layer's output, which some architectures wrap in a tuple."""
+    """The hidden state [n, ctx, d] in a layer's output, which some models wrap in a tuple."""
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -206,9 +207,9 @@ def total(tensor):
 
 class Batch(NamedTuple):
     """A part of the held-out data."""
-    x: torch.Tensor                        # rows [n, d_in], fp32
-    features: torch.Tensor | None          # synthetic data: the true features' sizes [n, n_features]
-    predictions: Predictions | None        # of a language model
+    x: torch.Tensor                    # rows [n, d_in], fp32
+    features: torch.Tensor | None      # synthetic data: the true features' sizes [n, n_features]
+    predictions: Predictions | None    # of a language model
 
 
 def held_out(acts, model, device):
@@ -236,7 +237,7 @@ def forward_in_blocks(sae, x):
         yield part, sae(sae.normalise(part))
 
 
-# ---- core: reconstruction, sparsity, the language model's loss -----------------------------------------
+# ---- core: reconstruction, sparsity, the language model's loss -----------------------------------
 
 
 def evaluate_core(acts, model, runs, settings):
@@ -352,10 +353,10 @@ class Score:
         if found.outliers.any():
             hidden[found.outliers] = self.sae.reconstruct(found.hidden[found.outliers])
             saebench = found.spliced(hidden)
-        for names, sums in ((("ce_sae", "kl_sae"), found.our_sums(*ours)),
-                            (("ce_loss_with_sae", "kl_div_with_sae"), found.saebench_sums(*saebench))):
-            for name, value in zip(names, sums):
-                self.sums[name] += value
+        names = "ce_sae", "kl_sae", "ce_loss_with_sae", "kl_div_with_sae"
+        values = *found.our_sums(*ours), *found.saebench_sums(*saebench)
+        for name, value in zip(names, values):
+            self.sums[name] += value
 
     def metrics(self, data):
         s, n, rate = self.sums, data.n, self.fires / data.n
@@ -365,17 +366,17 @@ class Score:
             "explained_variance": explained,
             "mse": s["error"] / n / data.d_in,
             "cosine": s["cosine"] / n,
-            "l2_ratio": s["norm"] / data.norm,                  # ||x_hat|| / ||x||
-            "slope": s["dot"] / max(s["square"], 1e-30),        # of x on x_hat
+            "l2_ratio": s["norm"] / data.norm,              # ||x_hat|| / ||x||
+            "slope": s["dot"] / max(s["square"], 1e-30),    # of x on x_hat
             "l0": l0,
             "l1": s["l1"] / n,
-            "dead": (rate == 0).double().mean().item(),         # share that never fires here
-            "dense": dense.double().mean().item(),              # share that fires on a tenth of all rows
-            "dense_share": (rate[dense].sum() / max(l0, 1e-30)).item(),        # of L0
+            "dead": (rate == 0).double().mean().item(),     # share that never fires here
+            "dense": dense.double().mean().item(),          # ... on a tenth of all rows
+            "dense_share": (rate[dense].sum() / max(l0, 1e-30)).item(),    # of L0
             "silent_rows": s["silent_rows"] / n,
             "decoder_max_cosine": highest_cosines(W_dec).mean().item(),
             "decoder_norm_error": (W_dec.norm(dim=-1) - 1).abs().max().item(),
-            "explained_variance_pca": data.pca[min(round(l0), data.d_in)],     # of rank L0
+            "explained_variance_pca": data.pca[min(round(l0), data.d_in)],   # of rank L0
             "skip_share": skip_share(self.sae, data.sample[:4096]),
         }
         if data.language:
@@ -420,12 +421,12 @@ def density(rate, lowest=-6.0, width=0.25):
 def skip_share(sae, x):
     """How much of what an SAE explains of raw rows x [n, d_in] comes around its latents.
 
-    With all acts at zero x_hat may not depend on the row; the variance that it explains nevertheless,
-    about its own mean error, over the SAE's explained variance. 0 of an SAE without such a path.
+    With all acts at zero x_hat may not depend on the row. The variance that it explains all the
+    same, about its mean error, over the SAE's explained variance; 0 without such a path.
     """
     def explained(x_hat):
         error = (x - x_hat).double()
-        return 1 - total((error - error.mean(0)).square()) / total((x - x.mean(0)).double().square())
+        return 1 - ((error - error.mean(0)).square().sum() / (x - x.mean(0)).square().sum()).item()
 
     with_acts = explained(sae.reconstruct(x))
     sae.activate = torch.zeros_like        # hides the method until it is deleted
@@ -436,7 +437,7 @@ def skip_share(sae, x):
     return max(0.0, without_acts) / max(with_acts, without_acts, 1e-9)
 
 
-# ---- truth: synthetic data, whose features are known ----------------------------------------------------
+# ---- truth: synthetic data, whose features are known ---------------------------------------------
 
 
 NEAR = 0.8                   # a latent with this cosine to a feature is the feature's
@@ -459,7 +460,8 @@ def load_truth(acts, device):
     tensors, _ = read_tensors(acts.folder / entry["file"], entry["checksum"])
     child = (tensors["parent"] >= 0).nonzero().flatten()
     parent = tensors["parent"][child].long()
-    return Truth(unit(tensors["dictionary"].float()).to(device), parent.to(device), child.to(device))
+    directions = unit(tensors["dictionary"].float())
+    return Truth(directions.to(device), parent.to(device), child.to(device))
 
 
 class TruthScore:
@@ -492,9 +494,10 @@ class TruthScore:
         s["recalled"] = s["recalled"] + (on[:, parents] & seen[:, parents]).sum(0)
 
     def metrics(self):
-        """mcc: mean |cosine| of features and their latents. uniqueness: features that are some latent's
-        nearest one, per latent. absorption: where parent and child are on, the share of rows where
-        every latent near the parent is silent and one related to both fires; mean over the pairs."""
+        """mcc: mean |cosine| of features and their latents. uniqueness: features that are some
+        latent's nearest one, per latent. absorption: of the rows with parent and child on, the
+        share where every latent near the parent is silent and one related to both fires; mean of
+        the pairs."""
         s = {name: value.double() for name, value in self.sums.items()}
         absolute, pairs = self.cosine.abs(), s["both"] >= PAIR_ROWS
         f1 = 2 * s["hit"] / (s["fired"] + s["true"])
@@ -512,7 +515,7 @@ def mean(values):
     return values.double().mean().item() if len(values) else None
 
 
-# ---- guards: what makes a run's numbers invalid or doubtful ----------------------------------------------
+# ---- guards: what makes a run's numbers invalid or doubtful --------------------------------------
 
 
 INVALID, CAVEAT = "invalid", "caveat"
@@ -533,12 +536,14 @@ class Guard(NamedTuple):
         return value != "" if isinstance(value, str) else value < self.below or value > self.above
 
 
-# The first of a name that fires counts. Bounds are from published SAEs and FAIR comparisons of them.
+# Of each name the first one that fires counts.
 GUARDS = [
     Guard("not finite", INVALID, "not_finite", "not finite: {not_finite}"),
     Guard("void", INVALID, "void", "{void}"),
-    Guard("silent", INVALID, "silent_rows", "no latent fires on {silent_rows:.0%} of the rows", above=0.5),
-    Guard("zero output", INVALID, "l2_ratio", "x_hat is {l2_ratio:.3f} times as long as x", below=0.1),
+    Guard("silent", INVALID, "silent_rows",
+          "no latent fires on {silent_rows:.0%} of the rows", above=0.5),
+    Guard("zero output", INVALID, "l2_ratio",
+          "x_hat is {l2_ratio:.3f} times as long as x", below=0.1),
     Guard("worse than the mean", INVALID, "explained_variance",
           "explained variance {explained_variance:.3f}", below=0.0),
     Guard("worse than zeros", INVALID, "ce_recovered",
@@ -555,7 +560,8 @@ GUARDS = [
           "mean cosine of its weights with their start {cosine_with_start:.4f}", above=0.99),
     Guard("short run", CAVEAT, "rows_per_latent",
           "{rows_per_latent:.0f} training rows for each latent", below=300),
-    Guard("not sparse", INVALID, "l0_share", "{l0_share:.0%} of the latents fire on a row", above=0.25),
+    Guard("not sparse", INVALID, "l0_share",
+          "{l0_share:.0%} of the latents fire on a row", above=0.25),
     Guard("not sparse", INVALID, "l0_per_dimension",
           "L0 is {l0_per_dimension:.2f} of the dimensions", above=1.0),
     Guard("no better than PCA", CAVEAT, "gain_over_pca",
@@ -571,8 +577,10 @@ GUARDS = [
           "latents that fire on a tenth of the rows make {dense_share:.0%} of L0", above=0.2),
     Guard("dense latents", CAVEAT, "dense",
           "{dense:.1%} of the latents fire on a tenth of the rows", above=0.01),
-    Guard("shrinkage", CAVEAT, "l2_ratio", "x_hat is {l2_ratio:.3f} times as long as x", below=0.9),
-    Guard("shrinkage", CAVEAT, "slope", "x is {slope:.3f} times as long as x_hat along it", above=1.05),
+    Guard("shrinkage", CAVEAT, "l2_ratio",
+          "x_hat is {l2_ratio:.3f} times as long as x", below=0.9),
+    Guard("shrinkage", CAVEAT, "slope",
+          "x is {slope:.3f} times as long as x_hat along it", above=1.05),
     Guard("penalty dominates", CAVEAT, "dominant", "over the reconstruction error: {dominant}"),
     Guard("penalty idle", CAVEAT, "idle", "below 1 % of the reconstruction error: {idle}"),
 ]
@@ -592,10 +600,10 @@ def find_guards(run, metrics, acts):
 def gather_facts(run, metrics, acts):
     """What guards ask: the metrics and what the run's files say. None: not known."""
     sae, config = run.sae, run.config
-    weights = all(value.isfinite().all() for value in sae.state_dict().values())
-    broken = [name for name, value in metrics.items() if value is not None and not math.isfinite(value)]
+    broken = [name for name, value in metrics.items() if not math.isfinite(value or 0.0)]
+    broken += [name for name, value in sae.state_dict().items() if not value.isfinite().all()]
     rows = config["steps"] * config["settings"]["batch_size"]
-    facts = {**metrics, "not_finite": ", ".join(broken + ["weights"] * (not weights)),
+    facts = {**metrics, "not_finite": ", ".join(broken),
              "rows_per_latent": rows / sae.d_sae, "void": "; ".join(config.get("void", [])),
              "l0_share": metrics["l0"] / sae.d_sae, "l0_per_dimension": metrics["l0"] / sae.d_in,
              "gain_over_pca": metrics["explained_variance"] - metrics["explained_variance_pca"]}
@@ -645,11 +653,11 @@ def duplicate_of(run):
     return ""
 
 
-# ---- geometry: how decoder rows lie, and which latents fire together --------------------------------------
+# ---- geometry: how decoder rows lie, and which latents fire together -----------------------------
 
 
 GEOMETRY_ROWS = 8192         # training rows on which firing is seen
-GEOMETRY_LATENTS = 2048      # latents that are looked at in pairs: all, or as many of them at random
+GEOMETRY_LATENTS = 2048      # latents that are looked at in pairs, at random where there are more
 JL_DIMENSIONS = (32, 64, 128, 256, 512)
 TOP_PAIRS = 0.001            # share of all pairs that a batch selects, as in topk_ortho_r1
 PAIR_BATCHES = (256, 1024, 4096)       # rows
@@ -675,7 +683,7 @@ def random_directions(n, d, *key):
 
 
 def geometry(sae, x, null):
-    """The result of one SAE on raw rows x [n, d_in]; null: (metrics, details) of random directions."""
+    """The result of one SAE on raw rows x [n, d_in]; null: decoder_geometry() of random rows."""
     W = unit(sae.W_dec)
     chance = random_directions(*W.shape, "geometry").to(W)
     code = encode_sample(sae, x)
@@ -683,14 +691,16 @@ def geometry(sae, x, null):
     groups = cofiring_groups(code)
     condition = {}
     for kind, sets in (("active", code.active), ("group", groups)):
-        condition[kind] = {"run": condition_numbers(W, sets), "null": condition_numbers(chance, sets)}
-        metrics[f"condition_{kind}"] = condition[kind]["run"]["median"]
-    shifted = shift_columns(code.acts)
+        mine, random = condition_numbers(W, sets), condition_numbers(chance, sets)
+        condition[kind] = {"run": mine, "null": random}
+        metrics[f"condition_{kind}"] = mine["median"]
     metrics |= sparsity(code) | {"correlation": mean_correlation(code.acts)}
-    details |= {"l0_of_rows": quantiles(code.l0), "condition": condition, "pairs": pair_stability(code),
-                "jl": {"dimensions": JL_DIMENSIONS, "run": details.pop("jl"), "null": null[1]["jl"]},
-                "null": {**null[0], "nearest_cosine": null[1]["nearest_cosine"],
-                         "correlation": mean_correlation(shifted)}}
+    null_metrics, null_details = null
+    jl = {"dimensions": JL_DIMENSIONS, "run": details.pop("jl"), "null": null_details["jl"]}
+    details |= {"l0_of_rows": quantiles(code.l0), "condition": condition, "jl": jl,
+                "pairs": pair_stability(code),
+                "null": {**null_metrics, "nearest_cosine": null_details["nearest_cosine"],
+                         "correlation": mean_correlation(shift_columns(code.acts))}}
     return {"rows": len(x), "latents": len(code.latents), "metrics": metrics, "guards": [],
             "details": details}
 
@@ -698,9 +708,10 @@ def geometry(sae, x, null):
 def decoder_geometry(W, block=1024):
     """(metrics, details) of unit rows W [n, d]; never all pairs at once.
 
-    coherence: largest |cosine| of two rows. unique: share of rows whose nearest other one has a cosine
-    below 0.2. mean_square_cosine can't be below Welch's (n - d) / (d (n - 1)). effective_rank: exp of
-    the entropy of the squared singular values' shares, which is also the Vendi score (Friedman 2022).
+    coherence: largest |cosine| of two rows. unique: share of rows whose nearest other one has a
+    cosine below 0.2. mean_square_cosine can't be below Welch's (n - d) / (d (n - 1)).
+    effective_rank: exp of the entropy of the squared singular values' shares, which is also the
+    Vendi score (Friedman 2022).
     """
     n, d = W.shape
     absolute = square = largest = 0.0
@@ -728,11 +739,11 @@ def quantiles(values, n=100):
 
 
 def projections(W):
-    """How well k random orthonormal axes keep what unit rows W [n, d] say of each other (Johnson and
+    """How well k random orthonormal axes keep the cosines of unit rows W [n, d] (Johnson and
     Lindenstrauss 1984), for each k of JL_DIMENSIONS; from k = d on all is kept.
 
-    error_sd: standard deviation of the cosines' error. recall: share of the n closest pairs that are
-    among the n closest in the projection.
+    error_sd: standard deviation of the cosines' error. recall: share of the n closest pairs that
+    are among the n closest in the projection.
     """
     g = generator("projections")
     W = W[torch.randperm(len(W), generator=g)[:GEOMETRY_LATENTS].to(W.device)]
@@ -782,7 +793,7 @@ def encode_sample(sae, x):
 
 
 def sparsity(code):
-    """hoyer: mean over the rows that fire; gini: of the latents' firing rates, 0 if all fire alike."""
+    """hoyer: mean over the rows that fire; gini: of the firing rates, 0 if all are alike."""
     rate = code.rate.double().sort().values
     n, place = len(rate), torch.arange(1, len(rate) + 1, device=rate.device)
     gini = None
@@ -808,27 +819,28 @@ def cofiring_groups(code):
 def condition_numbers(W, sets):
     """Median, 10th and 90th percentile of the condition numbers of the rows W[set], over the sets.
 
-    A set with dependent rows, as any of more than d rows, counts as infinite; an infinite percentile
-    is None.
+    A set with dependent rows, as any of more than d rows, counts as infinite, which is None here.
     """
     found = []
     for latents in sets:
         s = torch.linalg.svdvals(W[latents].double())
         independent = len(latents) <= W.shape[1] and s[-1] > 1e-6 * s[0]
         found.append((s[0] / s[-1]).item() if independent else math.inf)
-    found.sort()
-    at = {"median": 0.5, "low": 0.1, "high": 0.9}
-    percentiles = {k: finite(found[round(q * (len(found) - 1))]) if found else None for k, q in at.items()}
-    return {**percentiles, "sets": len(found), "infinite": found.count(math.inf)}
+    result = {"median": None, "low": None, "high": None, "sets": len(found),
+              "infinite": found.count(math.inf)}
+    for name, q in (("median", 0.5), ("low", 0.1), ("high", 0.9)):
+        if found:
+            result[name] = finite(sorted(found)[round(q * (len(found) - 1))])
+    return result
 
 
 def finite(number):
-    """The number, or None if it is none that JSON has."""
-    return number if math.isfinite(number) else None
+    """The number; None if it is not finite, which JSON has no word for."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 def standardise(columns):
-    """Columns [n, m] with mean 0 and length 1, whose products are correlations; constant ones are 0."""
+    """Columns [n, m] with mean 0 and length 1: products are correlations; constant ones are 0."""
     return unit((columns - columns.mean(0)).T).T
 
 
@@ -841,13 +853,13 @@ def mean_correlation(columns):
 
 
 def shift_columns(columns):
-    """Each column of [n, m] rotated by a random number of rows: as it was, but for what columns share."""
+    """Each column of [n, m] rotated by a random number of rows, so that columns share nothing."""
     n, m = columns.shape
     by = torch.randint(n, (m,), generator=generator("shift")).to(columns.device)
     return columns.gather(0, (torch.arange(n, device=columns.device)[:, None] + by) % n)
 
 
-PAIR_RULES = {               # as in topk_ortho_r1: acts and pre of a batch [rows, m] -> scores [m, m]
+PAIR_RULES = {               # as in topk_ortho_r1: acts, pre of a batch [rows, m] -> scores [m, m]
     "coactivation": lambda acts, pre: acts.T @ acts,
     "phi": lambda acts, pre: correlations((acts > 0).float()),
     "preact": lambda acts, pre: correlations(pre),
@@ -859,8 +871,8 @@ def correlations(columns):
 
 
 def pair_stability(code):
-    """How many of the TOP_PAIRS of all pairs that a batch selects the next one selects too: the mean
-    Jaccard index of successive batches, by rule and rows in a batch; `null`: by chance."""
+    """How many of the TOP_PAIRS that a batch selects the next one selects too: the mean Jaccard
+    index of successive batches, by rule and rows in a batch; `null`: by chance."""
     n, m = code.acts.shape
     count = round(TOP_PAIRS * m * (m - 1) / 2)
     if not count:
@@ -889,11 +901,11 @@ def jaccard(a, b):
     return both / (len(a) + len(b) - both)
 
 
-# ---- stability: which latents another seed finds again ---------------------------------------------------
+# ---- stability: which latents another seed finds again -------------------------------------------
 
 
 def siblings(run):
-    """{name: checksum of its SAE} of the finished runs that differ from `run` in nothing but the seed."""
+    """{name: checksum of its SAE} of the finished runs that differ from `run` in the seed alone."""
     same = ("variant", "acts_checksum", "steps", "settings", "code_checksum", "status")
     stem = re.sub(r"-s\d+$", "", run.name)
     found = {}
@@ -906,10 +918,9 @@ def siblings(run):
 
 
 def evaluate_stability(acts, model, runs, settings):
-    """The latents of each run against those of its siblings: matched one-to-one by decoder direction.
+    """The latents of each run against those of its siblings, matched one-to-one by decoder rows.
     `null`: the same of two random dictionaries."""
     failed, decoders = {}, {run.name: unit(run.sae.W_dec.detach()) for run in runs}
-    match_null = functools.cache(lambda n, d: match(random_directions(n, d, "a"), random_directions(n, d, "b")))
     for run in tqdm(runs, desc="stability", disable=None):
         with noting(failed, run):
             W, others = decoders[run.name], {}
@@ -920,7 +931,7 @@ def evaluate_stability(acts, model, runs, settings):
                 others[name] = compare(W, decoders[name])
             result = {"metrics": {}, "guards": [], "details": {"others": others}}
             if others:
-                null = match_null(*W.shape)
+                null = match_random(*W.shape)
                 result["metrics"] = {key: sum(other[key] for other in others.values()) / len(others)
                                      for key in ("matched", "best", "again")}
                 result["metrics"]["null"] = null.mean().item()
@@ -928,9 +939,15 @@ def evaluate_stability(acts, model, runs, settings):
         yield run, failed.get(run) or result
 
 
+@functools.cache
+def match_random(n, d):
+    """match() of two random dictionaries."""
+    return match(random_directions(n, d, "one"), random_directions(n, d, "other"))
+
+
 def match(W, V):
-    """Cosines of the rows of W [n, d] (at most GEOMETRY_LATENTS of them) with one row of V [m, d] each,
-    so that their sum is highest. Signed: a latent's opposite is another feature."""
+    """Cosines of the rows of W [n, d], at most GEOMETRY_LATENTS of them, with one row of V [m, d]
+    each, so that their sum is highest. Signed: a latent's opposite is another feature."""
     some = torch.randperm(len(W), generator=generator("match"))[:GEOMETRY_LATENTS].to(W.device)
     cosine = (W[some] @ V.T).cpu()
     return cosine[linear_sum_assignment(cosine.numpy(), maximize=True)]
@@ -951,7 +968,7 @@ def compare(W, V):
 SAEBENCH = {}
 
 
-# ---- features: what latents fire on ----------------------------------------------------------------------
+# ---- features: what latents fire on --------------------------------------------------------------
 
 
 TOP_CONTEXTS = 8             # of each latent
@@ -959,8 +976,8 @@ SHOWN = {"random": 20, "frequent": 5, "rare": 5, "absorbed": 5}      # latents o
 
 
 def evaluate_features(acts, model, runs, settings):
-    """For some latents of each run: the contexts in which it fires most, its token marked << >>, the
-    tokens that its decoder row promotes through the unembedding, and the latents nearest to it."""
+    """For some latents of each run: the contexts in which it fires most, the tokens that its
+    decoder row promotes through the unembedding, and the latents nearest to it."""
     if model is None:
         raise Unfit("synthetic data have no contexts")
     failed, chosen, best, where = {}, {}, {}, {}
@@ -971,9 +988,9 @@ def evaluate_features(acts, model, runs, settings):
     val = acts.val()
     size = model.at_once(val["tokens"].shape[1])
     for start in tqdm(range(0, len(val["tokens"]), size), desc="features", disable=None):
-        tokens, mask = (val[name][start:start + size].to(model.device) for name in ("tokens", "mask"))
-        hidden = model.activations(tokens.long())
-        rows = mask & (hidden.norm(dim=-1) <= acts.norm_limit)
+        part = {name: val[name][start:start + size].to(model.device) for name in ("tokens", "mask")}
+        hidden = model.activations(part["tokens"].long())
+        rows = part["mask"] & (hidden.norm(dim=-1) <= acts.norm_limit)
         for run in runs:
             if run not in failed:
                 with noting(failed, run), torch.no_grad():
@@ -996,31 +1013,34 @@ class Chosen(NamedTuple):
 
 
 def choose_latents(run):
-    """Chosen: random latents that fire, the most and least frequent ones, and those that stand for the
-    letters that are absorbed most."""
-    tensors, meta = read_tensors(run.folder / "eval" / "rates.safetensors")
+    """Chosen: random latents that fire, the most and least frequent ones, and those of the letters
+    that are absorbed most."""
+    path = run.folder / "eval" / "rates.safetensors"
+    tensors, meta = read_tensors(path)
     if meta["sae_checksum"] != run.config["sae_checksum"]:
-        raise Refuse(f"{run.folder}/eval/rates.safetensors is of other weights: run --eval core first")
+        raise Refuse(f"{path} is of other weights: run --eval core first")
     rate, firing = tensors["rate"], tensors["rate"].nonzero().flatten()
     order = firing[rate[firing].argsort(descending=True, stable=True)]
     shuffled = firing[torch.randperm(len(firing), generator=generator("features", run.name))]
-    kinds = {"random": shuffled.tolist(), "frequent": order.tolist(), "rare": order.flip(0).tolist(),
-             "absorbed": absorbed_latents(run)}
+    kinds = {"random": shuffled.tolist(), "frequent": order.tolist(),
+             "rare": order.flip(0).tolist(), "absorbed": absorbed_latents(run)}
     why = defaultdict(list)
     for kind, latents in kinds.items():
         for latent in latents[:SHOWN[kind]]:
             why[latent].append(kind)
     latents = sorted(why)
-    return Chosen(torch.tensor(latents, dtype=torch.long), [why[latent] for latent in latents], rate)
+    reasons = [why[latent] for latent in latents]
+    return Chosen(torch.tensor(latents, dtype=torch.long), reasons, rate)
 
 
 def absorbed_latents(run):
-    """The main latents of the first letters, those absorbed most first; [] without such a result."""
+    """The main latents of the first letters, most absorbed first; [] without such a result."""
     path = run.folder / "eval" / "absorption.json"
     result = read_json(path) if path.exists() else {}
     if result.get("sae_checksum") != run.config["sae_checksum"]:
         return []
-    rates = {d["first_letter"]: d["mean_absorption_fraction"] for d in result["eval_result_details"]}
+    details = result["eval_result_details"]
+    rates = {letter["first_letter"]: letter["mean_absorption_fraction"] for letter in details}
     letters = [entry for entry in result.get("letters", []) if rates[entry["letter"]] > 0]
     letters.sort(key=lambda entry: -rates[entry["letter"]])
     return list(dict.fromkeys(entry["main_latent"] for entry in letters))
@@ -1048,8 +1068,8 @@ def describe_latents(run, model, tokens, chosen, best, where):
         promoted = (model.unembedding @ W_dec[latent]).topk(8).indices.tolist()
         cosine = rows @ rows[latent]
         cosine[latent] = -2.0
-        near = cosine.topk(min(4, len(rows) - 1))
-        neighbours = [{"latent": j, "cosine": c} for c, j in zip(near.values.tolist(), near.indices.tolist())]
+        near = cosine.topk(min(4, len(rows) - 1)).indices.tolist()
+        neighbours = [{"latent": j, "cosine": cosine[j].item()} for j in near]
         found.append({"latent": latent, "why": chosen.why[i], "rate": chosen.rate[latent].item(),
                       "promotes": [decode([t]) for t in promoted], "neighbours": neighbours,
                       "contexts": contexts})
@@ -1063,12 +1083,12 @@ def marked(decode, tokens, at, before=16, after=4):
     return {"token": token, "text": f"{left}<<{token}>>{right}"}
 
 
-# ---- controls: SAEs that have learned nothing -------------------------------------------------------------
+# ---- controls: SAEs that have learned nothing ----------------------------------------------------
 
 
 def make_controls(acts, runs):
-    """Controls as wide and as sparse as the runs are (medians): an untrained SAE, random directions,
-    PCA, and the mean of the training rows."""
+    """Controls as wide and as sparse as the runs are (medians): an untrained SAE, random
+    directions, PCA, and the mean of the training rows."""
     device = runs[0].sae.b_dec.device
     rows = training_rows(acts, 16_384, device)
     l0s, widths = [], torch.tensor([run.sae.d_sae for run in runs])
@@ -1077,8 +1097,8 @@ def make_controls(acts, runs):
         l0s.append(fires / len(rows[:2048]))
     l0, d_sae = max(1, round(torch.tensor(l0s).median().item())), widths.median().item()
     rank = min(l0, acts.d_in)
-    plans = {"untrained": ("relu", d_sae, l0), "random": ("topk", d_sae, l0), "pca": ("relu", 2 * rank, rank),
-             "mean": ("relu", 1, 1)}
+    plans = {"untrained": ("relu", d_sae, l0), "random": ("topk", d_sae, l0),
+             "pca": ("relu", 2 * rank, rank), "mean": ("relu", 1, 1)}
     made = []
     for kind, (activation, width, l0) in plans.items():
         settings = {"activation": activation, "d_sae": width, "l0": float(l0)}
@@ -1102,7 +1122,7 @@ def make_controls(acts, runs):
     return made
 
 
-# ---- results -----------------------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
 def features_inputs(run):
@@ -1113,7 +1133,8 @@ def features_inputs(run):
 EVALS = {                                  # in the order in which they run
     "core": Evaluation(evaluate_core),
     "geometry": Evaluation(evaluate_geometry, of_controls=False, reads_model=False),
-    "stability": Evaluation(evaluate_stability, inputs=siblings, of_controls=False, reads_model=False),
+    "stability": Evaluation(evaluate_stability, inputs=siblings, of_controls=False,
+                            reads_model=False),
     **SAEBENCH,
     "features": Evaluation(evaluate_features, inputs=features_inputs, of_controls=False),
 }
@@ -1123,8 +1144,9 @@ def identity(name, run, acts):
     """What a result belongs to; one that differs in any of these is made again."""
     return {"name": name, "version": VERSION, "run": run.name, "control": run.is_control,
             "sae_checksum": run.config["sae_checksum"], "acts": acts.folder.name,
-            "acts_checksum": acts.checksum, "model": acts.meta["model"], "layer": acts.meta["layer"],
-            "hook_name": acts.meta["hook_name"], "d_in": acts.d_in, "d_sae": run.config["settings"]["d_sae"],
+            "acts_checksum": acts.checksum, "d_in": acts.d_in,
+            **{key: acts.meta[key] for key in ("model", "layer", "hook_name")},
+            "d_sae": run.config["settings"]["d_sae"],
             "settings": EVALS[name].settings(acts), "inputs": EVALS[name].inputs(run)}
 
 
@@ -1142,15 +1164,16 @@ def save(name, run, acts, result):
     """Write a result, and core's firing rates beside it."""
     if "rates" in result:
         meta = {"sae_checksum": run.config["sae_checksum"], "rows": result["rows"]}
-        write_tensors(run.folder / "eval" / "rates.safetensors", {"rate": result.pop("rates")}, meta)
-    metrics = {key: None if value is None else finite(value) for key, value in result["metrics"].items()}
+        rates = {"rate": result.pop("rates")}
+        write_tensors(run.folder / "eval" / "rates.safetensors", rates, meta)
+    metrics = {key: finite(value) for key, value in result["metrics"].items()}
     write_json(run.folder / "eval" / f"{name}.json",
                {**identity(name, run, acts), **result, "metrics": metrics, "versions": versions()})
 
 
 def versions():
-    names = ("torch", "transformers", "sae_bench")
-    return {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
+    there = filter(importlib.util.find_spec, ("torch", "transformers", "sae_bench"))
+    return {name: importlib.metadata.version(name) for name in there}
 
 
 def evaluate(name, acts, model, runs, failures):
@@ -1178,7 +1201,7 @@ def report(what, error, failures):
     print("error: " + " ".join(f"{what}: {reason}".split()), file=sys.stderr)
 
 
-# ---- the script --------------------------------------------------------------------------------------------
+# ---- the script ----------------------------------------------------------------------------------
 
 
 COLUMNS = {                                # title -> (metric of core, format)
@@ -1233,8 +1256,8 @@ def load_runs(folders, acts, device, failures):
         try:
             sae, config = load_run(folder)
             if sae.d_in != acts.d_in:
-                raise Refuse(f"another width: trained on rows of {sae.d_in}, {acts.folder} has rows of "
-                             f"{acts.d_in}: train it again")
+                raise Refuse(f"another width: trained on rows of {sae.d_in}, {acts.folder} has "
+                             f"rows of {acts.d_in}: train it again")
             runs.append(Run(folder, config, sae.to(device)))
         except Refuse as error:
             report(str(folder), error, failures)
@@ -1253,13 +1276,13 @@ def finished(folders, failures):
         if config["status"] == "done":
             found[config["acts"]].append(folder)
         else:
-            why = f"failed: {config['reason']}" if config["status"] == "failed" else "is not finished"
-            print(f"{folder}: skipped, its training {why}")
+            why = f" ({config['reason']})" if "reason" in config else ""
+            print(f"{folder}: skipped, its training has not ended well: {config['status']}{why}")
     return found
 
 
 def evaluate_cache(acts, folders, args, names, device, failures):
-    """Make what is missing of the named evaluations for the runs of one cache, and print the table."""
+    """Make what is missing of the named evaluations for the runs of a cache; print the table."""
     locks = [lock(folder) for folder in folders]
     model, seen = None, []
     for i, portion in enumerate(portions(folders)):
@@ -1291,7 +1314,7 @@ def main():
     parser.add_argument("--eval", nargs="+", choices=EVALS, default=list(EVALS), metavar="NAME",
                         help=f"which (default: all that fit the model): {', '.join(EVALS)}")
     parser.add_argument("--controls", action="store_true",
-                        help="evaluate SAEs that have learned nothing too, as wide and sparse as the runs")
+                        help="also SAEs that have learned nothing, as wide and sparse as the runs")
     parser.add_argument("--force", action="store_true", help="evaluate again what is there already")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     args = parser.parse_args()
