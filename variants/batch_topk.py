@@ -1,7 +1,8 @@
 """batch_topk = baseline with the BatchTopK activation: l0 latents a row on average (Bussmann 2024).
 
-The highest pre-activations of a whole batch fire, so a row may use more latents than its neighbour. At
-inference a latent fires above a threshold, the moving average of the batches' cuts: a row is encoded alone.
+The highest pre-activations of a whole batch fire, so a row may use more latents than its neighbour.
+At inference a latent fires above a threshold, the moving average of the batches' cuts: a row is
+encoded alone.
 """
 from sae import SAE
 

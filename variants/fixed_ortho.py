@@ -1,10 +1,10 @@
-"""fixed_ortho = baseline + all pairs of latents are pushed towards orthogonality, at a fixed weight.
+"""fixed_ortho = baseline + all pairs of latents are pushed towards orthogonality, at one weight.
 
-    fixed_ortho = d_in * mean over pairs i != j of cos(d_i, d_j)^2          (1 for a random dictionary)
+    fixed_ortho = d_in * mean over pairs i != j of cos(d_i, d_j)^2       (1 for a random dictionary)
 
-The plain form of the idea, with which adaptive orthogonality is compared. Without the factor d_in the mean
-is about 1 / d_in and acts on nothing. More latents than dimensions can't all be orthogonal: the penalty
-stays above (d_sae - d_in) / (d_sae - 1) (Welch).
+The plain form of the idea, with which adaptive orthogonality is compared. Without the factor d_in
+the mean is about 1 / d_in and acts on nothing. More latents than dimensions can't all be
+orthogonal: the penalty stays above (d_sae - d_in) / (d_sae - 1) (Welch).
 """
 from sae import SAE
 
@@ -17,8 +17,7 @@ class Variant(SAE):
         return super().penalties(out) | {"fixed_ortho": self.ortho()}
 
     def ortho(self):
-        """The penalty. The squares of all d_sae^2 cosines sum to those of W_dec^T W_dec [d_in, d_in]; the
-        pairs of a latent with itself are taken out."""
+        """The penalty. The squares of all d_sae^2 cosines sum to those of W_dec^T W_dec."""
         selves = self.W_dec.square().sum(-1).square().sum()
         pairs = (self.W_dec.T @ self.W_dec).square().sum() - selves
         return self.d_in * pairs / (self.d_sae * (self.d_sae - 1))

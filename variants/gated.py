@@ -1,10 +1,10 @@
-"""gated = baseline + a gate says which latents fire, a second path how strongly (Rajamanoharan 2024a).
+"""gated = baseline + a gate says which latents fire, a second path how much (Gated SAE, 2024).
 
     acts = (pre > 0) * relu(exp(r_mag) * (pre - b_enc) + b_mag)
 
-L1 shrinks every act that it keeps sparse. Here L1 falls on the gate relu(pre) alone, and the sizes are
-free. The step (pre > 0) passes no gradient: the gate learns from L1 and from its own reconstruction of the
-row with a frozen decoder (the penalty `gated`).
+L1 shrinks every act that it keeps sparse. Here L1 falls on the gate relu(pre) alone, and the sizes
+are free. The step (pre > 0) passes no gradient: the gate learns from L1 and from its own
+reconstruction of the row with a frozen decoder (the penalty `gated`).
 """
 import torch
 from torch import nn
@@ -15,12 +15,11 @@ from sae import SAE
 class Variant(SAE):
     gated_sizes = True        # False: the gate gives the sizes too, as in the baseline
     gated_weight = 1.0        # of the gate's own reconstruction error
-    sparsity_gain = 1.0       # L0 answers a penalty on the gate alone sooner: at 2 it swings
-    off = {"gated_sizes": False, "sparsity_gain": SAE.sparsity_gain}
+    off = {"gated_sizes": False}
 
     def build(self):
         super().build()
-        self.r_mag = nn.Parameter(torch.zeros(self.d_sae))     # log ratio of the paths' encoder columns
+        self.r_mag = nn.Parameter(torch.zeros(self.d_sae))     # log of the paths' ratio
         self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
         self.latents |= {"r_mag": (0, 0.0), "b_mag": (0, 0.0)}
 

@@ -1,7 +1,8 @@
-"""jumprelu = baseline with the JumpReLU activation: each latent learns its threshold (Rajamanoharan 2024b).
+"""jumprelu = baseline with JumpReLU: each latent learns its threshold (Rajamanoharan 2024b).
 
-L1 shrinks every act; here an act is the whole pre-activation, or nothing below the threshold, and the
-penalty counts latents instead of adding up acts. A controller on the penalty's weight holds L0 at l0.
+L1 shrinks every act; here an act is the whole pre-activation, or nothing below the threshold, and
+the penalty counts latents instead of adding up acts. A controller on the penalty's weight holds L0
+at l0.
 """
 from sae import SAE
 

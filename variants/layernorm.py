@@ -2,8 +2,9 @@
 
     x_hat = decode(encode((x - shift) / size)) * size + shift
 
-shift is the mean of the row's entries, size its length over sqrt(d_in). Long rows no longer light more
-latents than short ones. The error is still that of the row as it came; acts are in units of the normed row.
+shift is the mean of the row's entries, size its length over sqrt(d_in). Long rows no longer light
+more latents than short ones. The error is still that of the row as it came; acts are in units of
+the normed row.
 """
 from sae import SAE
 

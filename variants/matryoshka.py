@@ -1,9 +1,9 @@
-"""matryoshka = batch_topk + nested prefixes of the dictionary must each reconstruct alone (Bussmann 2025).
+"""matryoshka = batch_topk + nested prefixes must each reconstruct alone (Bussmann 2025).
 
     error of a row = mean over the prefixes m of ||x - (acts[:m] W_dec[:m] + b_dec)||^2 / d_in
 
-A latent of a short prefix can't leave its feature to a more special latent further on, because the short
-prefix has to do without that latent: the best published answer to absorption.
+A latent of a short prefix can't leave its feature to a more special latent further on, because the
+short prefix has to do without that latent: the best published answer to absorption.
 """
 import torch
 
@@ -15,7 +15,7 @@ class Variant(Base):
     off = {"matryoshka_prefixes": 1}
 
     def recon_error(self, out):
-        """Mean over the prefixes [B]; each block of latents is decoded once, on top of those before."""
+        """Mean over the prefixes [B]; each block of latents is decoded once, on top of the last."""
         ends = [self.d_sae >> n for n in reversed(range(1, self.matryoshka_prefixes))]
         errors, x_hat = [super().recon_error(out)], self.b_dec
         for start, end in zip([0, *ends], ends):

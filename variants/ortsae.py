@@ -2,10 +2,10 @@
 
     ortsae = mean over latents i of (max over j != i of its chunk of cos(d_i, d_j))^2
 
-Absorption and composition show as latents whose directions overlap; this charges each latent for its
-largest overlap. Chunks of the dictionary are drawn in every step, so that every pair meets now and then.
-Cosines, not their absolute values: opposite directions do no harm. The paper has it on BatchTopK
-(--set activation=batch_topk).
+Absorption and composition show as latents whose directions overlap; this charges each latent for
+its largest overlap. Chunks of the dictionary are drawn in every step, so that every pair meets now
+and then. Cosines, not their absolute values: opposite directions do no harm. The paper has it on
+BatchTopK (--set activation=batch_topk).
 """
 import torch
 
@@ -25,7 +25,7 @@ class Variant(SAE):
         return super().penalties(out) | {"ortsae": self.ortho()}
 
     def ortho(self):
-        """The penalty. The nearest latents are found without a gradient, once for all micro-batches."""
+        """The penalty. The nearest latents are looked for once for all micro-batches."""
         if self.nearest_at != self.step:
             self.nearest_at, self.nearest = self.step, self.find_nearest()
         cos = (self.W_dec * self.W_dec.index_select(0, self.nearest)).sum(-1)      # rows are unit

@@ -1,8 +1,8 @@
-"""p_anneal = baseline + the sparsity penalty is sum_i acts_i^p, p annealed from 1 to 0.2 (Karvonen 2024).
+"""p_anneal = baseline + the penalty is sum_i acts_i^p, p annealed from 1 to 0.2 (Karvonen 2024).
 
-L1 taxes a strong act as much as ten weak ones. The smaller p, the nearer the penalty is to a count of the
-latents that fire, which shrinks strong acts less. Annealed, because a small p from the start freezes
-whatever fires first.
+L1 taxes a strong act as much as ten weak ones. The smaller p, the nearer the penalty is to a count
+of the latents that fire, which shrinks strong acts less. Annealed, because a small p from the start
+freezes whatever fires first.
 """
 from sae import SAE, choice
 

@@ -1,9 +1,10 @@
-"""skip = baseline + a path around encoder and decoder: x_hat = decode(acts) + s * (x - b_dec), s small.
+"""skip = baseline + a path around the latents: x_hat = decode(acts) + s * (x - b_dec), s small.
 
-A ReLU SAE under an L1 penalty reconstructs too short; the path gives back some of the length. Unbounded, s
-would go to 1 and the SAE would learn nothing, so s = skip_scale * tanh(a), a learned from 0. The start is
-fitted without the path. `reconstruct` has the path, `decode` has not: acts do not carry it. s grows
-towards its bound as long as training lasts: the gain is what the bound allows, nothing that latents learn.
+A ReLU SAE under an L1 penalty reconstructs too short; the path gives back some of the length.
+Unbounded, s would go to 1 and the SAE would learn nothing, so s = skip_scale * tanh(a), a learned
+from 0. The start is fitted without the path. `reconstruct` has the path, `decode` has not: acts do
+not carry it. s grows towards its bound as long as training lasts: the gain is what the bound
+allows, nothing that latents learn.
 """
 import torch
 from torch import nn
