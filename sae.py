@@ -532,8 +532,7 @@ class SAE(nn.Module):
     def lr_scale(self):
         """Factor on every learning rate now: linear warm-up, constant, linear decay to 0."""
         up = (self.step + 1) / max(1, self.lr_warmup * self.steps)
-        down = (self.steps - self.step) / max(1, self.lr_decay * self.steps)
-        return min(1.0, up, down)
+        return min(1.0, up, self.decay())
 
     def accept(self, loss):
         """Whether to take the step, bool or tensor; a refused one is counted and changes no weight."""
@@ -574,6 +573,10 @@ class SAE(nn.Module):
     def ramp(self, until):
         """0 .. 1 over the fraction `until` of the run; 1 at once if it is 0."""
         return min(1.0, self.progress / until) if until else 1.0
+
+    def decay(self):
+        """1, falling linearly to 0 over the last `lr_decay` of the run."""
+        return min(1.0, (self.steps - self.step) / max(1, self.lr_decay * self.steps))
 
     def due(self, fraction):
         """Whether something done once every `fraction` of the run is due after this step; 0: never."""
@@ -646,10 +649,10 @@ class SAE(nn.Module):
         return self.sparsifier.penalty(out)
 
     def steer_sparsity(self, l0):
-        """Hold L0, `l0` in this batch, at wanted_l0(): every step moves the cut by a part of the error, and
-        the penalty's weight by a smaller one, until the cut need not move any more."""
+        """Hold L0, `l0` in this batch, at wanted_l0(): a step moves the cut by a part of the error, less
+        towards the end, as a batch's L0 is noisy; and the weight, until the cut need not move."""
         error = (l0.clamp_min(1e-3) / self.wanted_l0()).log()
-        self.sparsifier.nudge(self.sparsity_gain * error.clamp(-1, 1))
+        self.sparsifier.nudge(self.sparsity_gain * self.decay() * error.clamp(-1, 1))
         self.sparsity_scale.mul_((error / (self.sparsity_memory * self.steps)).clamp(-0.2, 0.2).exp())
 
     def scale_encoder(self, x):
@@ -1004,17 +1007,31 @@ def model_config(path, **extra):
         return config
     extra.pop("trust_remote_code", None)
     written, _ = transformers.PretrainedConfig.get_config_dict(folder, **extra)
-    version = written.get("transformers_version", "an unknown version")
-    newer = release(version) > release(transformers.__version__)
+    version, installed = written.get("transformers_version", "unknown"), transformers.__version__
     for read, part in [(config, written), (config.get_text_config(), written.get("text_config") or {})]:
-        known = {*vars(type(read)()), *inspect.signature(type(read).__init__).parameters}
-        unread = {key for key, value in part.items() if key not in known and value is not None}
-        unread = {key for key in unread if newer or key == "rope_parameters"} - {"_name_or_path"}
+        blank = type(read)()
+        unread = {key for key, value in part.items() if not hasattr(blank, key) and value is not None}
+        unread = {key for key in unread if key == "rope_parameters" or release(version) > release(installed)}
+        if "rope_parameters" in unread and translate_rope(read, part["rope_parameters"]):
+            unread.remove("rope_parameters")
         if unread:
             raise Refuse(f"model {path} was written by transformers {version}, and its config.json has "
-                         f"{', '.join(sorted(unread))}, which transformers {transformers.__version__} does "
-                         "not read: install the newer one")
+                         f"{', '.join(sorted(unread))}, which transformers {installed} does not read: install "
+                         "the newer one")
     return config
+
+
+def translate_rope(config, rope):
+    """Set the rotary settings of version 5 under their names of version 4; whether all have one."""
+    named = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    scaling = {key: value for key, value in rope.items() if key not in named}
+    if scaling != {"rope_type": "default"}:
+        named["rope_scaling"] = scaling
+    if not set(named) <= set(inspect.signature(type(config).__init__).parameters):
+        return False
+    for key, value in named.items():
+        setattr(config, key, value)
+    return True
 
 
 def release(version):
@@ -1040,11 +1057,13 @@ def language_model(path, dtype, **extra):
     are read only if remote code is trusted."""
     import transformers
     folder, gguf = model_files(path)
-    config = model_config(path, **extra).get_text_config()
-    if getattr(config, "attn_logit_softcapping", None):
+    config = model_config(path, **extra)
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         extra["attn_implementation"] = "eager"             # Gemma-2: sdpa leaves the soft cap out
     if not extra.get("trust_remote_code") and not gguf:
         extra["use_safetensors"] = True
+    if not gguf:
+        extra["config"] = config
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf, **extra).eval()
 
 
