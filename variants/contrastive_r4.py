@@ -1,40 +1,38 @@
 """contrastive_r4 = contrastive_r3 + latents that are active on the same rows are penalised, more and more (diversity loss).
 
-    diversity = mean over latents i of  sum over j != i of  c_ij c'_ij,   c, c' = cosines of the columns of acts in two halves of the batch
+    diversity = mean over used latents i of  sum over j != i of  c_ij c'_ij
+    c, c' = cosines of the columns of acts in two halves of the batch
 
-Why: two latents that always fire together are one. But so are a parent and its child on half of the rows, and a penalty on firing
-together pays for absorption. The square of one batch's cosine is 1 / rows for two latents that have nothing to do with each other: with
-256 rows that was most of the sum, a pressure on all latents to fall silent, which took L0 in r9 lower (6.9 instead of 7.1 of 8).
-Found (correlated features, BatchTopK, L0 4, 6 seeds): 16 % instead of 50 % of the used latents have a double, one that nearly always fires
-with them (cosine above 0.5), the mean cosine is 0.093 instead of 0.108, explained variance 0.863 instead of 0.886. Where features are
-independent there is little to do (toy mixture, relu, 6 seeds): mean cosine 0.057 instead of 0.061, explained variance 0.526 instead of
-0.499 at L0 4.15 instead of 4.20.
-Costs: time 2.0, memory 1.00 of the base's.
+Why: two latents that always fire together are one. What fires together by chance in one half of the batch
+does not in the other, so it cancels. The note's own form, div_product=batch, squares the whole batch's
+cosines: chance alone adds 1 / rows to every pair, a pressure on all latents to fall silent.
+A parent and its child fire together too: the penalty pays for absorption.
 """
 import torch
 
+from sae import choice
 from variants.contrastive_r3 import Variant as Base
 
 
 class Variant(Base):
-    div_coef = 0.1            # weight of the term; it grows from 0 over the first half of the run, so that L0 can settle after it
+    diversity_weight = 0.1    # reached over the first half of the run, so that L0 can settle after it
     div_latents = 512         # the most used that are compared
-    off = {"div_coef": 0.0}
+    div_product = choice("halves", "batch")
+    off = {"diversity_weight": 0.0}
+    counts = ("together",)                # mean cosine of the used latents' activations
 
-    def losses(self, out):
-        terms = super().losses(out)
-        if self.div_coef:
-            squares = self.squares(out.acts, self.most_used(self.div_latents))
-            terms["diversity"] = self.div_coef * min(1.0, 2 * self.progress) * squares.sum() / len(squares)
-        return terms
+    def overlap(self, acts, latents):
+        """Squared cosines between the columns of acts of `latents` [n], 0 on the diagonal [n, n]."""
+        others = 1 - torch.eye(len(latents), device=acts.device)
+        first, second = (acts[::2], acts[1::2]) if self.div_product == "halves" else (acts, acts)
+        first = self.column_cosines(first, latents) * others
+        self.stats["together"] = first.detach().mean()
+        return first * self.column_cosines(second, latents)
 
-    def similarity(self, acts, latents):
-        """Cosines of the columns of acts of `latents` (indices [n]), 0 on the diagonal [n, n]."""
-        columns = acts.index_select(1, latents)
-        columns = columns / columns.norm(dim=0).clamp_min(1e-6)
-        return (columns.T @ columns) * (1 - torch.eye(len(latents), device=acts.device))
+    def penalties(self, out):
+        latents = self.most_used(self.div_latents)
+        diversity = self.overlap(out.acts, latents).sum() / len(latents)
+        return super().penalties(out) | {"diversity": diversity}
 
-    def squares(self, acts, latents):
-        """Squared similarity, as the product of those of two halves of the batch [n, n]: what fires together by chance in one half does
-        not in the other, so it cancels out; in a square it would add 1 / rows to each pair, most of the sum."""
-        return self.similarity(acts[::2], latents) * self.similarity(acts[1::2], latents)
+    def penalty_scale(self, name):
+        return super().penalty_scale(name) * (self.ramp(0.5) if name == "diversity" else 1.0)

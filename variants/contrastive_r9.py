@@ -1,13 +1,13 @@
 """contrastive_r9 = contrastive_r8 + neighbouring latents compete for each row, losers fade and fall silent (winner-take-all).
 
-Why: latents that win alone have to differ. A latent's score is its positive pre-activation times a learned gate that starts at 1; next
-to the best score within wta_radius it is multiplied by exp((score / best - 1) / temperature), so the winner keeps its value, and a
-loser's gradient shrinks as much as its value does. Losers whose factor is below wta_silent fall silent: the threshold adapts to the
-row's local best. The temperature falls geometrically over the first fifth of the run, so that hardly anyone loses at first and L0 can
-settle afterwards. One more term penalises latents that fire beside others.
-Found (toy mixture, relu, 3 seeds, radius 2 by the rule beside wta_radius): pairs of neighbours that fire together 0.28 a row instead of
-0.58, explained variance 0.534 instead of 0.538.
-Costs: time 4.5, memory 1.98 of the base's.
+    score_i = relu(pre_i) * 2 sigmoid(gate_i),   best_i = the highest score within `radius` of latent i
+    pre_i is multiplied by  factor_i = exp(wta_strength (score_i / best_i - 1) / temperature)
+    and set to 0 if factor_i < wta_silent
+    competition = mean over rows of  sum_i acts_i (sum of acts within `radius` of i) / d_in
+
+Why: latents that win alone have to differ. A winner keeps its value; a loser's gradient shrinks as much as
+its value does. The temperature falls geometrically over the first fifth of the run, so that hardly anyone
+loses at first and L0 can settle afterwards. The gates are learned and start at a factor of 1.
 """
 import torch
 from torch import nn
@@ -18,33 +18,41 @@ from variants.contrastive_r8 import Variant as Base
 
 class Variant(Base):
     wta_strength = 1.0        # of the inhibition; 0: none
-    wta_radius = 8            # latents on either side, with which a latent competes; fewer where that leaves less than 4 winners per l0
+    wta_radius = 0            # latents on either side that one competes with; 0: room for 4 winners per l0
+    wta_gated = True          # scores have a learned gate
     wta_hot = 1.0             # temperature at the start ...
     wta_cold = 0.2            # ... and from a fifth of the run on
     wta_silent = 0.1          # losers whose factor is below fall silent
-    wta_coef = 0.1            # weight of the competition term
-    off = {"wta_strength": 0.0, "wta_coef": 0.0}
+    competition_weight = 0.1
+    off = {"wta_strength": 0.0, "competition_weight": 0.0}
+    counts = ("silenced", "gate_spread")  # losers per row; standard deviation of the gates
 
     def build(self):
         super().build()
-        self.radius = max(1, min(self.wta_radius, int(self.d_sae / (8 * self.l0))))
-        self.wta_gate = nn.Parameter(torch.zeros(self.d_sae))                # 2 sigmoid(gate) multiplies a latent's score
-        self.latents["wta_gate"] = (0, 0.0)
+        self.radius = self.wta_radius or max(1, int(self.d_sae / (8 * self.l0)))
+        self.gate = nn.Parameter(torch.zeros(self.d_sae))
+        self.latents["gate"] = (0, 0.0)
+
+    def temperature(self):
+        return self.wta_hot * (self.wta_cold / self.wta_hot) ** self.ramp(0.2)
 
     def pre_acts(self, x):
         pre = super().pre_acts(x)
         if not self.wta_strength:
             return pre
-        score = pre.relu() * 2 * torch.sigmoid(self.wta_gate)
+        score = pre.relu()
+        if self.wta_gated:
+            score = score * 2 * torch.sigmoid(self.gate)
         best = F.max_pool1d(score[:, None], 2 * self.radius + 1, 1, self.radius)[:, 0]
-        temperature = self.wta_hot * (self.wta_cold / self.wta_hot) ** min(1.0, self.progress / 0.2)
-        factor = (self.wta_strength * (score / best.clamp_min(1e-6) - 1) / temperature).exp()
-        return torch.where(factor < self.wta_silent, pre.clamp_max(0), pre * factor)
+        lag = score / best.clamp_min(1e-6) - 1                 # 0 for a winner, -1 for a silent latent
+        factor = (self.wta_strength * lag / self.temperature()).exp()
+        silent = factor < self.wta_silent
+        self.stats["silenced"] = (silent & (pre > 0)).sum() / len(x)
+        self.stats["gate_spread"] = self.gate.detach().std()
+        return torch.where(silent, pre.clamp_max(0), pre * factor)
 
-    def losses(self, out):
-        terms = super().losses(out)
-        if self.wta_coef:
-            width = 2 * self.radius + 1
-            around = F.avg_pool1d(out.acts[:, None], width, 1, self.radius)[:, 0] * width - out.acts
-            terms["competition"] = self.wta_coef * (out.acts * around).sum(-1).mean() / self.d_in
-        return terms
+    def penalties(self, out):
+        width = 2 * self.radius + 1
+        near = F.avg_pool1d(out.acts[:, None], width, 1, self.radius)[:, 0] * width - out.acts
+        competition = (out.acts * near).sum(-1).mean() / self.d_in
+        return super().penalties(out) | {"competition": competition}
