@@ -1,0 +1,83 @@
+"""How often 04_plot.py calls a difference that is not there, and finds one that is. About 3 minutes.
+
+    python tests/bench/nulls.py                  2,000 experiments a line; prints the tables of RESULTS.md
+
+An experiment is a baseline and `tried` variants on the same seeds; its verdicts are made by the
+functions that 04_plot.py uses. Values are in units of the explained variance, whose margin is 0.01.
+A seed moves all runs by 0.003, and each run by a noise of its own:
+
+    normal      standard deviation sd
+    t3          Student's t with 3 degrees of freedom, scaled to sd: outliers
+    skewed      exponential, to the left: some runs end badly. The baseline's is normal
+    unequal     normal; the variants' standard deviations lie between sd / 3 and 3 sd
+"""
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+plot = importlib.import_module("04_plot")
+
+WORTH = plot.METRICS["explained_variance"].worth
+SLOPE = 0.066                # explained variance per unit of log L0, on the embedded model
+NOISES = ("normal", "t3", "skewed", "unequal")
+
+
+def draw_noise(kind, sd, shape, rng):
+    """Noise [experiments, tried, seeds] of mean 0 and standard deviation about sd."""
+    if kind == "t3":
+        return sd * rng.standard_t(3, shape) / 3 ** 0.5
+    if kind == "skewed":
+        return sd * (1 - rng.exponential(size=shape))
+    if kind == "unequal":
+        return sd * rng.normal(size=shape) * 3 ** rng.uniform(-1, 1, (*shape[:2], 1))
+    return sd * rng.normal(size=shape)
+
+
+def call_experiments(tried, seeds, kind="normal", sd=0.001, gap=0.0, effect=0.0, n=2000, paired=True):
+    """Verdicts [n, tried] in words; the first variant has the true difference `effect`, others none.
+
+    gap: how much higher every variant's L0 is than the baseline's, within what may be compared.
+    """
+    rng = np.random.default_rng([tried, seeds, NOISES.index(kind), round(1e6 * sd), round(100 * gap)])
+    seed_effect = 0.003 * rng.normal(size=(n, 1, seeds))
+    own = "normal" if kind in ("skewed", "unequal") else kind
+    baseline = seed_effect + draw_noise(own, sd, (n, 1, seeds), rng)
+    values = seed_effect + draw_noise(kind, sd, (n, tried, seeds), rng) + SLOPE * np.log(1 + gap)
+    values[:, 0] += effect
+    mean, low, high, p = plot.mean_difference(values, np.broadcast_to(baseline, values.shape), paired)
+    return plot.call(mean, low, high, plot.holm(p), WORTH)
+
+
+def false_calls(*args, **more):
+    """Share of experiments without a difference that have a better or worse."""
+    words = call_experiments(*args, **more)
+    return np.isin(words, ["better", "worse"]).any(-1).mean()
+
+
+def power(tried, seeds, **more):
+    """Share of experiments in which a difference of twice the margin is called better."""
+    return (call_experiments(tried, seeds, effect=2 * WORTH, **more)[:, 0] == "better").mean()
+
+
+def main():
+    print("False better or worse, % of 2,000 experiments: the highest over L0 gaps of 0, 2 and 4 %\n")
+    print("| noise | sd / margin |" + "".join(f" {v} tried, {s} seeds |" for v in (1, 9, 43) for s in (3, 5, 8)))
+    print("|---|---|" + "---|" * 9)
+    for kind in NOISES:
+        for sd in (0.001, 0.003, 0.01, 0.03):
+            cells = [max(false_calls(v, s, kind, sd, gap) for gap in (0, 0.02, 0.04))
+                     for v in (1, 9, 43) for s in (3, 5, 8)]
+            print(f"| {kind} | {sd / WORTH:g} |" + "".join(f" {100 * c:.1f} |" for c in cells), flush=True)
+    print("\nA true difference of twice the margin is called better, % of 2,000 experiments, normal noise\n")
+    print("| sd / margin |" + "".join(f" {v} tried, {s} seeds |" for v in (1, 9, 43) for s in (3, 5, 8)))
+    print("|---|" + "---|" * 9)
+    for sd in (0.0005, 0.001, 0.002, 0.005, 0.01):
+        cells = [power(v, s, sd=sd) for v in (1, 9, 43) for s in (3, 5, 8)]
+        print(f"| {sd / WORTH:g} |" + "".join(f" {100 * c:.0f} |" for c in cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()
