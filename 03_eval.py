@@ -18,27 +18,38 @@ A result that belongs to the same weights, activations and settings is left alon
 Numbers are in fp32, sums in fp64.
 """
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
+import json
 import math
+import os
+import random
 import re
+import string
 import sys
+import tempfile
 import textwrap
 import time
+import warnings
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
+import numpy
+import pandas as pd
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from sae import (SAE, Acts, Parser, Refuse, checksum, decoder_layers, generator, hook_point,
-                 hub_errors, language_model, load_run, load_variant, lock, model_checksum,
-                 pick_device, read_json, read_log, read_tensors, run_folders, run_script, unit,
-                 write_json, write_tensors)
+from sae import (SAE, Acts, Parser, Refuse, checksum, decoder_layers, files_checksum, generator,
+                 hook_point, hub_errors, language_model, load_run, load_variant, lock,
+                 model_checksum, pick_device, read_json, read_log, read_tensors, run_folders,
+                 run_script, unit, write_file, write_json, write_tensors)
 
 VERSION = 5                  # of the evaluations here; a result of another version is made again
 LOADED = 2 ** 33             # bytes of SAEs that are in memory at the same time, or one SAE
@@ -963,9 +974,1135 @@ def compare(W, V):
 
 
 # ---- SAEBench's metrics ----
+#
+# Data sets, prompts, probes, defaults and output classes are sae_bench's, called as functions. Ours
+# is the order: the language model reads a text once (kept in acts/NAME/eval_cache), an SAE encodes
+# it once. If sae_bench wants a model or an SAE, it gets one that hands out what is known already.
 
 
-SAEBENCH = {}
+LABELLED = Path("labelled")  # NAME/SPLIT.jsonl: SAEBench's data sets in its columns, own tasks
+SEED = 42                    # sae_bench's own
+KEPT = 2 ** 31               # bytes of codes that are kept in memory for the next evaluation
+TEXTS_A_FILE = 512
+MIN_LETTERS = 20             # below these three absorption is out of its published scope
+MIN_LATENTS = 16_384
+MIN_PARAMETERS = 10 ** 9
+UNRELIABLE_N = 50            # ablated latents from which on SCR and TPP say little (2605.18229)
+CHANCE = 0.02                # probes this near to 0.5 see a constant
+MIN_GAP = 0.05               # SCR: accuracy that the bias must cost for there to be one to remove
+RETAIN = 0.01                # forget: share by which the loss on other text may rise
+
+# Settings that differ from sae_bench's defaults. The file labelled/settings.json, in the same form,
+# goes before these; its "dataset_names" choose among the data sets.
+BENCH_SETTINGS = {
+    "absorption": {"words": 0},            # how many words of the vocabulary; 0: all
+    "sparse_probing": {"k_values": [1, 2, 5, 20]},
+    "forget": {"texts": 48, "context_length": 128, "retain_threshold": 0.01, "n_features": [5, 20],
+               "multiples": [0.5, 2.0]},   # clamped to minus so many times the mean norm of a row
+}
+FEW_TEXTS = {"context_length": 64, "train_set_size": 400, "test_set_size": 200,
+             "n_values": [2, 5, 10, 20],
+             "probe_lr": 1e-2}             # 1e-3 leaves probes on few texts at their random start
+CORPUS_SETTINGS = {                        # of tasks that are made from the cached corpus itself
+    "sparse_probing": {"context_length": 64, "probe_train_set_size": 400,
+                       "probe_test_set_size": 200},
+    "scr": FEW_TEXTS,
+    "tpp": FEW_TEXTS,
+}
+
+
+def bench_settings(acts, name):
+    """The settings of an evaluation that differ from sae_bench's."""
+    file = LABELLED / "settings.json"
+    asked = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    corpus = CORPUS_SETTINGS.get(name, {}) if corpus_tasks(acts) else {}
+    return {**BENCH_SETTINGS.get(name, {}), **corpus, **asked.get(name, {})}
+
+
+@functools.lru_cache(maxsize=1)
+def bench_of(acts, model):
+    """The Bench of a cache, the same for all evaluations."""
+    return Bench(acts, model)
+
+
+class Bench:
+    """What all runs of a cache share: the language model, its tokenizer, what is kept."""
+
+    def __init__(self, acts, model):
+        import transformers
+        if model is None:
+            raise Unfit("there is no language model")
+        if acts.meta["hook"] != "resid_post":
+            raise Unfit(f"SAEBench reads the stream after a layer, these are {acts.meta['hook']}")
+        self.acts, self.model, self.device = acts, model, model.device
+        self.name = acts.meta["model"]["name"]
+        self.spells = self.name != "tiny"            # the embedded model does not
+        with hub_errors("model", model.path):
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                model.path, add_bos_token=True, padding_side="right", **model.revision)
+        self.bos = ""                                # to go before a text if no BOS comes by itself
+        if not self.tokenizer("")["input_ids"] and self.tokenizer.bos_token:
+            self.bos = self.tokenizer.bos_token
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.bos_token
+        self.texts = {}                              # (data set, context length) -> Texts
+        self.codes_kept, self.room = {}, KEPT
+
+    def kept(self, name, key, make):
+        """(tensors, meta) of the file in eval_cache for `key`, made by make() if it isn't there."""
+        meta = self.acts.meta
+        versions = [importlib.metadata.version(p) for p in ("sae-bench", "transformers")]
+        key = {**key, "model": meta["model"], "layer": meta["layer"], "dtype": meta["dtype"],
+               "version": VERSION, "seed": SEED, "versions": versions}
+        digest = text_hash(json.dumps(key, sort_keys=True))[:16]
+        path = self.acts.folder / "eval_cache" / f"{name}-{digest}.safetensors"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_tensors(path, *make())
+        return read_tensors(path)
+
+    def read(self, texts, ctx=None, batch=32):
+        """Yield (ids [n, longest], attention mask, activations at the hook [n, longest, d_in]) of
+        `batch` texts at a time, each cut after ctx tokens."""
+        cut = {"truncation": True, "max_length": ctx} if ctx else {}
+        starts = range(0, len(texts), batch)
+        for start in tqdm(starts, desc="texts", file=sys.__stderr__, disable=None, leave=False):
+            part = [self.bos + text for text in texts[start:start + batch]]
+            found = self.tokenizer(part, padding=True, return_tensors="pt", **cut)
+            ids, mask = found["input_ids"], found["attention_mask"]
+            acts = self.model.activations(ids.to(self.device), mask.to(self.device))
+            yield ids, mask, acts.cpu()
+
+    def codes(self, run, x):
+        """Acts [..., d_sae] of raw activations x [..., d_in], in host memory."""
+        acts = [run.sae.encode(part.to(self.device).float()).cpu()
+                for part in x.reshape(-1, x.shape[-1]).split(4096)]
+        return torch.cat(acts).view(*x.shape[:-1], -1)
+
+    def cfg(self, run):
+        """sae_bench's description of an SAE."""
+        from sae_bench.custom_saes.custom_sae_config import CustomSAEConfig
+        meta = self.acts.meta
+        return CustomSAEConfig(
+            self.name, run.sae.d_in, run.sae.d_sae, meta["layer"], meta["hook_name"],
+            architecture=run.config.get("variant", "control"), dtype="float32",
+            context_size=meta["ctx"])
+
+    def output(self, kind, run, config, metrics, details, **more):
+        """A result in the form of sae_bench's output class `kind`, as a dict."""
+        from sae_bench import sae_bench_utils
+        made = kind(
+            eval_config=config, eval_result_metrics=metrics, eval_result_details=details,
+            eval_id=sae_bench_utils.get_eval_uuid(), datetime_epoch_millis=int(time.time() * 1000),
+            sae_bench_commit_hash=importlib.metadata.version("sae-bench"),
+            sae_lens_id="custom_sae", sae_lens_release_id=run.name,
+            sae_lens_version=sae_bench_utils.get_sae_lens_version(),
+            sae_cfg_dict=self.cfg(run).to_dict(), **more)
+        return json.loads(made.to_json())
+
+
+class BenchSAE:
+    """A run in the form of sae_bench's BaseSAE, with its own `encode` or another."""
+
+    def __init__(self, bench, run, encode=None):
+        sae = run.sae
+        self.encode = encode or sae.encode
+        self.W_enc, self.W_dec = sae.W_enc.detach(), sae.W_dec.detach()
+        self.b_dec = sae.b_dec.detach() / sae.scale + sae.mean
+        self.device, self.dtype, self.cfg = sae.W_dec.device, torch.float32, bench.cfg(run)
+
+    def decode(self, acts):
+        return acts @ self.W_dec + self.b_dec
+
+    def to(self, **_):
+        return self
+
+
+@contextlib.contextmanager
+def quiet():
+    """Inside, sae_bench's prints are dropped and every generator starts from SEED; afterwards
+    generators and grad mode are as before."""
+    import threadpoolctl
+    before = random.getstate(), numpy.random.get_state(), torch.is_grad_enabled()
+    with contextlib.ExitStack() as stack:
+        null = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stdout(null))
+        stack.enter_context(contextlib.redirect_stderr(null))
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stack.enter_context(threadpoolctl.threadpool_limits(1, "blas"))  # faster in small fits
+        stack.enter_context(torch.random.fork_rng())
+        random.seed(SEED)
+        numpy.random.seed(SEED)
+        torch.manual_seed(SEED)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            numpy.random.set_state(before[1])
+            torch.set_grad_enabled(before[2])
+
+
+def each(name, runs, evaluate, *more):
+    """Yield (run, evaluate(run, *more) or the error that it raised)."""
+    for run in tqdm(runs, desc=name, disable=None):
+        failed, result = {}, {"metrics": {}, "guards": [fired_guard("no latents", "", INVALID)]}
+        if run.sae.W_dec.any():              # not so of the control that predicts the mean
+            with noting(failed, run), quiet():
+                result = evaluate(run, *more)
+        yield run, failed.get(run) or result
+
+
+def fired_guard(name, why, level=CAVEAT):
+    return {"name": name, "level": level, "why": why}
+
+
+def text_hash(text):
+    return checksum(text.encode())
+
+
+# ---- absorption ----
+
+
+def absorption_settings(acts):
+    return bench_settings(acts, "absorption")
+
+
+def evaluate_absorption(acts, model, runs, settings):
+    """First-letter absorption, both scores."""
+    from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
+    bench, settings = bench_of(acts, model), dict(settings)
+    words = settings.pop("words")
+    config = AbsorptionEvalConfig(model_name=bench.name, llm_dtype="float32",
+                                  precalc_k_sparse_probe_sae_acts=True, **settings)
+    if not bench.spells:         # few rows in large batches leave probes near their random start
+        config.k_sparse_probe_batch_size = 64
+    key = {"words": words, "template": config.prompt_template, "position": config.prompt_token_pos}
+    make = letters_in_prompts if bench.spells else letters_in_text
+    with quiet():
+        letters = Letters(*bench.kept("letters", key, lambda: make(bench, config, words)))
+    known = [a for a, f1 in letters.probe_f1.items() if f1 > config.min_GT_probe_f1]
+    if len(known) < 2:
+        raise Unfit(f"probes find {len(known)} first letters in the model's activations")
+    yield from each("absorption", runs, absorption_of, bench, letters, known, config)
+
+
+class Letters:
+    """Words' activations and the probes of their first letters, the same for all SAEs.
+
+    weight [26, d_in], bias [26]: the probes. rows: of words to train and to test them [n, d_in],
+    with labels. again: rows of the test words that the probe of their letter finds, letter after
+    letter, in which absorption is looked for. words: what these are, {letter: [word]}.
+    """
+
+    def __init__(self, tensors, meta):
+        self.weight, self.bias, self.again = (tensors[k] for k in ("weight", "bias", "again"))
+        self.rows = {split: tensors[split] for split in ("train", "test")}
+        self.labels = {split: tensors[f"{split}_y"] for split in ("train", "test")}
+        self.words = meta["words"]
+        self.present = self.labels["train"].unique().tolist()
+        scores = self.rows["test"] @ self.weight.T + self.bias
+        self.probe_f1 = {string.ascii_lowercase[i]: f1_score(scores[:, i], self.labels["test"] == i)
+                         for i in self.present}
+
+
+def f1_score(scores, is_true):
+    """F1 of scores [n] above 0; 0 if there is nothing to find and nothing found."""
+    found = scores > 0
+    return 2 * int((found & is_true).sum()) / max(1, int(found.sum() + is_true.sum()))
+
+
+def letters_in_prompts(bench, config, n_words):
+    """(tensors, meta) of Letters: words of the vocabulary in prompts that ask for first letters."""
+    from sae_bench.evals.absorption import common, probing, prompting, vocab
+    from sae_bench.evals.absorption.feature_absorption_calculator import FeatureAbsorptionCalculator
+    words = sorted(vocab.get_alpha_tokens(bench.tokenizer))      # a tokenizer's own order changes
+    if n_words:
+        words = sorted(random.Random(SEED).sample(words, min(n_words, len(words))))
+    if len({word.strip()[0].lower() for word in words}) < 2:
+        raise Unfit("the tokenizer's vocabulary has no words of two first letters")
+
+    # rows to train and test the probes
+    template, position = config.prompt_template, config.prompt_token_pos
+    formatter, rows, labels = prompting.first_letter_formatter(), {}, {}
+    made = probing.create_dataset_probe_training(words, formatter, 1, template)
+    for split, data in zip(("train", "test"), made):
+        prompts, y = zip(*data)
+        table = pd.DataFrame({"token": [prompt.word for prompt in prompts]})
+        acts = prompt_rows(bench, prompts, position)
+        rows[split], labelled = common._parse_probe_data_split(bench.tokenizer, acts, y, table)
+        labels[split] = torch.tensor([label for _, label in labelled])
+    tensors, hits = train_letter_probes(rows, labels)
+
+    # rows of the words that they find, in other prompts
+    calculator = FeatureAbsorptionCalculator(None, words, max_icl_examples=10,
+                                             base_template=template, word_token_pos=position)
+    found, again = {}, []
+    random.seed(SEED)
+    for i, letter in enumerate(vocab.LETTERS):
+        found[letter] = [word for (word, y), hit in zip(labelled, hits) if hit and y == i]
+        again.append(prompt_rows(bench, calculator._build_prompts(found[letter]), position))
+    return {**tensors, "again": torch.cat(again)}, {"words": found}
+
+
+def prompt_rows(bench, prompts, position):
+    """The activations at `position` of each prompt, counted from its end [n, d_in]."""
+    rows = [torch.zeros(0, bench.acts.d_in)]
+    for _, mask, acts in bench.read([prompt.base for prompt in prompts], batch=64):
+        rows.append(acts[torch.arange(len(acts)), mask.sum(1) + position].float())
+    return torch.cat(rows)
+
+
+def train_letter_probes(rows, labels):
+    """(tensors of Letters but `again`, which test rows the probe of their own letter finds [n])."""
+    from sae_bench.evals.absorption.probing import train_linear_probe_for_task
+    letters = labels["train"].unique()     # the others are left out: they would make the loss NaN
+    index = torch.zeros(26, dtype=torch.long).index_put_((letters,), torch.arange(len(letters)))
+    tables = [pd.DataFrame({"answer_class": index[labels[split]].numpy()}) for split in rows]
+    probe, _ = train_linear_probe_for_task(
+        *tables, torch.device("cpu"), rows["train"].numpy(), rows["test"].numpy(),
+        num_classes=len(letters), batch_size=64)
+    weight, bias = torch.zeros(26, rows["train"].shape[1]), torch.full((26,), -1.0)
+    weight[letters], bias[letters] = probe.weights.detach(), probe.biases.detach()
+    y = labels["test"]
+    hits = (rows["test"] * weight[y]).sum(1) + bias[y] > 0
+    tensors = {"weight": weight, "bias": bias, **rows, "train_y": labels["train"], "test_y": y}
+    return tensors, hits
+
+
+class Replay:
+    """Stands for the model in sae_bench's calculator: hands out rows that were read, in order."""
+    tokenizer = "none is needed"
+
+    def __init__(self, rows):
+        self.rows, self.at = rows, 0
+
+    def to_tokens(self, _):
+        return torch.zeros(1, 1)
+
+    def run_with_cache(self, prompts, names_filter):
+        start, self.at = self.at, self.at + len(prompts)
+        return None, {names_filter[0]: self.rows[start:self.at, None]}
+
+
+def absorption_of(run, bench, letters, known, config):
+    """The result of one SAE. known: the letters that the probes on the model find."""
+    from sae_bench.evals.absorption import eval_output
+    from scipy.stats import binomtest
+    split, main_f1 = split_latents(run, bench, letters, config)
+    scores = word_scores(run, bench, letters, split)
+    scores = scores[scores.letter.isin(known)]
+    details, per_letter = [], []
+    for row in scores.itertuples():
+        details.append(eval_output.AbsorptionResultDetail(
+            first_letter=row.letter, mean_absorption_fraction=row.mean_absorption_fraction,
+            full_absorption_rate=row.full_absorption_rate,
+            num_full_absorption=row.num_full_absorption,
+            num_probe_true_positives=row.num_probe_true_positives,
+            num_split_features=row.num_split_feats))
+        test = binomtest(int(row.num_full_absorption), int(row.num_probe_true_positives))
+        per_letter.append({"letter": row.letter, "main_latent": split[row.letter][0],
+                           "main_latent_f1": main_f1[row.letter],
+                           "full_absorption_95": list(test.proportion_ci(method="wilson"))})
+    summary = {}
+    for name, column in (("absorption_fraction_score", scores.mean_absorption_fraction),
+                         ("full_absorption_score", scores.full_absorption_rate),
+                         ("num_split_features", scores.num_split_feats)):
+        summary |= {f"mean_{name}": float(column.mean()), f"std_dev_{name}": float(column.std())}
+    means = eval_output.AbsorptionMeanMetrics(**summary)
+    output = bench.output(eval_output.AbsorptionEvalOutput, run, config,
+                          eval_output.AbsorptionMetricCategories(mean=means), details)
+    metrics = {**summary, "letters": len(scores),
+               "median_main_latent_f1": float(numpy.median([main_f1[a] for a in scores.letter]))}
+    return {**output, "metrics": metrics, "letters": per_letter,
+            "guards": absorption_guards(run, bench, metrics)}
+
+
+def split_latents(run, bench, letters, config):
+    """({letter: latents that stand for it}, {letter: F1 of the first}).
+
+    sae_bench's choice: the best latents of a probe with an L1 penalty, as many as each raise the F1
+    of a probe on them alone by more than f1_jump_threshold. It fits all sizes, we stop there."""
+    from sae_bench.evals.absorption.k_sparse_probing import KSparseProbe, train_sparse_multi_probe
+    from sklearn.linear_model import LogisticRegression
+    train, test = (bench.codes(run, letters.rows[split]) for split in ("train", "test"))
+    one_hot = letters.labels["train"][:, None] == torch.tensor(letters.present)
+    probe = train_sparse_multi_probe(
+        train, one_hot.long(), bench.device, l1_decay=config.k_sparse_probe_l1_decay,
+        batch_size=config.k_sparse_probe_batch_size, num_epochs=config.k_sparse_probe_num_epochs)
+    weights = probe.weights.detach().cpu()
+    split, main_f1 = {a: [] for a in string.ascii_lowercase}, {}
+    for row, i in zip(weights, letters.present):
+        letter, reached = string.ascii_lowercase[i], -100.0
+        y, test_y = (letters.labels[part] == i for part in ("train", "test"))
+        for k in range(1, config.max_k_value + 1):
+            best = row.topk(k).indices
+            fit = LogisticRegression(max_iter=500, class_weight="balanced")
+            fit.fit(train[:, best].numpy(), y.long().numpy())
+            small = KSparseProbe(torch.tensor(fit.coef_[0]).float(),
+                                 torch.tensor(fit.intercept_[0]).float(), best)
+            f1 = f1_score(small(test), test_y)
+            main_f1.setdefault(letter, f1)
+            if f1 <= reached + config.f1_jump_threshold:
+                break
+            reached, split[letter] = f1, best.tolist()
+    return split, main_f1
+
+
+def word_scores(run, bench, letters, split):
+    """sae_bench's table of both absorption scores, a row a letter."""
+    from sae_bench.evals.absorption import feature_absorption as published
+    from sae_bench.evals.absorption.feature_absorption_calculator import FeatureAbsorptionCalculator
+    from sae_bench.evals.absorption.main import _aggregate_results_df
+    from sae_bench.evals.absorption.probing import LinearProbe
+    stats = {a: published.StatsAndLikelyFalseNegativeResults(len(words), 0, split[a], words)
+             for a, words in letters.words.items()}
+    probe = LinearProbe(bench.acts.d_in, 26)
+    probe.load_state_dict({"fc.weight": letters.weight, "fc.bias": letters.bias})
+    calculator = FeatureAbsorptionCalculator(
+        Replay(letters.again.to(bench.device)), [], max_icl_examples=0, word_token_pos=0,
+        batch_size=1024,
+        full_absorption_probe_cos_sim_threshold=published.FULL_ABSORPTION_PROBE_COS_THRESHOLD,
+        absorption_fraction_probe_cos_sim_threshold=(
+            published.ABSORPTION_FRACTION_PROBE_COS_THRESHOLD),
+        probe_projection_proportion_threshold=(
+            published.ABSORPTION_PROBE_PROJECTION_PROPORTION_THRESHOLD),
+        absorption_fraction_max_absorbing_latents=(
+            published.ABSORPTION_FRACTION_MAX_ABSORBING_LATENTS))
+    return _aggregate_results_df(published.calculate_projection_and_cos_sims(
+        calculator, BenchSAE(bench, run), probe, bench.acts.meta["layer"], stats))
+
+
+def absorption_guards(run, bench, metrics):
+    """What makes absorption void, and what puts it out of the scope that its authors state."""
+    found, f1 = [], metrics["median_main_latent_f1"]
+    unsplit = metrics["mean_num_split_features"] == 1
+    if metrics["mean_full_absorption_score"] <= 0.005 and unsplit and f1 < 0.6:
+        why = f"nothing is absorbed, as no latent knows a letter (median F1 {f1:.2f})"
+        found.append(fired_guard("absorption is vacuous", why, INVALID))
+    parameters = bench.model.model.num_parameters()
+    scope = []
+    if metrics["letters"] < MIN_LETTERS:
+        scope.append(f"{metrics['letters']} letters, not {MIN_LETTERS}")
+    if run.sae.d_sae < MIN_LATENTS:
+        scope.append(f"{run.sae.d_sae} latents, not {MIN_LATENTS}")
+    if parameters < MIN_PARAMETERS:
+        scope.append(f"{parameters / 1e6:.3g} M parameters, not {MIN_PARAMETERS / 1e6:.0f} M")
+    if not bench.spells:
+        scope.append("a model that does not spell")
+    if scope:
+        found.append(fired_guard("out of scope", "absorption on " + ", ".join(scope)))
+    return found
+
+
+WORDS, READINGS = 5, 20      # of the embedded model: words per letter, places where each is read
+
+
+def letters_in_text(bench, config, n_words):
+    """(tensors, meta) of Letters: words where they stand in held-out text, if a model can't spell.
+
+    Of each letter the WORDS most frequent tokens, each in READINGS places: half to train probes, a
+    quarter to test them, a quarter to look for absorption."""
+    val = bench.acts.val()
+    tokens, mask = val["tokens"].long(), val["mask"]
+    counts = torch.bincount(tokens[mask], minlength=len(bench.tokenizer))
+    chosen = defaultdict(list)
+    for token in counts.argsort(descending=True, stable=True).tolist():
+        text = bench.tokenizer.decode([token]).strip(" ").lower()
+        is_word = text.isascii() and text.isalpha() and counts[token] >= READINGS
+        if is_word and len(chosen[text[0]]) < WORDS:
+            chosen[text[0]].append(token)
+    acts = torch.cat([bench.model.activations(part.to(bench.device)).cpu().float()
+                      for part in tokens.split(64)])
+    x, y = [], []
+    for letter, token in [(a, token) for a in sorted(chosen) for token in chosen[a]]:
+        places = ((tokens == token) & mask).nonzero()
+        places = places[torch.randperm(len(places))[:READINGS]]
+        x.append(acts[places[:, 0], places[:, 1]])
+        y.append(ord(letter) - 97)
+    x, y = torch.stack(x), torch.tensor(y)[:, None].expand(len(y), READINGS)
+    ends = READINGS // 2, READINGS * 3 // 4
+    rows = {"train": x[:, :ends[0]].flatten(0, 1), "test": x[:, ends[0]:ends[1]].flatten(0, 1)}
+    labels = {"train": y[:, :ends[0]].flatten(), "test": y[:, ends[0]:ends[1]].flatten()}
+    tensors, _ = train_letter_probes(rows, labels)
+    again, y = x[:, ends[1]:].flatten(0, 1), y[:, ends[1]:].flatten()
+    hits = (again * tensors["weight"][y]).sum(1) + tensors["bias"][y] > 0
+    numbers = torch.bincount(y[hits], minlength=26).tolist()
+    words = {a: [f"{a}{i}" for i in range(n)] for a, n in zip(string.ascii_lowercase, numbers)}
+    return {**tensors, "again": again[hits]}, {"words": words}
+
+
+# ---- labelled text: the cached corpus, own tasks, SAEBench's data sets ----
+
+
+HUB_TASKS = {                # evaluation -> SAEBench's tasks
+    "sparse_probing": [
+        "LabHC/bias_in_bios_class_set1", "LabHC/bias_in_bios_class_set2",
+        "LabHC/bias_in_bios_class_set3", "canrager/amazon_reviews_mcauley_1and5",
+        "canrager/amazon_reviews_mcauley_1and5_sentiment", "codeparrot/github-code",
+        "fancyzhx/ag_news", "Helsinki-NLP/europarl"],
+    "scr": ["LabHC/bias_in_bios_class_set1", "canrager/amazon_reviews_mcauley_1and5"],
+    "tpp": ["LabHC/bias_in_bios_class_set1", "canrager/amazon_reviews_mcauley_1and5"]}
+RUNS_CODE = ["codeparrot/github-code"]     # a script on the hub: only from labelled/
+BIOS = "LabHC/bias_in_bios"  # own tasks go through sae_bench's code in the columns of this data set
+MOST_CLASSES, MOST_PAIRS = 6, 3            # of an own task
+SCIENCE = ("numpy", "sympy", "networkx")
+KEYWORD = re.compile(r"\s*(from|def|class|if|for|while|with|return|raise|assert)\s+(.{12,})")
+PASSAGE, LONG = 200, 768     # characters: about 64 tokens; surely 128 tokens
+
+
+@functools.lru_cache
+def corpus_tasks(acts):
+    """The folder of labelled texts of the cached corpus, or None if its records have no labels.
+
+    TASK/{train,test}.jsonl have text, label and group. package: which package documents itself;
+    group: is there a doctest. kind: code, comment or docstring; group: is the package scientific.
+    statement: the keyword that a line of code began with, cut off; group: the same. forget and
+    retain: long documentation of one package, and of the others."""
+    file = Path(acts.meta.get("data", {}).get("name", "")) / "train.jsonl"
+    if not file.is_file():
+        return None
+    records = pd.read_json(file, lines=True, dtype=False)
+    if not {"text", "package", "module", "kind"} <= set(records.columns):
+        return None
+    folder = acts.folder / "eval_cache" / f"labelled-{files_checksum([file])[:16]}"
+    if not (folder / "retain" / "test.jsonl").exists():
+        for task, table in label_corpus(records).items():
+            table = table.drop_duplicates("text")
+            table = table.iloc[table.text.map(text_hash).argsort()]        # in a fixed random order
+            in_test = table.source.map(text_hash).str[0] < "4"            # a quarter of the modules
+            for split, part in (("train", table[~in_test]), ("test", table[in_test])):
+                part = part.drop(columns="source").groupby(["label", "group"]).head(400)
+                blob = part.to_json(orient="records", lines=True, force_ascii=False)
+                write_file(folder / task / f"{split}.jsonl", blob.encode())
+    return folder
+
+
+def label_corpus(records):
+    """{task: table of text, label, group, source} of the records of a corpus."""
+    rows = defaultdict(list)
+    for record in records.itertuples():
+        package, module = record.package, record.module
+        field = "science" if package in SCIENCE else "library"
+        if record.kind == "doc":
+            for text in passages(record.text.splitlines()):
+                group = "doctest" if ">>>" in text else "plain"
+                rows["package"].append((text, package, group, module))
+            if len(record.text) > LONG:
+                rows["long"].append((record.text, package, "long", module))
+        elif record.kind == "code":
+            lines = kinds_of_line(record.text)
+            for kind, found in lines.items():
+                rows["kind"] += [(text, kind, field, module) for text in passages(found)]
+            for match in filter(None, map(KEYWORD.match, lines["code"])):
+                rows["statement"].append((match[2], match[1], field, module))
+    columns = ["text", "label", "group", "source"]
+    tables = {task: pd.DataFrame(rows[task], columns=columns)
+              for task in ("package", "kind", "statement", "long")}
+    long = tables.pop("long")
+    is_topic = long.label == (long.label.mode()[0] if len(long) else "")
+    return {**tables, "forget": long[is_topic], "retain": long[~is_topic]}
+
+
+def passages(lines):
+    """Lines in a row, joined until they are long enough; a rest at the end is not used."""
+    held = []
+    for line in lines:
+        held.append(line)
+        if sum(map(len, held)) >= PASSAGE:
+            yield "\n".join(held)[:3 * PASSAGE]
+            held = []
+
+
+def kinds_of_line(source):
+    """{kind: lines} of Python source; strings of three quotes count as docstrings."""
+    found, inside = {"code": [], "comment": [], "docstring": []}, False
+    for line in source.splitlines():
+        quotes = line.count('"""') + line.count("'''")
+        if inside or quotes:
+            found["docstring"].append(line)
+            inside ^= quotes % 2 == 1
+        elif line.strip():
+            found["comment" if line.lstrip().startswith("#") else "code"].append(line)
+    return found
+
+
+def own_tasks(acts, name):
+    """{task: folder} of the labelled corpus or, without one, of labelled/NAME. SCR and TPP take of
+    a corpus the task whose groups can be confounded with its classes."""
+    folder = corpus_tasks(acts)
+    if folder and name != "sparse_probing":
+        return {"package": folder / "package"}
+    found = sorted((folder or LABELLED).glob("*/train.jsonl"))
+    return {p.parent.name: p.parent for p in found if p.parent.name not in ("forget", "retain")}
+
+
+@functools.lru_cache
+def labelled_settings(name, acts):
+    """What a result of sparse_probing, scr or tpp depends on: versions of data sets, settings."""
+    config, own, data = bench_settings(acts, name), own_tasks(acts, name), {}
+    tasks = [*own] if corpus_tasks(acts) else [*HUB_TASKS[name], *own]
+    for task in config.pop("dataset_names", tasks):
+        folder = own.get(task, LABELLED / data_set_of(task))
+        files = sorted(folder.rglob("*.jsonl"))
+        version = files_checksum(files) if files else hub_version(data_set_of(task))
+        if version:
+            data[task] = version
+    return {"data": data, "config": config}
+
+
+def data_set_of(task):
+    return task.split("_class_set")[0].removesuffix("_sentiment")
+
+
+@functools.lru_cache
+def hub_version(name):
+    """The commit of a data set on the hub; None if it is out of reach."""
+    import huggingface_hub
+    if name in RUNS_CODE:
+        return None
+    try:
+        with hub_errors("data set", name):
+            return huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
+    except Refuse:               # without a hub there is less to evaluate, which is said later
+        return None
+
+
+@contextlib.contextmanager
+def local_data():
+    """Inside, sae_bench's loaders look for NAME[/CONFIG]/SPLIT.jsonl in labelled/ before the hub.
+    No other function of sae_bench is ever replaced."""
+    import datasets
+    root = LABELLED.resolve()
+
+    def load_dataset(name, config=None, split=None, streaming=False, **_):
+        files = {p.stem: str(p) for p in sorted((root / name / (config or "")).glob("*.jsonl"))}
+        if files:
+            return datasets.load_dataset("json", data_files=files, split=split, streaming=streaming)
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+
+    names = ("sae_bench_utils.dataset_utils", "evals.scr_and_tpp.dataset_creation",
+             "evals.unlearning.utils.feature_activation", "evals.unlearning.utils.metrics")
+    modules = [importlib.import_module(f"sae_bench.{name}") for name in names]
+    before = [module.load_dataset for module in modules]
+    try:
+        for module in modules:
+            module.load_dataset = load_dataset
+        yield
+    finally:
+        for module, loader in zip(modules, before):
+            module.load_dataset = loader
+
+
+class Texts:
+    """The texts of a data set, numbered; their activations are kept on disk.
+
+    length [n]: tokens that are neither BOS, EOS nor padding. mean [n, d_in]: of their activations.
+    """
+
+    def __init__(self, bench, ctx):
+        self.bench, self.ctx, self.number, self.chunks = bench, ctx, {}, []
+        self.length = torch.zeros(0, dtype=torch.long)
+        self.mean = torch.zeros(0, bench.acts.d_in)
+
+    def add(self, split):
+        """{class: texts} -> {class: their numbers}. The language model reads texts that are new."""
+        texts = dict.fromkeys(itertools.chain(*split.values()))
+        new = [text for text in texts if text not in self.number]
+        for start in range(0, len(new), TEXTS_A_FILE):
+            chunk = new[start:start + TEXTS_A_FILE]
+            self.number |= dict(zip(chunk, itertools.count(len(self.number))))
+            self.chunks.append(chunk)
+            part = self.part(chunk)
+            self.length = torch.cat([self.length, part["length"]])
+            self.mean = torch.cat([self.mean, part["mean"]])
+        return {label: torch.tensor([self.number[text] for text in found])
+                for label, found in split.items()}
+
+    def part(self, chunk):
+        """Of a chunk of texts: activations `rows`, text after text, their `length` and `mean`."""
+        key = {"texts": text_hash(json.dumps(chunk)), "ctx": self.ctx}
+        return self.bench.kept("texts", key, functools.partial(self.read, chunk))[0]
+
+    def read(self, chunk):
+        """({rows, length, mean}, meta) of a chunk, read by the language model."""
+        from sae_bench.sae_bench_utils.activation_collection import get_bos_pad_eos_mask
+        rows, length = [], []
+        for ids, mask, acts in self.bench.read(chunk, self.ctx):
+            real = get_bos_pad_eos_mask(ids, self.bench.tokenizer) & mask.bool()
+            rows.append(acts[real].to(getattr(torch, self.bench.acts.meta["dtype"])))
+            length.append(real.sum(1))
+        rows, length = torch.cat(rows), torch.cat(length)
+        return {"rows": rows, "length": length, "mean": text_means(rows.float(), length)}, {}
+
+    def codes(self, run):
+        """The mean acts of each text [n, d_sae]."""
+        return torch.cat([self.codes_of(run, chunk) for chunk in self.chunks])
+
+    def codes_of(self, run, chunk):
+        """... of a chunk of texts, made once for all evaluations if memory allows."""
+        key = run.config["sae_checksum"], chunk[0], self.ctx
+        if key in self.bench.codes_kept:
+            return self.bench.codes_kept[key]
+        part, found = self.part(chunk), []
+        texts = part["rows"].split(part["length"].tolist())
+        few = max(1, 8192 // self.ctx)               # texts whose acts are in memory together
+        for i in range(0, len(texts), few):
+            acts = self.bench.codes(run, torch.cat(texts[i:i + few]))
+            found.append(text_means(acts, part["length"][i:i + few]))
+        found = torch.cat(found)
+        if found.nbytes <= self.bench.room:
+            self.bench.room -= found.nbytes
+            self.bench.codes_kept[key] = found
+        return found
+
+
+def text_means(rows, length):
+    """Means [n, d] of consecutive rows, length [n] of them each; 0 of a text without rows."""
+    of = torch.arange(len(length)).repeat_interleave(length)
+    sums = torch.zeros(len(length), rows.shape[1]).index_add_(0, of, rows)
+    return sums / length.clamp_min(1)[:, None]
+
+
+class Case(NamedTuple):
+    """One task of an evaluation: of each class, the numbers of its texts."""
+    name: str
+    texts: Texts
+    train: dict
+    test: dict
+
+    def of(self, split, values):
+        """{class: its rows of `values` [texts, ...]}"""
+        return {label: values[numbers] for label, numbers in getattr(self, split).items()}
+
+    def key(self, config):
+        """What the probes on the model's activations depend on."""
+        numbers = [[label, found.tolist()] for split in (self.train, self.test)
+                   for label, found in split.items()]
+        return {"case": self.name, "config": dataclasses.asdict(config),
+                "texts": text_hash(json.dumps([self.texts.chunks, numbers]))}
+
+
+def labelled_cases(bench, name, settings):
+    """(config, [Case]) of sparse_probing, scr or tpp."""
+    from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
+    from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
+    kind = SparseProbingEvalConfig if name == "sparse_probing" else ScrAndTppEvalConfig
+    config = kind(model_name=bench.name, llm_dtype="float32", random_seed=SEED, llm_batch_size=32,
+                  dataset_names=list(settings["data"]), **settings["config"])
+    prefix = "probe_" if name == "sparse_probing" else ""
+    sizes = [getattr(config, f"{prefix}{split}_set_size") for split in ("train", "test")]
+    if name != "sparse_probing":
+        config.perform_scr = name == "scr"
+    own, cases = own_tasks(bench.acts, name), []
+    for task in config.dataset_names:
+        tables = read_own_task(own[task]) if task in own else None
+        pairs = [None]
+        if name == "scr":
+            pairs = confounded_pairs(tables, sizes) if tables else config.column1_vals_lookup[task]
+            config.column1_vals_lookup[task] = pairs
+        for pair in pairs:
+            splits = own_texts(tables, sizes, pair) if tables else hub_texts(task, sizes, pair)
+            if len(splits[0]) > 1:
+                place = data_set_of(task), config.context_length
+                texts = bench.texts.setdefault(place, Texts(bench, config.context_length))
+                suffix = {"scr": "_scr_" + "_".join(pair or []), "tpp": "_tpp"}.get(name, "")
+                cases.append(Case(task + suffix, texts, *map(texts.add, splits)))
+    if not cases:
+        raise Unfit(f"neither the corpus, {LABELLED}/ nor the hub has enough labelled texts")
+    return config, cases
+
+
+def hub_texts(task, sizes, pair):
+    """[{class: texts} to train, ... to test] of a task of SAEBench; pair: SCR's classes."""
+    from sae_bench.evals.scr_and_tpp import dataset_creation, main
+    from sae_bench.sae_bench_utils import dataset_info, dataset_utils
+    groups = main.COLUMN2_VALS_LOOKUP[task] if pair else None
+    with local_data():
+        splits = dataset_creation.get_train_test_data(task, bool(pair), *sizes, SEED, pair, groups)
+    if pair:
+        return splits
+    classes = dataset_info.chosen_classes_per_dataset[task]
+    return [dataset_utils.filter_dataset(split, classes) for split in splits]
+
+
+def read_own_task(folder):
+    """Its tables to train and to test, in the columns of BIOS."""
+    columns = {"text": "hard_text", "label": "profession", "group": "gender"}
+    tables = []
+    for split in ("train", "test"):
+        table = pd.read_json(folder / f"{split}.jsonl", lines=True, dtype=False)
+        if not {"text", "label"} <= set(table.columns):
+            raise Refuse(f"{folder}/{split}.jsonl: its records need text and label")
+        table = table.astype({"label": str}).drop_duplicates("text")
+        tables.append(table.rename(columns=columns))
+    return tables
+
+
+def confounded_pairs(tables, sizes):
+    """Pairs of classes with enough texts for SCR in either of two groups."""
+    fit = set(tables[0].profession)
+    for table, size in zip(tables, sizes):
+        if "gender" not in table or table.gender.nunique() != 2:
+            return []
+        counts = table.groupby(["profession", "gender"]).size().unstack(fill_value=0)
+        fit &= set(counts.index[(counts > size // 4 * 2).all(axis=1)])
+    return list(itertools.combinations(sorted(fit), 2))[:MOST_PAIRS]
+
+
+def own_texts(tables, sizes, pair):
+    """As hub_texts, of an own task."""
+    from sae_bench.evals.scr_and_tpp.dataset_creation import get_spurious_corr_data
+    from sae_bench.sae_bench_utils import dataset_utils
+    splits = []
+    for table, size in zip(tables, sizes):
+        if pair:
+            coded = table[table.profession.isin(pair)]
+            coded = coded.assign(profession=coded.profession.map({pair[0]: 21, pair[1]: 13}),
+                                 gender=(coded.gender != table.gender.min()).astype(int))
+            splits.append(get_spurious_corr_data(
+                coded, ("professor", "nurse"), ("male", "female"), BIOS, size // 4, SEED))
+        elif "gender" in table:
+            splits.append(dataset_utils.get_balanced_dataset(table, BIOS, size // 4, SEED))
+        else:
+            counts = table.profession.value_counts()
+            classes = list(counts.index[counts >= size // 2])
+            splits.append(dataset_utils.gather_dataset_from_df(
+                table, classes, size // 2, "profession", "hard_text", SEED))
+    train, test = dataset_utils.ensure_shared_keys(*splits)
+    classes = list(train) if pair else sorted(train)[:MOST_CLASSES]
+    return [{label: split[label] for label in classes} for split in (train, test)]
+
+
+# ---- sparse probing ----
+
+
+def evaluate_sparse_probing(acts, model, runs, settings):
+    """Accuracy of probes on the k best latents, per data set."""
+    bench = bench_of(acts, model)
+    with quiet():
+        config, cases = labelled_cases(bench, "sparse_probing", settings)
+        of_model = [model_accuracies(bench, config, case) for case in cases]
+    yield from each("sparse_probing", runs, probing_of, bench, config, cases, of_model)
+
+
+def probe_accuracies(who, config, case, values):
+    """{name of the metric: {class: accuracy}} of probes on all columns of `values` [texts, d], and
+    on the k best of them."""
+    from sae_bench.evals.sparse_probing.probe_training import train_probe_on_activations
+    train, test = case.of("train", values), case.of("test", values)
+    _, accuracies = train_probe_on_activations(train, test, use_sklearn=False, batch_size=250,
+                                               epochs=100, lr=1e-2)
+    found = {f"{who}_test_accuracy": accuracies}
+    for k in config.k_values:
+        _, accuracies = train_probe_on_activations(train, test, select_top_k=k)
+        found[f"{who}_top_{k}_test_accuracy"] = accuracies
+    return found
+
+
+def model_accuracies(bench, config, case):
+    """probe_accuracies() of the model's own activations."""
+    def make():
+        with quiet():
+            return {}, {"found": probe_accuracies("llm", config, case, case.texts.mean)}
+
+    return bench.kept("probes", case.key(config), make)[1]["found"]
+
+
+def probing_of(run, bench, config, cases, of_model):
+    """The result of one SAE."""
+    from sae_bench.evals.sparse_probing import eval_output
+    from sae_bench.sae_bench_utils.general_utils import average_results_dictionaries
+    per_class, results = {}, {}
+    for case, accuracies in zip(cases, of_model):
+        codes = case.texts.codes(run).to(bench.device)
+        accuracies = accuracies | probe_accuracies("sae", config, case, codes)
+        name = f"{case.name}_results"
+        per_class[name] = accuracies
+        results[name] = {key: sum(of.values()) / len(of) for key, of in accuracies.items()}
+    means = average_results_dictionaries(results, [case.name for case in cases])
+    llm, sae = ({k: v for k, v in means.items() if k.startswith(who)} for who in ("llm", "sae"))
+    output = bench.output(
+        eval_output.SparseProbingEvalOutput, run, config,
+        eval_output.SparseProbingMetricCategories(
+            llm=eval_output.SparseProbingLlmMetrics(**llm),
+            sae=eval_output.SparseProbingSaeMetrics(**sae)),
+        [eval_output.SparseProbingResultDetail(dataset_name=name, **found)
+         for name, found in results.items()],
+        eval_result_unstructured=per_class)
+    guards = []
+    if all(abs(value - 0.5) < CHANCE for key, value in sae.items() if "_top_" in key):
+        why = "the probes on its latents see a constant"
+        guards.append(fired_guard("probes at chance", why, INVALID))
+    return {**output, "metrics": means, "guards": guards}
+
+
+# ---- spurious correlation removal (SCR) and targeted probe perturbation (TPP) ----
+
+
+def evaluate_scr(acts, model, runs, settings):
+    """How much of a planted bias goes with the latents that carry it."""
+    yield from evaluate_ablation("scr", acts, model, runs, settings)
+
+
+def evaluate_tpp(acts, model, runs, settings):
+    """How much of a class, and of that class alone, goes with its latents."""
+    yield from evaluate_ablation("tpp", acts, model, runs, settings)
+
+
+def evaluate_ablation(name, acts, model, runs, settings):
+    bench = bench_of(acts, model)
+    with quiet():
+        config, cases = labelled_cases(bench, name, settings)
+        probes = [model_probes(bench, config, case) for case in cases]
+    yield from each(name, runs, ablation_of, bench, config, cases, probes)
+
+
+def classes_of(config, case):
+    """The classes whose probes are looked at."""
+    from sae_bench.sae_bench_utils.dataset_info import PAIRED_CLASS_KEYS
+    return list(PAIRED_CLASS_KEYS if config.perform_scr else case.train)
+
+
+def model_probes(bench, config, case):
+    """({class: probe on the model's activations}, {what is told apart: accuracy})."""
+    from sae_bench.evals.scr_and_tpp.main import get_probe_test_accuracy
+    from sae_bench.evals.sparse_probing.probe_training import Probe, train_probe_on_activations
+
+    def make():
+        train, test = (case.of(split, case.texts.mean) for split in ("train", "test"))
+        with quiet():
+            probes, _ = train_probe_on_activations(
+                train, test, use_sklearn=False, batch_size=config.probe_train_batch_size,
+                epochs=config.probe_epochs, lr=config.probe_lr, perform_scr=config.perform_scr,
+                early_stopping_patience=config.early_stopping_patience,
+                l1_penalty=config.probe_l1_penalty)
+            clean = get_probe_test_accuracy(probes, classes_of(config, case), test,
+                                            config.probe_test_batch_size, config.perform_scr)
+        weights = {label: torch.cat([probe.net.weight[0], probe.net.bias])
+                   for label, probe in probes.items()}
+        return weights, {"clean": clean}
+
+    tensors, meta = bench.kept("probes", case.key(config), make)
+    probes = {}
+    for label, tensor in tensors.items():
+        probes[label] = Probe(bench.acts.d_in, torch.float32)
+        probes[label].load_state_dict({"net.weight": tensor[None, :-1], "net.bias": tensor[-1:]})
+        probes[label].to(bench.device)
+    return probes, meta["clean"]
+
+
+def ablation_of(run, bench, config, cases, probes):
+    """The result of one SAE."""
+    from sae_bench.evals.scr_and_tpp import eval_output, main
+    from sae_bench.sae_bench_utils.general_utils import average_results_dictionaries
+    fit = [n for n in config.n_values if n <= run.sae.d_sae]
+    config = dataclasses.replace(config, n_values=fit)
+    results, more, gaps, guards = {}, {}, [], []
+    for case, (probe, clean) in zip(cases, probes):
+        ablated = ablated_accuracies(run, bench, config, case, probe)
+        if config.perform_scr:
+            found = main.get_scr_plotting_dict(ablated, clean)
+            biased = clean["male_professor / female_nurse probe on professor / nurse data"]
+            gaps.append(clean["professor / nurse"] - biased)
+        else:
+            found, per_class = main.create_tpp_plotting_dict(ablated, clean)
+            of_task = more.setdefault("eval_result_unstructured", {})
+            of_task[case.name.removesuffix("_tpp")] = per_class
+        results[f"{case.name}_results"] = found
+    means = average_results_dictionaries(results, [case.name for case in cases])
+    if config.perform_scr:
+        kind, detail = eval_output.ScrEvalOutput, eval_output.ScrResultDetail
+        categories = eval_output.ScrMetricCategories(scr_metrics=eval_output.ScrMetrics(**means))
+    else:
+        kind, detail = eval_output.TppEvalOutput, eval_output.TppResultDetail
+        categories = eval_output.TppMetricCategories(tpp_metrics=eval_output.TppMetrics(**means))
+    if max(fit) >= UNRELIABLE_N:
+        why = f"figures with {UNRELIABLE_N} and more ablated latents say little"
+        guards.append(fired_guard("unreliable metric", why))
+    if gaps and sum(gaps) / len(gaps) < MIN_GAP:
+        why = f"the bias costs the probes {sum(gaps) / len(gaps):.3f}: there is little to remove"
+        guards.append(fired_guard("no bias", why))
+    details = [detail(dataset_name=name, **found) for name, found in results.items()]
+    output = bench.output(kind, run, config, categories, details, **more)
+    return {**output, "metrics": means, "guards": guards}
+
+
+def ablated_accuracies(run, bench, config, case, probes):
+    """sae_bench's {ablated class: {number of latents: {class: accuracy of its probe}}}.
+
+    To its code a text is one token here. Choosing latents, the token is the text's number and its
+    act the text's mean act. Ablating them, the token is the text's mean activation, as ablation is
+    linear. sae_bench ablates at masked positions too, where SAEs see zeros; so do these codes."""
+    from sae_bench.evals.scr_and_tpp import main
+    texts, batch = case.texts, config.sae_batch_size
+    codes = texts.codes(run)
+    at_zero = bench.codes(run, torch.zeros(1, bench.acts.d_in))
+    masked = (texts.ctx - texts.length) / texts.length.clamp_min(1)
+    with_masked = (codes + masked[:, None] * at_zero).to(bench.device)
+    codes, means = codes.to(bench.device), texts.mean.to(bench.device)
+    place = {row.numpy().tobytes(): i for i, row in enumerate(texts.mean)}
+
+    def encode_numbers(x):
+        return codes[x[..., 0].long() - 1]
+
+    def encode_means(x):
+        at = [place[row.numpy().tobytes()] for row in x[:, 0].cpu()]
+        return with_masked[at][:, None]
+
+    numbers = torch.arange(1.0, len(codes) + 1, device=bench.device)[:, None, None]
+    with torch.no_grad():
+        effects = main.get_all_node_effects_for_one_sae(
+            BenchSAE(bench, run, encode_numbers), probes, classes_of(config, case),
+            config.perform_scr, case.of("train", numbers), batch)
+        return main.perform_feature_ablations(
+            probes, BenchSAE(bench, run, encode_means), batch, case.of("test", means[:, None]),
+            effects, config.n_values, classes_of(config, case), config.probe_test_batch_size,
+            config.perform_scr)
+
+
+# ---- forget: what clamping a topic's latents costs on its text, and on other text ----
+
+
+def forget_settings(acts):
+    folder = corpus_tasks(acts) or LABELLED
+    files = sorted(folder.glob("forget/*.jsonl")) + sorted(folder.glob("retain/*.jsonl"))
+    data = files_checksum(files) if len(files) == 4 else None
+    return {"data": data, "config": bench_settings(acts, "forget")}
+
+
+def evaluate_forget(acts, model, runs, settings):
+    """Losses on text of a topic and on other text, with the topic's latents clamped.
+
+    Latents are chosen and clamped as in SAEBench's unlearning. No questions are asked, so that the
+    two can't be compared."""
+    bench, config = bench_of(acts, model), settings["config"]
+    if settings["data"] is None:
+        raise Unfit(f"neither the corpus nor {LABELLED}/ has text to forget and to retain")
+    folder = corpus_tasks(acts) or LABELLED
+    with quiet():
+        topics = {name: Topic(bench, folder / name, config) for name in ("forget", "retain")}
+    yield from each("forget", runs, forget_of, bench, topics, config)
+
+
+class Topic:
+    """Texts to choose latents by (train), and texts on which losses are measured (test)."""
+
+    def __init__(self, bench, folder, config):
+        self.bench = bench
+        chosen, scored = [pd.read_json(folder / f"{split}.jsonl", lines=True, dtype=False).text
+                          .head(config["texts"]).tolist() for split in ("train", "test")]
+        ctx = config["context_length"]
+        self.texts = Texts(bench, ctx)
+        self.texts.add({"all": chosen})
+        self.batches = list(bench.read(scored, ctx, batch=bench.model.at_once(ctx)))
+        self.clean = self.losses([lambda x: x])[0]
+
+    def rates(self, run):
+        """How often each latent fires on the texts to choose by [d_sae]."""
+        rows = torch.cat([self.texts.part(chunk)["rows"] for chunk in self.texts.chunks])
+        return (self.bench.codes(run, rows) > 0).float().mean(0).numpy()
+
+    def losses(self, changes):
+        """The mean loss under each of `changes`, functions of activations [n, ctx, d_in]."""
+        sums, n = [0.0] * len(changes), 0
+        for ids, mask, x in self.batches:
+            ids, mask = ids.to(self.bench.device), mask.to(self.bench.device)
+            counted = mask[:, 1:].bool()
+            n += int(counted.sum())
+            for i, change in enumerate(changes):
+                hidden = change(x).to(self.bench.device)
+                log_p = self.bench.model.logits(ids, mask, lambda _: hidden).log_softmax(-1)
+                loss = -log_p[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+                sums[i] += total(loss[counted])
+        return [value / n for value in sums]
+
+
+def forget_of(run, bench, topics, config):
+    """The result of one SAE: what costs the topic most, of settings that cost other text little."""
+    from sae_bench.evals.unlearning.utils.feature_activation import get_top_features
+    from sae_bench.evals.unlearning.utils.intervention import anthropic_clamp_resid_SAE_features
+    top = get_top_features(topics["forget"].rates(run), topics["retain"].rates(run),
+                           config["retain_threshold"])
+    codes = functools.lru_cache(None)(functools.partial(bench.codes, run))   # once for all settings
+    sae = SimpleNamespace(encode=lambda x: codes(x).clone(),                 # it is written to
+                          decode=lambda acts: acts @ run.sae.W_dec.detach().cpu())
+    tried, changes = [], []
+    for n, multiple in itertools.product(config["n_features"], config["multiples"]):
+        size = max(1.0, multiple * bench.acts.meta["mean_norm"])
+        tried.append({"n_features": len(top[:n]), "multiplier": size})
+        changes.append(functools.partial(
+            anthropic_clamp_resid_SAE_features, hook=None, sae=sae, multiplier=size,
+            features_to_ablate=top[:n].tolist()))
+    clean = {f"{name}_loss": topic.clean for name, topic in topics.items()}
+    best, guards = clean, []
+    if len(top):
+        for name, topic in topics.items():
+            for setting, loss in zip(tried, topic.losses(changes)):
+                setting[f"{name}_loss"] = loss
+        most = (1 + RETAIN) * clean["retain_loss"]
+        fit = [setting for setting in tried if setting["retain_loss"] <= most]
+        best = max([clean, *fit], key=lambda setting: setting["forget_loss"])
+    else:
+        why = "no latent fires on the topic and rarely on other text"
+        guards.append(fired_guard("nothing clamped", why))
+    metrics = {}
+    for name, loss in clean.items():
+        metrics |= {f"{name}_clean": loss, f"{name}_added": best[name] - loss}
+    return {"metrics": metrics, "guards": guards, "details": {"settings": tried}}
+
+
+# ---- unlearning: SAEBench's own call, on questions that only its data and a large model have ----
+
+
+FORGET_CORPUS = LABELLED / "cais" / "wmdp-corpora" / "bio-forget-corpus.jsonl"     # gated
+
+
+def unlearning_settings(acts):
+    data = files_checksum([FORGET_CORPUS]) if FORGET_CORPUS.exists() else None
+    return {"data": data, "config": bench_settings(acts, "unlearning")}
+
+
+def evaluate_unlearning(acts, model, runs, settings):
+    """How many questions on biology (WMDP) go wrong while others (MMLU) stay right. sae_bench asks
+    them itself, of TransformerLens' copy of the model."""
+    from sae_bench.evals.unlearning import eval_config, main
+    bench = bench_of(acts, model)
+    known = re.search(r"gemma-2-\d+b-it", bench.name)
+    if not known:
+        raise Unfit("SAEBench has prompts for gemma-2-2b-it and gemma-2-9b-it alone")
+    if settings["data"] is None:
+        raise Unfit(f"{FORGET_CORPUS} is missing, which its authors give on request")
+    config = eval_config.UnlearningEvalConfig(
+        model_name=known[0], llm_dtype="float32", random_seed=SEED,
+        **{"llm_batch_size": 4, **settings["config"]})
+    saes = [(run.name, BenchSAE(bench, run)) for run in runs]
+    answered = (acts.folder / "eval_cache" / "questions").resolve()    # right by the model alone
+    answered.mkdir(parents=True, exist_ok=True)
+    links = {Path("sae_bench/evals/unlearning/data") / FORGET_CORPUS.name: FORGET_CORPUS.resolve(),
+             Path("artifacts/unlearning") / known[0] / "data": answered}
+    with tempfile.TemporaryDirectory() as place, local_data(), contextlib.chdir(place), quiet():
+        for link, target in links.items():
+            link.parent.mkdir(parents=True)
+            link.symlink_to(target)
+        results = main.run_eval(config, saes, str(bench.device), "results")
+    for run in runs:
+        found = json.loads(json.dumps(results[f"{run.name}_custom_sae"], default=str))
+        yield run, {**found, "metrics": found["eval_result_metrics"]["unlearning"], "guards": []}
+
+
+def bench_evaluation(make, settings, of_controls=True):
+    return Evaluation(make, settings, of_controls=of_controls, package="sae_bench")
+
+
+SAEBENCH = {
+    "absorption": bench_evaluation(evaluate_absorption, absorption_settings),
+    "sparse_probing": bench_evaluation(
+        evaluate_sparse_probing, functools.partial(labelled_settings, "sparse_probing")),
+    "scr": bench_evaluation(evaluate_scr, functools.partial(labelled_settings, "scr")),
+    "tpp": bench_evaluation(evaluate_tpp, functools.partial(labelled_settings, "tpp")),
+    "forget": bench_evaluation(evaluate_forget, forget_settings),
+    "unlearning": bench_evaluation(evaluate_unlearning, unlearning_settings, of_controls=False),
+}
 
 
 # ---- features: what latents fire on --------------------------------------------------------------
