@@ -1,143 +1,159 @@
-"""zscore_r1 = revive + a latent fires z sigma above its own mean, and latents that overlap are pushed apart (z-score threshold).
+"""zscore_r1 = revive + a latent fires z sigma above its own mean, and latents that overlap part (z-score).
 
-    latent i fires where h_i > max(0, mu_i + z sigma_i)
+    acts_i = pre_i if pre_i > max(0, mean_i + z std_i), else 0;  mean, std: moving averages, over pre_i
     interference = mean over latents i of the sum over j of relu(o_ij - tau) cos(d_i, d_j)^2
 
-mu and sigma are moving averages of the latent's pre-activation h_i, frozen after training; one z for all is steered until L0 is `l0`.
-A latent's scale and bias cancel out of the decision to fire, which is left to the shape of h_i's distribution: all latents fire about
-equally often (none on more than 1 / (1 + z^2) of the rows, by Cantelli) and hardly any dies. The threshold has no gradient; h_i has one
-where the latent fires. Silent latents restart only if they overlap with living ones.
+One z for all holds L0. All latents fire about equally often (by Cantelli none on more than
+1 / (1 + z^2) of the rows) and hardly any dies, but real features are not equally frequent. The cut has
+no gradient, acts have one. zscore_start=2 zscore_gain=0 is the note's: z alone then fixes L0.
 
-Found on toy data, 3 seeds: utilisation's Gini is 0.07 (batch_topk: 0.53), but real features are not equally frequent, and explained
-variance is below batch_topk's at the same L0 (0.63 against 0.81; 0.73 with zscore_r2's start). The penalty takes the mean nearest cosine
-from 0.36 to 0.23 at 0.009 of explained variance. With z left at 2, L0 is 2.07 of 64 whichever l0 is asked for (the normal's tail: 1.46).
-The note's co-firing form has the wrong sign: hierarchical features must fire together. On a hierarchy (zscore_r2, 24 latents, L0 2.4,
-5 seeds) absorption is 0.46 without a penalty, 0.55 with the note's form (weight 0.3, tau 0), and 0.30 with the decoder's (0.1, tau 0.1).
-Costs: time 2.6, memory 1.08 of the base's.
+o_ij is by interference_rule
+    decoder       cos(d_i, d_j)
+    coactivation  cosine of the latents' acts, a moving average
+    product       the note's: mean of acts_i acts_j, a moving average. Both punish firing together, as
+                  hierarchical features must, and so push towards absorption
+
+Silent latents restart if they overlap with living ones (idle on the default data: none falls silent).
 """
 from statistics import NormalDist
 
 import torch
 
-from sae import Refuse, generator, unit
+from sae import ReLU, above, choice
 from variants.revive import Variant as Base
 
 
+class ZScore(ReLU):
+    """acts = pre above max(0, mean + z std) of the latent's own pre-activations."""
+
+    steered = False           # z holds L0, no penalty does
+
+    def __init__(self, sae):
+        super().__init__(sae)
+        start = NormalDist().inv_cdf(1 - sae.wanted_l0() / sae.d_sae)
+        sae.register_buffer("z", torch.tensor(sae.zscore_start or start))
+        sae.track("pre_mean", fresh=0.0, memory=sae.zscore_memory)
+        sae.track("pre_std", fresh=1.0, memory=sae.zscore_memory)      # about a unit direction's
+
+    def cut(self):
+        return (self.sae.pre_mean + self.sae.z * self.sae.pre_std).clamp_min(0)
+
+    def measure(self, pre):
+        """Move the latents' mean and std towards those of pre [B, d_sae]; at step 0 all the way."""
+        std, mean = torch.std_mean(pre.float(), 0, correction=0)
+        self.sae.follow("pre_mean", mean)
+        self.sae.follow("pre_std", std)
+
+    def start(self, pre, rank):
+        super().start(pre, rank)
+        self.measure(pre + self.sae.b_enc)                 # it was 0 in pre
+
+    def rescale(self, factor):
+        self.sae.pre_mean.mul_(factor)
+        self.sae.pre_std.mul_(factor)
+
+    def select(self, pre):
+        return above(pre, self.cut())
+
+    def fire(self, pre, latents):
+        return pre * (pre > self.cut()[latents])
+
+    def after_step(self, out):
+        sae = self.sae
+        self.measure(out.pre)
+        error = (sae.firing(out.acts).sum().clamp_min(1e-3) / sae.wanted_l0()).log()
+        sae.z += sae.zscore_gain * error.clamp(-1, 1) / (1 + sae.z.abs())      # log of a normal's tail: -(1 + z)
+        sae.stats["z"] = sae.z
+
+
 class Variant(Base):
-    zscore_threshold = True         # False: the parent's activation
-    zscore_start = 0.0              # z at first; 0: the z with d_sae * Q(z) = l0, Q the standard normal's tail; the note's is 2
-    zscore_gain = 1.0               # how fast z follows L0; 0 leaves z alone, as the note did: then z fixes L0, whatever is learned
-    zscore_memory = 0.02            # mu and sigma remember this fraction of the run
+    activation = choice("relu")     # the threshold takes its place
+    zscore_threshold = True         # False: a ReLU under an L1 penalty
+    zscore_start = 0.0              # z at first; 0: where a normal's tail gives l0
+    zscore_gain = 0.8               # share of an error of log L0 that z takes off in a step
+    zscore_memory = 0.02            # fraction of the run that mean and std are averaged over
     interference_weight = 0.1
-    interference_rule = "decoder"   # o_ij: decoder: cos(d_i, d_j) | coactivation: how much i and j fire together (the note's)
-    interference_tau = 0.1          # overlap that costs nothing
-    interference_among = 2048       # a step looks at the pairs of this many latents, drawn anew every step ...
-    interference_redraw = 0.05      # ... or for coactivation, whose moving average takes time, every so often
-    interference_rank = 32          # directions in `captured`, the logged share of the acts' covariance that so many hold
-    revive_interference = 1.0       # a silent latent restarts if it interferes this many times as much as living ones do; 0: any
+    interference_tau = 0.1          # an overlap that costs nothing
+    interference_rule = choice("decoder", "coactivation", "product")
+    interference_among = 2048       # at most so many latents' pairs, drawn anew in every step; of the
+                                    # moving averages always the first
+    interference_rank = 32          # `captured`: share of the acts' covariance in so many directions
+    revive_interference = 1.0       # a silent latent restarts if it overlaps this many times as much with
+                                    # living ones as these do with each other; 0: any
     off = {"zscore_threshold": False, "interference_weight": 0.0, "revive_interference": 0.0}
+    fixed = dict.fromkeys(["sparsity_weight", "sparsity_gain", "sparsity_memory"], "z holds L0")
+    counts = ("z", "overlaps", "revived")
 
     def build(self):
-        if self.interference_rule not in ("decoder", "coactivation"):
-            raise Refuse(f"--set interference_rule={self.interference_rule}: want decoder or coactivation", 2)
-        if self.zscore_threshold and self.activation != "relu":
-            raise Refuse(f"--set activation={self.activation}: z-score is a threshold of its own: want relu, or zscore_threshold=false", 2)
         super().build()
-        self.register_buffer("pre_mean", torch.zeros(self.d_sae))
-        self.register_buffer("pre_std", torch.zeros(self.d_sae))        # 0, so plain ReLU, until the data are seen
-        self.register_buffer("z", torch.tensor(self.zscore_start or NormalDist().inv_cdf(1 - self.wanted_l0() / self.d_sae)))
-        self.latents |= {"pre_mean": (0, 0.0), "pre_std": (0, 1.0)}     # 1 is about a unit direction's: quiet until measured
-        if self.interference_rule == "coactivation":
+        if self.zscore_threshold:
+            self.sparsifier = ZScore(self)
+        if self.interference_rule != "decoder":
             n = min(self.d_sae, self.interference_among)
-            self.register_buffer("together", torch.zeros(n, n))         # moving average of cofiring() since the draw
+            self.register_buffer("together", torch.zeros(n, n))        # moving average of firing_together()
 
-    def init_from_data(self, x):
-        super().init_from_data(x)
-        self.measure(self.pre_acts(x), 1.0)
-
-    @torch.no_grad()
-    def measure(self, pre, weight):
-        """Move the latents' mean and std towards those of pre."""
-        pre = pre.float() - self.pre_mean                               # small, so that the squares below are exact enough
-        mean = pre.mean(0)
-        std = (pre.square().mean(0) - mean.square()).clamp_min(0).sqrt()
-        self.pre_mean += weight * mean
-        self.pre_std.lerp_(std, weight)
-
-    def activate(self, pre):
-        if not self.zscore_threshold:
-            return super().activate(pre)
-        return pre.relu() * (pre > self.pre_mean + self.z * self.pre_std)
-
-    def sparsity(self, out):
-        return out.x.new_zeros(()) if self.zscore_threshold else super().sparsity(out)
-
-    def steer_sparsity(self, l0):
-        if not self.zscore_threshold:                                   # else after_step steers z, whatever the activation
-            super().steer_sparsity(l0)
-
-    def losses(self, out):
-        terms = super().losses(out)
-        if self.interference_weight:
-            terms["interference"] = self.interference_weight * self.interference(out)
-        return terms
+    def penalties(self, out):
+        return super().penalties(out) | {"interference": self.interference(out)}
 
     def interference(self, out):
-        """The penalty before its weight, estimated from the drawn latents."""
-        which = self.drawn()
-        rows = self.W_dec.index_select(0, which)
-        overlap = cos = rows @ rows.T
-        if self.interference_rule == "coactivation":
-            now = self.cofiring(out, which)
-            overlap = now + (self.together - now).detach()              # the moving average's value with this batch's gradient
-        return self.pair_cost(overlap, cos).tril(-1).sum() * 2 * self.d_sae / len(which) ** 2
+        """The penalty before its weight, estimated from the latents that are looked at."""
+        if self.interference_rule == "decoder":
+            which = torch.randperm(self.d_sae, generator=self.generator("pairs"), device=self.W_dec.device)
+            rows = self.W_dec.index_select(0, which[:self.interference_among])
+            overlap = cos = rows @ rows.T
+        else:
+            rows = self.W_dec[:len(self.together)]
+            cos, now = rows @ rows.T, self.firing_together(out.acts)
+            overlap = now + (self.together - now).detach()             # the average, with a gradient
+        share = len(rows) / self.d_sae
+        above_tau = (overlap.detach() > self.interference_tau).tril(-1).sum()
+        self.stats["overlaps"] = 2 * above_tau / len(rows) / share     # of a latent with others
+        return 2 * self.pair_cost(overlap, cos).tril(-1).sum() / len(rows) / share
 
     def pair_cost(self, overlap, cos):
         return (overlap - self.interference_tau).relu() * cos.square()
 
-    def drawn(self):
-        """The latents [n] whose pairs are looked at now."""
-        draw = self.step // max(1, round(self.interference_redraw * self.steps)) if self.interference_rule == "coactivation" else self.step
-        g = generator(self.seed, draw, "pairs", device=self.z.device)
-        return torch.randperm(self.d_sae, generator=g, device=self.z.device)[:self.interference_among]
-
-    def cofiring(self, out, which):
-        """How much latents fire together [n, n], 0 to 1: the cosine of their columns of acts."""
-        columns = unit(out.acts.index_select(1, which).float().T)
-        return columns @ columns.T
+    def firing_together(self, acts):
+        """How much the first latents fire together in acts [B, d_sae], by interference_rule [n, n]."""
+        first = torch.arange(len(self.together), device=acts.device)
+        if self.interference_rule == "coactivation":
+            return self.column_cosines(acts, first)
+        columns = acts.index_select(1, first).float()
+        return columns.T @ columns / len(acts)
 
     def to_revive(self):
-        """Of the silent latents those that overlap with the living ones more than these do with each other."""
         silent = super().to_revive()
         if not self.revive_interference or not silent.any():
             return silent
-        some = silent.nonzero().flatten()
-        some = some[torch.randperm(len(some), generator=self.generator("silent"), device=some.device)[:self.interference_among]]
         living = self.W_dec[~silent]
-        cost = lambda rows: torch.cat([self.pair_cost(cos, cos).sum(1) for cos in (part @ living.T for part in rows.split(1024))])
-        usual = cost(living[:self.interference_among]).mean() - (1 - self.interference_tau)     # less a living one's pair with itself
-        return torch.zeros_like(silent).index_fill(0, some[cost(self.W_dec[some]) >= self.revive_interference * usual], True)
+        with_itself = self.pair_cost(living.new_ones(()), living.new_ones(()))
+        usual = self.overlap_with(living, living[:self.interference_among]).mean() - with_itself
+        silent[silent.clone()] = self.overlap_with(living, self.W_dec[silent]) >= self.revive_interference * usual
+        return silent
 
-    @torch.no_grad()
+    def overlap_with(self, living, rows):
+        """Sum of the pair costs of each of `rows` [n, d_in] with the decoder rows `living` [m, d_in]."""
+        cosines = (part @ living.T for part in rows.split(1024))
+        return torch.cat([self.pair_cost(cos, cos).sum(1) for cos in cosines])
+
     def after_step(self, opt, out):
-        if self.zscore_threshold:
-            self.measure(out.pre, self.memory(self.zscore_memory))
-            l0 = (out.acts > 0).sum(-1).float().mean()
-            error = (l0.clamp_min(1e-3) / self.wanted_l0()).log()
-            self.z += self.zscore_gain * self.memory(0.02) * error / (1 + self.z.abs())     # the slope of log Q is about -(1 + z)
-        if self.interference_rule == "coactivation":
-            self.together.lerp_(self.cofiring(out, self.drawn()), self.memory(self.zscore_memory))
-            if self.due(self.interference_redraw):
-                self.together.zero_()
+        if self.interference_rule != "decoder":
+            self.together.lerp_(self.firing_together(out.acts), self.memory(self.zscore_memory))
         if self.due(0.02):
             self.stats["captured"] = self.captured(out.acts.float())
-        self.stats["z"] = self.z
         super().after_step(opt, out)
 
     def captured(self, acts):
-        """Share of the acts' covariance in its first interference_rank directions: randomised SVD, from random numbers of our own."""
-        acts = acts - acts.mean(0)
-        q = torch.randn(self.d_sae, min(2 * self.interference_rank, self.d_sae), generator=self.generator("captured"), device=acts.device)
-        for _ in range(3):
-            q = torch.linalg.qr(acts.T @ (acts @ q)).Q
-        return torch.linalg.svdvals(acts @ q)[:self.interference_rank].square().sum() / acts.square().sum().clamp_min(1e-12)
+        """Share of the covariance of acts [B, d_sae] in its first interference_rank directions."""
+        rank = min(self.interference_rank, *acts.shape)
+        with torch.random.fork_rng():                      # the randomised SVD draws from the global one
+            torch.manual_seed(self.step)
+            strengths = torch.pca_lowrank(acts, rank)[1]
+        return strengths.square().sum() / (acts - acts.mean(0)).square().sum().clamp_min(1e-12)
+
+    def saelens_weights(self):
+        """A JumpReLU in SAELens' words."""
+        architecture, weights = super().saelens_weights()
+        if not self.zscore_threshold:
+            return architecture, weights
+        return "jumprelu", weights | {"threshold": self.sparsifier.cut() / self.scale}
