@@ -667,7 +667,6 @@ STYLE = {"figure.dpi": 100, "savefig.dpi": 130, "font.size": 9, "axes.titlesize"
          "axes.spines.right": False, "axes.grid": True, "grid.color": "#E5E5E5", "axes.axisbelow": True,
          "legend.frameon": False, "legend.fontsize": 7, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5}
 MANY = 12                    # groups that can be told apart in a panel
-NOTHING = 1e-9               # a range of values that is none
 
 LABELS = {                   # what stands beside an axis; METRICS has the others
     "explained_variance": "explained variance", "mse": "mean squared error", "l1": "L1 of a row's activations",
@@ -801,7 +800,9 @@ def by_run(*metrics, bars=False):
             return None
         figure, cells = grid(*cells_of(data, shown))
         for axis, title, runs, metric in cells:
-            draw_by_run(axis, runs, metric, bars)
+            ideas = set(runs.study[runs.variant != "baseline"]) - {"yardsticks"}
+            one_study = len(ideas) == 1 and title.endswith(ideas.pop())
+            draw_by_run(axis, runs, metric, "none" if bars else "o-" if one_study else "o")
             name_runs(axis, title, runs.group.unique())
             axis.set_title(title)
             axis.set_ylabel(textwrap.fill(label(metric), 30))
@@ -809,15 +810,15 @@ def by_run(*metrics, bars=False):
     return draw
 
 
-def draw_by_run(axis, runs, metric, bars):
-    """One panel of by_run: seeds as dots, their mean and standard deviation, the baseline's mean."""
+def draw_by_run(axis, runs, metric, mark):
+    """One panel of by_run. mark: of the mean over seeds; "none": a bar; joined for r1, r2 ... alone."""
     table = runs.groupby("group", sort=False)[metric].agg(["mean", "std"])
     place = {name: i for i, name in enumerate(table.index)}
     at = runs.group.map(place)
-    if bars:
+    if mark == "none":
         axis.bar(range(len(table)), table["mean"], 0.65, color="#9CC4DE")
-    axis.errorbar(range(len(table)), table["mean"], table["std"], fmt="none" if bars else "o-",
-                  color=COLOURS[0], lw=1, ms=4, capsize=2, elinewidth=1)
+    axis.errorbar(range(len(table)), table["mean"], table["std"], fmt=mark, color=COLOURS[0], lw=1,
+                  ms=4, capsize=2, elinewidth=1)
     axis.plot(at, runs[metric], ".", color="#444444", ms=3, alpha=0.6)
     null = NULLS.get(metric)
     if null in runs:
@@ -877,8 +878,8 @@ def draw_lines(axis, runs, metric, curves, scale):
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
         # the first steps would squeeze all that follows
         late = mine[mine.x > 0.05 * mine.x.max()].y
-        margin = 0.05 * (late.max() - late.min()) + NOTHING
-        if scale == "linear":
+        margin = 0.05 * (late.max() - late.min())
+        if scale == "linear" and late.max() > late.min():
             axis.set_ylim(late.min() - margin, late.max() + margin)
     if scale == "log" and (mine.y > 0).any():
         axis.set_yscale("log")
@@ -1027,7 +1028,7 @@ def draw_against_l0(axis, runs, metric, controls):
     if below:
         axis.text(0.02, 0.02, "controls below: " + ", ".join(below), transform=axis.transAxes, fontsize=6.5)
     axis.set(xscale="log", xlabel="L0 (active latents per row)")
-    axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(2, subs=(1.0,)))
+    axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(10, (1, 1.5, 2, 3, 5, 7)))
     axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
 

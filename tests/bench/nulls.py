@@ -1,6 +1,6 @@
-"""How often 04_plot.py calls a difference that is not there, and finds one that is. About 3 minutes.
+"""How often 04_plot.py calls a difference that is not there, and finds one that is. About 5 minutes.
 
-    python tests/bench/nulls.py                  2,000 experiments a line; prints the tables of RESULTS.md
+    python tests/bench/nulls.py                  10,000 experiments a line; prints the tables of RESULTS.md
 
 An experiment is a baseline and `tried` variants on the same seeds; its verdicts are made by the
 functions that 04_plot.py uses. Values are in units of the explained variance, whose margin is 0.01.
@@ -36,7 +36,7 @@ def draw_noise(kind, sd, shape, rng):
     return sd * rng.normal(size=shape)
 
 
-def call_experiments(tried, seeds, kind="normal", sd=0.001, gap=0.0, effect=0.0, n=2000, paired=True):
+def call_experiments(tried, seeds, kind="normal", sd=0.001, gap=0.0, effect=0.0, n=10_000, paired=True):
     """Verdicts [n, tried] in words; the first variant has the true difference `effect`, others none.
 
     gap: how much higher every variant's L0 is than the baseline's, within what may be compared.
@@ -63,7 +63,7 @@ def power(tried, seeds, **more):
 
 
 def main():
-    print("False better or worse, % of 2,000 experiments: the highest over L0 gaps of 0, 2 and 4 %\n")
+    print("False better or worse, % of 10,000 experiments: the highest over L0 gaps of 0, 2 and 4 %\n")
     print("| noise | sd / margin |" + "".join(f" {v} tried, {s} seeds |" for v in (1, 9, 43) for s in (3, 5, 8)))
     print("|---|---|" + "---|" * 9)
     for kind in NOISES:
@@ -71,7 +71,7 @@ def main():
             cells = [max(false_calls(v, s, kind, sd, gap) for gap in (0, 0.02, 0.04))
                      for v in (1, 9, 43) for s in (3, 5, 8)]
             print(f"| {kind} | {sd / WORTH:g} |" + "".join(f" {100 * c:.1f} |" for c in cells), flush=True)
-    print("\nA true difference of twice the margin is called better, % of 2,000 experiments, normal noise\n")
+    print("\nA true difference of twice the margin is called better, % of 10,000 experiments, normal noise\n")
     print("| sd / margin |" + "".join(f" {v} tried, {s} seeds |" for v in (1, 9, 43) for s in (3, 5, 8)))
     print("|---|" + "---|" * 9)
     for sd in (0.0005, 0.001, 0.002, 0.005, 0.01):
