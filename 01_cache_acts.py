@@ -612,7 +612,7 @@ class LanguageModel:
         self.extra = dict(trust_remote_code=args.trust_remote_code)
         with hub_errors("model", path):
             self.config = model_config(path, **self.extra)
-            self.revision = self.config._commit_hash
+            self.revision = getattr(self.config, "_commit_hash", None)
             if Path(path).exists():
                 self.revision = model_checksum(path)
             else:
@@ -663,14 +663,16 @@ class LanguageModel:
 
         def record(module, args, kwargs, output):
             given = args[0] if args else kwargs.get("hidden_states")
-            seen[module] = given, output[0] if isinstance(output, tuple) else output
+            output = output[0] if isinstance(output, tuple) else output
+            # cloned: Falcon adds to it in place
+            seen[module] = given, output.clone() if torch.is_tensor(output) else None
 
         inside = {module for block in self.blocks for module in block.modules()}
         outside = [module for module in self.model.modules() if module not in inside]
         with hooks([*inside, *outside], record, with_kwargs=True):
             hidden = self.model(tokens, use_cache=False, output_hidden_states=True).hidden_states
         before = {block: seen[block] for block in self.blocks if block in seen}
-        if hidden is None or len(hidden) != self.n_layers + 1:
+        if not hidden:
             raise Refuse(f"{name}: its code returns no hidden states to compare with what the hooks see")
         for layer in layers:
             given, out = before.get(self.blocks[layer], (None, None))
@@ -678,11 +680,10 @@ class LanguageModel:
             if not torch.is_tensor(out) or list(out.shape) != shape:
                 raise Refuse(f"{name}: layer {layer} gives {list(getattr(out, 'shape', []))}, not the "
                              f"residual stream {shape}: its activations can't be cached")
-            # the last hidden state is normed: the stream is what the norm was given
-            norms = [seen[m][0] for m in outside if m in seen and torch.is_tensor(seen[m][0])]
-            stream = [hidden[layer + 1]] + (norms if layer == self.n_layers - 1 else [])
-            if not any(s.shape == out.shape and close(s, out, out) for s in stream):
-                raise Refuse(f"{name}: the output of layer {layer} is not the hidden state after it: "
+            # the last hidden state is normed: there the stream is what the norm was given
+            streams = [*hidden, *(seen[m][0] for m in outside if m in seen)]
+            if not any(torch.is_tensor(s) and s.shape == out.shape and close(s, out, out) for s in streams):
+                raise Refuse(f"{name}: the output of layer {layer} is not one of its hidden states: "
                              "its residual stream can't be hooked")
             if self.args.hook != "resid_post":
                 parts = [seen[hook_point(self.blocks[layer], hook, name)][1] for hook in HOOKS[1:]]
@@ -1099,6 +1100,7 @@ def main():
     args = parse_args()
     rank, processes = ranks()
     huggingface_hub.utils.logging.set_verbosity_error()   # of its retries; hub_errors says how they end
+    transformers.utils.logging.disable_progress_bar()
     source = Synthetic(args) if args.model == "synthetic" else LanguageModel(args)
     caches = [Cache(folder, source.settings(layer), args)
               for folder, layer in zip(folders(args, source.layers), source.layers)]

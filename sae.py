@@ -1130,12 +1130,14 @@ def hook_point(layer, hook, name):
         return layer
     if hasattr(layer, "post_feedforward_layernorm"):       # Gemma-2, OLMo-2: added to the stream after it
         names = ["post_attention_layernorm" if hook == "attn_out" else "post_feedforward_layernorm"]
+    elif hook == "attn_out":                               # the first two are of GLM-4, as above
+        names = ["post_self_attn_layernorm", "self_attn", "attention", "attn", "self_attention"]
     else:
-        names = ["self_attn", "attention", "attn"] if hook == "attn_out" else ["mlp"]
+        names = ["post_mlp_layernorm", "mlp", "feed_forward", "block_sparse_moe"]
     found = [getattr(layer, n) for n in names if hasattr(layer, n)]
     if not found:
         there = ", ".join(n for n, _ in layer.named_children())
-        raise Refuse(f"--hook {hook}: {name}'s layers have none of {', '.join(names)}, only {there}")
+        raise Refuse(f"{name}: its layers have no {hook} (none of {', '.join(names)}), only {there}")
     return found[0]
 
 
