@@ -1,259 +1,271 @@
-"""Every figure of one GPU that RESULTS.md wants, in one command. No GPU has run it yet: about ten minutes are expected; on a CPU it is a rehearsal.
+"""What is to be known of a GPU, in ten minutes: each phase a process of its own under a time limit.
 
-    pip install --no-deps --target PEERS dictionary-learning==0.1.0 eai-sparsify==1.3.3 natsort simple-parsing docstring-parser schedulefree
-    python tests/bench/gpu.py [rates train profile stage1 ideas] [--peers PEERS] [--steps N] [--json FILE]
+    python tests/bench/gpu.py --out gpu.jsonl             on a GPU
+    python tests/bench/gpu.py --out gpu.jsonl --toy       toy sizes, on any machine: does it run at all
 
-rates    the GPU's own: a product in bfloat16, copying memory; choosing the highest of 65,536, and of the maxima of 8, which is what highest() does
-         on a CPU first
-train    steps of TopK and ReLU at d_in 2,304, three ways: sparse by the kernels, sparse by PyTorch's operations, dense; and the peers, under
-         bfloat16 autocast. `floor`: the products that no step can do without (TopK: the encoder's; ReLU, dense: five) at that rate, and the
-         bytes at that rate: 28 a parameter (Adam on fp32, a copy in bfloat16), and of TopK 8 k d_in a row (four gathers in bfloat16) and pre
-         once. `apart`: how far the reconstruction is from the dense one's, relative. Tables for RESULTS.md
-profile  where a TopK step's time goes
-stage1   tokens a second of Gemma-2-2B's shape up to layer 12, contexts of 128, random weights, without the writing
-ideas    all variants at 2,304 x 2,304 on rows with Gemma's statistics, N steps each: whether all is finite, L0 over the L0 wanted, and what
-         10 M tokens of each would take; with what is far off at the end
+Needs torch, transformers, safetensors, numpy, xxhash, filelock and tqdm; no datasets, sae_bench or network.
+Appends JSON lines to --out: one per figure, and one per phase with how it ended. Times in ms are medians.
 """
 import argparse
-import contextlib
-import gc
 import importlib
 import json
 import os
+import shutil
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TINY = DEVICE.type == "cpu"
-if TINY:
-    os.environ["TRITON_INTERPRET"] = "1"
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import transformers  # noqa: E402
-from test_full_size import like_gemma  # noqa: E402
-from toys import steps as take_steps  # noqa: E402
-from train import TRAINERS, rows  # noqa: E402
-
-import sae as base  # noqa: E402
-from sae import blocks_of, hook_point, load_variant, variant_names  # noqa: E402
-
-D_IN = 64 if TINY else 2304
-CASES = [(variant, activation, D_IN, 128 if TINY else d_sae, 4 if TINY else l0, 16 if TINY else batch, [])       # as in train.py
-         for variant, activation, d_sae, l0 in (("topk", "topk", 65_536, 20), ("topk", "topk", 65_536, 80), ("topk", "topk", 65_536, 320),
-                                                ("topk", "topk", 16_384, 80), ("baseline", "relu", 16_384, 64), ("baseline", "relu", 2_304, 64))
-         for batch in ((2_048,) if TINY else (2_048, 8_192))]
-WAYS = {"sparse, kernels": (1e9, True), "sparse, PyTorch": (1e9, False), "dense": (0.0, True)}      # SPARSE_BELOW, by_kernel
-SPARSE_BELOW, BY_KERNEL, CHOOSE = base.SPARSE_BELOW, base.by_kernel, base.kernels_pay               # sae.py's own choice
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+KINDS = ("relu", "topk", "batch_topk", "jumprelu")
 
 
-def wait():
-    if DEVICE.type == "cuda":
+def sync():
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def seconds(run, n, warm=3):
-    """Of one of n calls, after some to warm up."""
-    for _ in range(warm):
-        run()
-    wait()
+def median_ms(action, times=10, warm=3):
+    """Median wall time of action() in ms, and of the host's part of it, before the GPU is waited for."""
+    wall, host = [], []
+    for n in range(warm + times):
+        sync()
+        started = time.perf_counter()
+        action()
+        host.append(time.perf_counter() - started)
+        sync()
+        wall.append(time.perf_counter() - started)
+    return statistics.median(wall[warm:]) * 1e3, statistics.median(host[warm:]) * 1e3
+
+
+def launches(action):
+    """How many kernels (on a CPU: operators) one action() starts."""
+    cuda = torch.cuda.is_available()
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    with torch.profiler.profile(activities=kinds) as found:
+        action()
+        sync()
+    wanted = torch.profiler.DeviceType.CUDA if cuda else torch.profiler.DeviceType.CPU
+    return sum(event.device_type == wanted for event in found.events()), found
+
+
+class Bench:
+    """An SAE on random rows, and its training step."""
+
+    def __init__(self, device, variant="baseline", d_in=2304, d_sae=2304, batch=2048, path=None, **settings):
+        from sae import SAE, load_variant
+        if path:
+            SAE.path = property(lambda self: path)
+        self.train_step = importlib.import_module("02_train").train_step
+        self.x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(0)).to(device)
+        self.sae = load_variant(variant)(d_in, 1000, d_sae=d_sae, batch_size=batch, **settings).to(device)
+        self.opt = self.sae.make_optimizer()
+        self.sae.position = self.sae.shard = 0
+        self.sae.init_from_data(self.x)
+        self.at = 0
+
+    def step(self):
+        self.sae.step = self.at
+        self.at += 1
+        rows = self.sae.choose_batch(len(self.x), torch.Generator().manual_seed(self.at))
+        return self.train_step(self.sae, self.opt, self.x[rows])
+
+
+# ---- phases -----------------------------------------------------------------------------------------------
+
+
+def versions(say, device, toy):
+    import platform
+
+    import transformers
+    say(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        say(gpu=properties.name, memory_gb=properties.total_memory / 1e9)
+    size = 2 ** 20 if toy else 2 ** 28
+    for pinned in (False, True)[:1 + (device.type == "cuda")]:
+        host = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        wall, _ = median_ms(lambda: host.to(device, non_blocking=True).sum())
+        say(copy="pinned" if pinned else "pageable", gb_per_s=size / wall / 1e6)
+
+
+def steps(say, device, toy):
+    """The first steps on this device against the same in fp32 on the CPU."""
+    for activation in KINDS:
+        sizes = dict(d_in=64, d_sae=512, batch=256, activation=activation, l0=8.0)
+        losses = {}
+        for where in ("cpu", device):
+            bench = Bench(torch.device(where), **sizes)
+            losses[str(where)] = [float(sum(bench.step()[1].values())) for _ in range(20)]
+        cpu, there = torch.tensor(list(losses.values())[0]), torch.tensor(list(losses.values())[-1])
+        say(activation=activation, largest_relative_difference=float(((there - cpu) / cpu).abs().max()))
+
+
+def sizes(say, device, toy):
+    """Wall and host time, launches and memory of a TopK step."""
+    for d_sae, k in ((2304, 40), (16_384, 80), (65_536, 80)) if not toy else ((256, 4),):
+        d_in = 2304 if not toy else 64
+        bench = Bench(device, d_in=d_in, d_sae=d_sae, batch=2048 if not toy else 64, activation="topk", l0=float(k))
+        wall, host = median_ms(bench.step)
+        count, _ = launches(bench.step)
+        memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+        say(d_sae=d_sae, k=k, path=bench.sae.path, wall_ms=wall, host_ms=host, launches=count, memory_gb=memory,
+            rows_per_s=len(bench.x) / wall * 1e3)
+        del bench
+
+
+def profile(say, device, toy):
+    bench = Bench(device, **({} if not toy else dict(d_in=64, d_sae=256, batch=64)), activation="topk", l0=40.0 if not toy else 4.0)
+    bench.step()
+    _, found = launches(bench.step)
+    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    say(table=found.key_averages().table(sort_by=key, row_limit=25).splitlines())
+
+
+def stage2(say, device, toy):
+    """From disk: one run, nine runs, nine runs in four processes on one GPU."""
+    from toys import write_cache
+    here = Path(tempfile.mkdtemp())
+    rows, d_in = (400_000, 2304) if not toy else (6_000, 32)
+    write_cache(here / "acts" / "tiny", torch.randn(rows, d_in), rows_per_shard=65_536 if not toy else 2_000, val=1000)
+    variants = ["baseline", "topk", "batch_topk", "jumprelu", "gated", "matryoshka", "p_anneal", "ortsae", "fixed_ortho"]
+    small = ["--set", f"d_sae={2304 if not toy else 64}", f"l0={40 if not toy else 4}", f"batch_size={2048 if not toy else 256}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
+    for runs, start in ((variants[1:2], [sys.executable]), (variants, [sys.executable]), (variants, torchrun)):
+        shutil.rmtree(here / "runs", ignore_errors=True)
+        started = time.perf_counter()
+        done = subprocess.run([*start, str(ROOT / "02_train.py"), "--variant", *runs, "--seed", "0", *small], cwd=here,
+                              capture_output=True, text=True)
+        say(runs=len(runs), processes=4 if start is torchrun else 1, seconds=time.perf_counter() - started,
+            code=done.returncode, said=done.stderr[-300:] if done.returncode else "")
+    shutil.rmtree(here)
+
+
+def stage1(say, device, toy):
+    """Caching on a Gemma shape with random weights, to layer 12 of 13."""
+    import transformers
+    here = Path(tempfile.mkdtemp())
+    small = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                 head_dim=16, vocab_size=512)
+    gemma = dict(hidden_size=2304, intermediate_size=9216, num_hidden_layers=13, num_attention_heads=8,
+                 num_key_value_heads=4, head_dim=256, vocab_size=32_000)
+    config = transformers.Gemma2Config(**(small if toy else gemma))
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(here / "gemma")
+    letters = "abcdefghijklmnopqrstuvwxyz .\n"
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    vocabulary = {"<bos>": 0, "<eos>": 1, "<pad>": 2} | {c: i + 3 for i, c in enumerate(letters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>",
+                                         pad_token="<pad>").save_pretrained(here / "gemma")
+    draw = torch.randint(len(letters), (3_000_000 if not toy else 60_000,), generator=torch.Generator().manual_seed(0))
+    (here / "text.txt").write_text("".join(letters[i] for i in draw.tolist()))
     started = time.perf_counter()
-    for _ in range(n):
-        run()
-    wait()
-    return (time.perf_counter() - started) / n
+    tokens = 1_000_000 if not toy else 20_000
+    done = subprocess.run([sys.executable, str(ROOT / "01_cache_acts.py"), "--model", "gemma", "--layer", "12" if not toy else "1",
+                           "--data", "text.txt", "--ctx", "128", "--tokens", str(tokens)], cwd=here, capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    say(seconds=seconds, tokens_per_s=tokens / seconds, code=done.returncode, said=done.stderr[-300:] if done.returncode else "")
+    shutil.rmtree(here)
 
 
-def peak():
-    """Bytes that were allocated at most since the last call; 0 on a CPU."""
-    if DEVICE.type == "cpu":
-        return 0
-    most = torch.cuda.max_memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    return most
+def rule(say, device, toy):
+    """Sparse against dense at several k: where the rule of SAE.path should be."""
+    shapes = ((2304, 4096), (2304, 16_384), (2304, 65_536)) if not toy else ((64, 512),)
+    for d_in, d_sae in shapes:
+        for share in (0.002, 0.005, 0.009, 0.02):
+            times = {}
+            for path in ("sparse", "dense"):
+                bench = Bench(device, d_in=d_in, d_sae=d_sae, batch=2048 if not toy else 64, path=path,
+                              activation="topk", l0=float(max(1, round(share * d_sae))))
+                times[path], _ = median_ms(bench.step, times=5)
+                del bench
+            say(d_in=d_in, d_sae=d_sae, share=share, sparse_ms=times["sparse"], dense_ms=times["dense"],
+                sparse_over_dense=times["sparse"] / times["dense"])
 
 
-def free():
-    gc.collect()
-    if DEVICE.type == "cuda":
-        torch.cuda.empty_cache()
-    peak()
+def variants(say, device, toy):
+    """Sixty steps of every variant."""
+    from sae import variant_names
+    for name in variant_names() if not toy else variant_names()[:3]:
+        bench = Bench(device, name, d_in=128, d_sae=1024, batch=2048 if not toy else 256)
+        try:
+            wall, _ = median_ms(bench.step, times=57 if not toy else 3)
+            say(variant=name, wall_ms=wall, error=float(bench.step()[1]["recon"]))
+        except Exception as e:                             # told, and the others are measured
+            say(variant=name, failed=f"{type(e).__name__}: {e}")
 
 
-def rates():
-    """Operations a second of a product in bfloat16, bytes a second of a copy (reading and writing)."""
-    n = 256 if TINY else 8192
-    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    big = torch.randn(n * n, device=DEVICE)
-    into = torch.empty_like(big)
-    found = {"operations": 2 * n**3 / seconds(lambda: a @ b, 20), "bytes": 2 * big.nbytes / seconds(lambda: into.copy_(big), 20)}
-    print(f"product in bfloat16 {found['operations'] / 1e12:.0f} TFLOP/s, copy {found['bytes'] / 1e12:.2f} TB/s")
-    pre = torch.randn(2048, 1024 if TINY else 65_536, device=DEVICE, dtype=torch.bfloat16)
-    for k in (20, 80, 320):
-        ways = lambda: pre.topk(k, sorted=False), lambda: pre.unflatten(1, (8, -1)).amax(1).topk(min(k, pre.shape[1] // 8), sorted=False)
-        found[f"highest {k}"] = [seconds(way, 2 if TINY else 20) for way in ways]
-        print("the highest {} of {:,} in 2,048 rows: {:.2f} ms, of the maxima {:.2f} ms".format(k, pre.shape[1], *(1e3 * s for s in found[f"highest {k}"])))
-    return found
+def tests(say, device, toy):
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests" / "test_gpu.py")],
+                          capture_output=True, text=True)
+    say(code=done.returncode, said=done.stdout.splitlines()[-15:])
 
 
-def choose(way):
-    """Make sae.py go this way."""
-    base.SPARSE_BELOW, kernels = WAYS[way]
-    base.by_kernel, base.kernels_pay = lambda *tensors: kernels, lambda *size: True
+def peers(say, device, toy):
+    """The plain way: autograd through dense products, torch's Adam, as most public trainers do."""
+    from sae import unit
+    for d_sae, k in ((16_384, 80), (65_536, 80)) if not toy else ((512, 4),):
+        d_in, batch = (2304, 2048) if not toy else (64, 64)
+        x = torch.randn(batch, d_in, device=device)
+        W = unit(torch.randn(d_sae, d_in, device=device))
+        encoder, decoder = torch.nn.Parameter(W.T.clone()), torch.nn.Parameter(W.clone())
+        b = torch.nn.Parameter(torch.zeros(d_in, device=device))
+        opt = torch.optim.Adam([encoder, decoder, b], lr=3e-4)
 
-
-def train(rate, args):
-    """One line for each case and way."""
-    print("\n| case | l0 | batch | way | ms | tokens/s | of the floor | x our best | memory GB | apart |")
-    print("|---|---:|---:|---|---:|---:|---:|---:|---:|---:|")
-    x, results = rows(64 if TINY else 32_768, D_IN).to(DEVICE), []
-    for case in CASES:
-        variant, _, d_in, d_sae, l0, batch, _ = case
-        products, numbers = (1, 8 * l0 * d_in + 2 * d_sae) if variant == "topk" else (5, 0)
-        floor = products * 2 * batch * d_in * d_sae / rate["operations"] + (28 * 2 * d_in * d_sae + batch * numbers) / rate["bytes"]
-        found = {}
-        free()
-        choose("dense")
-        ours, x_hat = TRAINERS["ours"](case, x[:batch], 1000, 0), {}
-        for way in WAYS:                                                        # of the same weights; the steps below change them
-            choose(way)
-            with failing(found, way), torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
-                x_hat[way] = ours.sae.train()(x[:batch]).x_hat.float()
-        apart = {way: float((x_hat[way] - x_hat["dense"]).norm() / x_hat["dense"].norm()) for way in x_hat}
-        del x_hat
-        for way in apart:
-            choose(way)
-            with failing(found, way):
-                found[way] = {"apart": apart[way], **timed(ours, x, batch, args.steps)}
-        base.by_kernel = BY_KERNEL
-        pays = CHOOSE(DEVICE, min(2048, batch), d_in, d_sae, l0)
-        del ours
-        for name in ("saelens", "dictionary_learning", "sparsify") if args.peers else ():      # the second one hides packages from the first
-            if name != "sparsify" or variant == "topk":
-                free()
-                with failing(found, name):
-                    found[name] = timed(TRAINERS[name](case, x[:batch], 1000, 0), x, batch, args.steps)
-        best = min(r["seconds"] for way, r in found.items() if way in WAYS and "seconds" in r)
-        for way, r in found.items():
-            row = r["failed"] if "failed" in r else (
-                f"{r['seconds'] * 1e3:.2f} | {batch / r['seconds']:,.0f} | {floor / r['seconds']:.0%} | {r['seconds'] / best:.2f} | "
-                f"{r['memory'] / 1e9:.1f} | {r.get('apart', 0):.4f}")
-            print(f"| {variant} {d_in:,} x {d_sae:,} | {l0} | {batch:,} | {way} | {row} |", flush=True)
-        results.append({"case": case[:6], "floor": floor, "chosen": "sparse" if pays else "dense", **found})
-    return results
-
-
-def timed(trainer, x, batch, n):
-    """Seconds a step, the first three not counted, and the memory at its most."""
-    at = iter(range(10**9))
-    def step():
-        i = next(at)
-        first = i % (len(x) // batch) * batch
-        with contextlib.nullcontext() if isinstance(trainer, TRAINERS["ours"]) else torch.autocast(DEVICE.type, torch.bfloat16):
-            trainer.step(i, x[first:first + batch])
-    peak()
-    return {"seconds": seconds(step, n), "memory": peak()}
-
-
-@contextlib.contextmanager
-def failing(found, name):
-    """What fails is a line of the table: the rest of a rented GPU's minutes is still used."""
-    try:
-        yield
-    except Exception as e:
-        found[name] = {"failed": f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"}
-
-
-def profile():
-    """The costliest operations of five TopK steps."""
-    case = CASES[len(CASES) // 6]
-    x = rows(4 * case[5], D_IN).to(DEVICE)
-    choose("sparse, kernels")
-    ours = TRAINERS["ours"](case, x[:case[5]], 1000, 0)
-    timed(ours, x, case[5], 3)
-    with torch.profiler.profile() as p:
-        timed(ours, x, case[5], 2)                                              # and three to warm up
-    print(f"\nTopK {case[2]:,} x {case[3]:,}, k {case[4]}, batch {case[5]:,}, five steps, sparse by kernels")
-    print(p.key_averages().table(sort_by=f"self_{DEVICE.type}_time_total", row_limit=25, max_name_column_width=70))
-
-
-@torch.no_grad()
-def stage1():
-    """Tokens a second. 13 of Gemma-2-2B's 26 layers are built: no later one is reached."""
-    cache_py = importlib.import_module("01_cache_acts")
-    tiny = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32, intermediate_size=128, vocab_size=256) if TINY else {}
-    config = transformers.Gemma2Config(num_hidden_layers=13, attn_implementation="eager", **tiny)
-    with DEVICE:
-        model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16).eval()
-    found = {}
-    for batch in (2,) if TINY else (32, 128):
-        source = cache_py.LanguageModel.__new__(cache_py.LanguageModel)         # its reading of text is not measured
-        source.model, source.device, source.dtype, source.batch = model, DEVICE, "bfloat16", batch
-        source.points = [hook_point(block, "resid_post", "bench") for block in blocks_of(model, 13, "bench")]
-        tokens = torch.randint(config.vocab_size, (batch, 128))
-        found[batch] = tokens.numel() / seconds(lambda: source.activations(tokens, [12]), 2 if TINY else 20)
-        print(f"Gemma-2-2B's shape to layer 12, {batch} contexts of 128: {found[batch]:,.0f} tokens/s", flush=True)
-    return found
-
-
-def ideas(n):
-    """Every variant, n steps."""
-    base.SPARSE_BELOW, base.by_kernel, base.kernels_pay = SPARSE_BELOW, BY_KERNEL, CHOOSE
-    batch, found = 64 if TINY else 2048, {}
-    x = like_gemma(256 if TINY else 40_960)
-    x = (x * x.shape[1] ** 0.5 / x.norm(dim=1).mean()).to(DEVICE)
-    held_out, x = x[:batch], x[batch:]
-    size = dict(d_sae=64, l0=4.0) if TINY else dict(d_sae=2304, l0=64.0, lr=1e-3)
-    for name in variant_names():
-        free()
-        with failing(found, name):
-            sae = load_variant(name)(x.shape[1], n, 0, batch_size=batch, **size).to(DEVICE)
-            opt = sae.make_optimizer()
-            sae.init_from_data(x[:8192])
-            take_steps(sae, opt, x, stop=n // 5)
-            wait()
-            started = time.perf_counter()
-            take_steps(sae, opt, x, start=n // 5)
-            wait()
-            per_step = (time.perf_counter() - started) / (n - n // 5)
-            sae.step = n
+        def plain():
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                pre = ((x - b) @ encoder).relu()
+                top = pre.topk(k, sorted=False)
+                acts = torch.zeros_like(pre).scatter(-1, top.indices, top.values)
+                loss = (acts @ decoder + b - x).pow(2).mean()
+            opt.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([encoder, decoder, b], 1.0)
+            opt.step()
             with torch.no_grad():
-                out = sae.eval()(held_out)
-                ev = 1 - (held_out - out.x_hat).square().sum() / (held_out - held_out.mean(0)).square().sum()
-            found[name] = {"finite": all(bool(v.isfinite().all()) for v in sae.state_dict().values()), "explained_variance": float(ev),
-                           "l0": float((out.acts > 0).sum(1).float().mean()) / size["l0"],
-                           "ms": per_step * 1e3, "memory": peak(), "of 10 M tokens": per_step * 10e6 / 2048}
-            print(f"{name:22} {per_step * 1e3:8.2f} ms  L0 {found[name]['l0']:5.2f} x  explained variance {float(ev):6.3f}"
-                  + ("" if found[name]["finite"] else "  NOT FINITE"), flush=True)
-        if "failed" in found[name]:
-            print(f"{name:22} FAILED: {found[name]['failed']}", flush=True)
-    well = {k: r for k, r in found.items() if r.get("finite")}
-    off = [f"{k} {r['l0']:.2f}" for k, r in well.items() if abs(r["l0"] - 1) >= 0.1]
-    print(f"\n{len(well)} of {len(found)} variants finite, {len(well) - len(off)} with L0 within 10 %, off: {', '.join(off) or 'none'}\n"
-          f"10 M tokens of each, one after the other, as {n} steps take it: {sum(r['of 10 M tokens'] for r in well.values()) / 60:.1f} minutes")
-    return found
+                decoder.copy_(unit(decoder))
+
+        ours = Bench(device, d_in=d_in, d_sae=d_sae, batch=batch, activation="topk", l0=float(k))
+        theirs_ms, ours_ms = median_ms(plain, times=5)[0], median_ms(ours.step, times=5)[0]
+        say(d_sae=d_sae, k=k, plain_ms=theirs_ms, ours_ms=ours_ms, plain_over_ours=theirs_ms / ours_ms)
+
+
+PHASES = {versions: 25, steps: 45, sizes: 80, profile: 30, stage2: 75, stage1: 45, rule: 60, variants: 90,
+          tests: 60, peers: 70}
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("parts", nargs="*", help="default: all")
-    p.add_argument("--peers", help="folder with the peers' packages; without it only ours is measured")
-    p.add_argument("--steps", type=int, default=2 if TINY else 20, help="timed, of each case and way (default: %(default)s)")
-    p.add_argument("--idea-steps", type=int, default=10 if TINY else 300, help="of each variant (default: %(default)s)")
-    p.add_argument("--json", help="write all figures here")
+    p.add_argument("--out", default="gpu.jsonl")
+    p.add_argument("--toy", action="store_true")
+    p.add_argument("--phase", choices=[phase.__name__ for phase in PHASES])
     args = p.parse_args()
-    if args.peers:
-        sys.path.append(args.peers)
-    torch.set_float32_matmul_precision("high")                                  # as 02_train.py
-    wanted, results = args.parts or ["rates", "train", "profile", "stage1", "ideas"], {}
-    print(f"{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU, tiny: no figure here means anything'}, torch {torch.__version__}")
-    rate = results["rates"] = rates()
-    run = {"rates": lambda: rate, "train": lambda: train(rate, args), "profile": profile, "stage1": stage1, "ideas": lambda: ideas(args.idea_steps)}
-    for part in wanted:
-        results[part] = run[part]()
-        if args.json:
-            Path(args.json).write_text(json.dumps(results, indent=1))
+
+    def say(**found):
+        line = json.dumps({"phase": args.phase, **found})
+        print(line[:300], flush=True)
+        with open(args.out, "a") as f:
+            f.write(line + "\n")
+
+    if args.phase:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        globals()[args.phase](say, device, args.toy)
+        return
+    for phase, seconds in PHASES.items():
+        args.phase = phase.__name__
+        command = [sys.executable, __file__, "--phase", args.phase, "--out", os.path.abspath(args.out)]
+        started = time.perf_counter()
+        try:
+            code = subprocess.run(command + ["--toy"] * args.toy, timeout=seconds * (10 if args.toy else 1)).returncode
+        except subprocess.TimeoutExpired:
+            code = "out of time"
+        say(ended=code, seconds=time.perf_counter() - started)
 
 
 if __name__ == "__main__":
