@@ -142,7 +142,7 @@ def gini(values):
     """Gini index of non-negative values [n]: 0 all alike, near 1 one has all."""
     values = values.sort().values
     n = len(values)
-    rank = torch.arange(1, n + 1)
+    rank = torch.arange(1.0, n + 1)
     return float((2 * rank - n - 1) @ values / (n * values.sum()))
 
 
