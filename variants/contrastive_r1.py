@@ -1,14 +1,14 @@
-"""contrastive_r1 = baseline + decoder directions of used latents that are closer than tau are pushed apart (JL, EMA use).
+"""contrastive_r1 = baseline + used decoder rows closer than tau are pushed apart (JL, EMA use).
 
-    contrast = mean over used latents i of  sum over near j of  v_i v_j relu(|cos(d_i, d_j)| - tau)^2
+    contrast = mean over used i of  sum over near j of  v_i v_j relu(|cos(d_i, d_j)| - tau)^2
     v = sqrt(rate / mean rate), the moving average of how often a latent fires
 
 Why: two much used latents of nearly the same direction share what one should say alone. A
-Johnson-Lindenstrauss projection finds the `con_nearest` others near each of the most used latents; how near
-they are is computed exactly, since the projection's cosines are off by sqrt(1 / jl_dim - 1 / d_in)
-(`jl_error` in the log). Each step has its own projection, so that no near pair is missed for good.
-The note's own form, con_rule=note, believes the projection and takes the mean over all pairs of
-rate_i rate_j relu(|cos(d_i P, d_j P)| - tau)^2, which is too small to act.
+Johnson-Lindenstrauss projection finds the `con_nearest` others near each of the most used
+latents; how near they are is computed exactly, since the projection's cosines are off by sqrt(1 /
+jl_dim - 1 / d_in) (`jl_error` in the log). Each step has its own projection, so that no near pair
+is missed for good. The note's own form, con_rule=note, believes the projection and takes the mean
+over all pairs of rate_i rate_j relu(|cos(d_i P, d_j P)| - tau)^2, which is too small to act.
 """
 import torch
 

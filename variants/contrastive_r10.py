@@ -1,12 +1,12 @@
-"""contrastive_r10 = revive + prune + contrastive_r9, decoder rows orthonormal in blocks, activations decorrelated (hard orthogonality).
+"""contrastive_r10 = revive + prune + contrastive_r9 + orthonormal decoder blocks, decorrelation.
 
     decorrelation = contrastive_r4's diversity of the activations less their means
 
-Why: what penalties only ask for is enforced. If d_sae <= d_in all decoder rows are orthonormal; else no more
-than d_in can be, and each block of hard_block neighbouring latents is. They start from a QR decomposition;
-gradients are projected on the tangent space; after each step three Newton-Schulz iterations bring the rows
-back to the nearest orthonormal ones. A latent that restarts takes what is left of its direction beside its
-block.
+Why: what penalties only ask for is enforced. If d_sae <= d_in all decoder rows are orthonormal;
+else no more than d_in can be, and each block of hard_block neighbouring latents is. They start
+from a QR decomposition; gradients are projected on the tangent space; after each step three
+Newton-Schulz iterations bring the rows back to the nearest orthonormal ones. A latent that
+restarts takes what is left of its direction beside its block.
 """
 import math
 
@@ -22,11 +22,12 @@ class Variant(Revive, Prune, Base):
     hard_block = 16           # rows that are orthonormal to each other if d_sae > d_in; 0: none
     decorrelation_weight = 0.03
     off = {"hard_block": 0, "decorrelation_weight": 0.0, "prune_every": 0.0, "revive_every": 0.0}
-    counts = ("revived", "pruned", "diversity")   # latents in use, by the entropy of their rates, as a share
+    counts = ("revived", "pruned", "diversity")   # share of the latents in use, by entropy
 
     def build(self):
         super().build()
-        self.block = self.d_sae if self.d_sae <= self.d_in else math.gcd(self.hard_block, self.d_sae)
+        fits = self.d_sae <= self.d_in
+        self.block = self.d_sae if fits else math.gcd(self.hard_block, self.d_sae)
         if self.hard_block:
             self.orthonormalise(torch.zeros(self.d_sae, dtype=torch.bool))
             self.W_enc.data = self.W_dec.detach().clone().T
@@ -36,7 +37,7 @@ class Variant(Revive, Prune, Base):
 
     @torch.no_grad()
     def orthonormalise(self, fresh):
-        """Gram-Schmidt on the decoder rows of each block, those of the mask `fresh` last: the others stay."""
+        """Gram-Schmidt on each block's decoder rows, the mask `fresh` last: the others stay."""
         order = fresh.view(-1, self.block).int().argsort(dim=1, stable=True)
         order = order[..., None].expand(-1, -1, self.d_in)
         Q, R = torch.linalg.qr(self.blocks(self.W_dec).gather(1, order).mT)
@@ -63,7 +64,7 @@ class Variant(Revive, Prune, Base):
         if self.hard_block:
             W, G = self.blocks(self.W_dec), self.blocks(self.W_dec.grad)
             across = G @ W.mT
-            G -= (across + across.mT) / 2 @ W                  # what would leave the orthonormal frames
+            G -= (across + across.mT) / 2 @ W          # what would leave the orthonormal frames
         super().before_step(opt)
 
     @torch.no_grad()
@@ -71,7 +72,7 @@ class Variant(Revive, Prune, Base):
         super().after_step(opt, out)
         if self.hard_block:
             W = self.blocks(self.W_dec)
-            for _ in range(3):                                 # each squares the distance from orthonormal
+            for _ in range(3):                         # each squares the distance from orthonormal
                 W.copy_(1.5 * W - 0.5 * (W @ W.mT) @ W)
         p = self.rate / self.rate.sum().clamp_min(1e-12)
         self.stats["diversity"] = torch.special.entr(p).sum().exp() / self.d_sae

@@ -1,9 +1,11 @@
-"""contrastive_r3 = latent_l1 on contrastive_r2 + a latent's weight lambda follows its use, within bounds that shrink (lambda bounds).
+"""contrastive_r3 = latent_l1 on contrastive_r2 + L1 weights follow use, within bounds that shrink.
 
-    lambda_i = rate_i / (2 mean rate), within low .. high, which go from (0.02, 1) to (0.01, 0.5) over the run
+    lambda_i = rate_i / (2 mean rate), within low .. high
+    (low, high) goes from (0.02, 1) to (0.01, 0.5) over the run
 
-Why: a rare latent pays less for firing than a much used one, so that the work is shared. The note's run
-itself had one weight for all that falls from 0.5 to 0.01; the controller of L0 undoes what is common to all.
+Why: a rare latent pays less for firing than a much used one, so that the work is shared. The
+note's run itself had one weight for all that falls from 0.5 to 0.01; the controller of L0 undoes
+what is common to all.
 """
 from variants.contrastive_r2 import Variant as Base
 from variants.latent_l1 import Variant as LatentL1

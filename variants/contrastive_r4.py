@@ -1,12 +1,12 @@
-"""contrastive_r4 = contrastive_r3 + latents that are active on the same rows are penalised, more and more (diversity loss).
+"""contrastive_r4 = contrastive_r3 + latents active on the same rows are penalised (diversity loss).
 
     diversity = mean over used latents i of  sum over j != i of  c_ij c'_ij
     c, c' = cosines of the columns of acts in two halves of the batch
 
-Why: two latents that always fire together are one. What fires together by chance in one half of the batch
-does not in the other, so it cancels. The note's own form, div_product=batch, squares the whole batch's
-cosines: chance alone adds 1 / rows to every pair, a pressure on all latents to fall silent.
-A parent and its child fire together too: the penalty pays for absorption.
+Why: two latents that always fire together are one. What fires together by chance in one half of
+the batch does not in the other, so it cancels. The note's own form, div_product=batch, squares
+the whole batch's cosines: chance alone adds 1 / rows to every pair, a pressure on all latents to
+fall silent. A parent and its child fire together too: the penalty pays for absorption.
 """
 import torch
 
@@ -15,14 +15,14 @@ from variants.contrastive_r3 import Variant as Base
 
 
 class Variant(Base):
-    diversity_weight = 0.1    # reached over the first half of the run, so that L0 can settle after it
+    diversity_weight = 0.1    # reached over the first half of the run: L0 can settle after it
     div_latents = 512         # the most used that are compared
     div_product = choice("halves", "batch")
     off = {"diversity_weight": 0.0}
     counts = ("together",)                # mean cosine of the used latents' activations
 
     def overlap(self, acts, latents):
-        """Squared cosines between the columns of acts of `latents` [n], 0 on the diagonal [n, n]."""
+        """Squared cosines between the columns of acts of `latents`, 0 on the diagonal [n, n]."""
         others = 1 - torch.eye(len(latents), device=acts.device)
         first, second = (acts[::2], acts[1::2]) if self.div_product == "halves" else (acts, acts)
         first = self.column_cosines(first, latents) * others

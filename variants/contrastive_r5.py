@@ -1,10 +1,11 @@
-"""contrastive_r5 = contrastive_r4 + encoder directions of latents that fire together are orthogonalised in the forward pass (Gram-Schmidt).
+"""contrastive_r5 = contrastive_r4 + Gram-Schmidt on encoder columns that fire together.
 
-Why: latents that fire together and listen in the same direction can't tell their features apart. The most
-used latents are put into blocks that fire together. Inside a block Gram-Schmidt takes from each encoder
-column what the columns before it, the more used ones, listen to; its length is kept. The note orthogonalises
-the activations of a batch, which would make a row's encoding depend on the rows beside it: no switch for
-that. Computed by the Cholesky factor of each block's Gram matrix, which gives the same at once.
+Why: latents that fire together and listen in the same direction can't tell their features apart.
+The most used latents are put into blocks that fire together. Inside a block Gram-Schmidt takes
+from each encoder column what the columns before it, the more used ones, listen to; its length is
+kept. The note orthogonalises the activations of a batch, which would make a row's encoding depend
+on the rows beside it: no switch for that. Computed by the Cholesky factor of each block's Gram
+matrix, which gives the same at once.
 """
 import torch
 
@@ -13,11 +14,11 @@ from variants.contrastive_r4 import Variant as Base
 
 
 class Variant(Base):
-    gs_strength = 1.0         # share of the way to orthogonal, reached over the first fifth of the run
+    gs_strength = 1.0         # share of the way to orthogonal, reached over a fifth of the run
     gs_block = 8              # latents that are orthogonalised together
     gs_latents = 2048         # the most used that are put into blocks
-    gs_every = 0.1            # fraction of the run after which blocks are formed anew, in its first half
-    gs_eps = 0.01             # on the Gram diagonal: of two equal columns the second fades, not noise
+    gs_every = 0.1            # fraction of the run; blocks are formed anew, in its first half
+    gs_eps = 0.01             # on the Gram diagonal: of two equal columns the second fades
     off = {"gs_strength": 0.0}
     counts = ("gs_overlap",)              # mean |cosine| inside blocks that Gram-Schmidt takes out
 
@@ -47,7 +48,7 @@ class Variant(Base):
 
     @torch.no_grad()
     def form_blocks(self, acts):
-        """Each block: the most used latent that is still free, and the free ones that fire most with it."""
+        """Each block: the most used free latent, and the free ones that fire most with it."""
         latents = self.firing(acts).topk(len(self.gs_order)).indices
         together = self.column_cosines(acts, latents).fill_diagonal_(2)
         free = torch.ones_like(latents, dtype=torch.bool)

@@ -1,7 +1,8 @@
 """contrastive_r6 = grad_balance + contrastive_r5 (gradient balancing).
 
-A latent that fires often settles early and a rare one hardly moves; the penalties so far act on the often
-used ones. What is balanced, and how, is in grad_balance; the note's own form is balance_of=gradient.
+A latent that fires often settles early and a rare one hardly moves; the penalties so far act on
+the often used ones. What is balanced, and how, is in grad_balance; the note's own form is
+balance_of=gradient.
 """
 from variants.contrastive_r5 import Variant as Base
 from variants.grad_balance import Variant as GradBalance

@@ -1,14 +1,15 @@
-"""contrastive_r7 = contrastive_r6 + latents form groups, of which a row uses the strongest few (hierarchical group sparsity).
+"""contrastive_r7 = contrastive_r6 + latents in groups, of which a row uses few (group sparsity).
 
     score of group g on a row = sum over its latents of relu(pre)^2 / the group's usual energy
     group_lasso = mean over rows of  sum_g |acts_g| / sqrt(d_in)
     group_cosine = mean over pairs of groups of the cosine of their |acts_g| over the batch
 
-Only the groups of the highest scores may fire: all at first, `group_share` of them from a fifth of the run
-on. Groups are neighbours by index, so at the start they mean nothing; the mask makes what fires together
-gather in one group. Both penalties are scaled with the sparsity weight, so that the controller of L0 can
-take them back. The note normalises each group's activations in the forward pass: group_norm=forward gives
-them the same length on every row, one learned length per group, which loses how strongly a group fires.
+Only the groups of the highest scores may fire: all at first, `group_share` of them from a fifth
+of the run on. Groups are neighbours by index, so at the start they mean nothing; the mask makes
+what fires together gather in one group. Both penalties are scaled with the sparsity weight, so
+that the controller of L0 can take them back. The note normalises each group's activations in the
+forward pass: group_norm=forward gives them the same length on every row, one learned length per
+group, which loses how strongly a group fires.
 """
 import torch
 from torch import nn
@@ -22,8 +23,8 @@ class Variant(Base):
     n_groups = 16             # of neighbouring latents
     group_share = 0.25        # of the groups, that a row may use; 1: no mask
     group_norm = choice("score", "forward")       # what is normalised
-    group_lasso_weight = 0.0075
-    group_cosine_weight = 0.03                    # reached over the first half of the run
+    group_lasso_weight = 0.05
+    group_cosine_weight = 0.2                     # reached over the first half of the run
     off = {"group_share": 1.0, "group_lasso_weight": 0.0, "group_cosine_weight": 0.0}
     counts = ("groups_per_row", "top_group_share")
 
@@ -36,9 +37,11 @@ class Variant(Base):
     def build(self):
         super().build()
         group = torch.arange(self.d_sae) * self.n_groups // self.d_sae
-        self.register_buffer("in_group", F.one_hot(group, self.n_groups).float())      # [d_sae, n_groups]
-        self.register_buffer("group_energy", torch.ones(self.n_groups))                # moving average
-        self.group_length = nn.Parameter(torch.full((self.n_groups,), self.d_in ** 0.5 / self.n_groups))
+        in_group = F.one_hot(group, self.n_groups).float()
+        self.register_buffer("in_group", in_group)                         # [d_sae, n_groups]
+        self.register_buffer("group_energy", torch.ones(self.n_groups))    # moving average
+        length = torch.full((self.n_groups,), self.d_in ** 0.5 / self.n_groups)
+        self.group_length = nn.Parameter(length)                           # group_norm=forward
 
     def usable_groups(self):
         """How many groups a row may use now."""

@@ -1,12 +1,13 @@
-"""contrastive_r8 = latent_lr + contrastive_r7, a learning rate per group, rows of large error drawn more often (adaptive rates).
+"""contrastive_r8 = latent_lr + contrastive_r7 + rates per group, bad rows drawn more often.
 
-    factor of a group's latents on their moves = (mean energy / the group's energy) ^ latent_lr_power
+    factor on the moves of a group's latents = (mean energy / its energy) ^ latent_lr_power
     chance of a row = (1 - sample_strength) / n + sample_strength * its error / the sum of errors
-    weight of a drawn row = 1 / (n * its chance), so that the mean error of the data is what is minimised
+    weight of a drawn row = 1 / (n * its chance): the mean error of the data is minimised
 
-Why: groups that carry little learn faster, and rows that are reconstructed badly are looked at more often.
-The error of each row of the shard in memory is remembered until the next shard comes; an unseen row counts
-as the mean. Because it draws its own batches its differences to other runs are not paired.
+Why: groups that carry little learn faster, and rows that are reconstructed badly are looked at
+more often. The error of each row of the shard in memory is remembered until the next shard comes;
+an unseen row counts as the mean. Because it draws its own batches its differences to other runs
+are not paired.
 """
 import torch
 from torch.nn import functional as F
@@ -18,7 +19,7 @@ from variants.latent_lr import Variant as LatentLR
 class Variant(LatentLR, Base):
     sample_strength = 0.5     # share of a batch that is drawn by the rows' errors
     sample_unbias = 1.0       # exponent of the weights; 0: badly reconstructed rows count more
-    sample_rows = 65_536      # of a shard, whose errors are remembered; further ones count as the mean
+    sample_rows = 65_536      # of a shard, whose errors are remembered; others count as the mean
     sample_momentum = 0.5     # of a row's remembered error
     paired = False
     off = {"latent_lr_low": 1.0, "latent_lr_high": 1.0, "sample_strength": 0.0}
@@ -26,12 +27,13 @@ class Variant(LatentLR, Base):
 
     def build(self):
         super().build()
-        self.register_buffer("row_error", torch.zeros(self.sample_rows))   # of a shard's rows; 0: unseen
-        self.register_buffer("row_shard", torch.tensor(-1))                # which shard
-        self.register_buffer("l0_ratio", torch.ones(()))                   # of the rows as drawn, over the data
+        self.register_buffer("row_error", torch.zeros(self.sample_rows))   # 0: unseen
+        self.register_buffer("row_shard", torch.tensor(-1))                # whose errors they are
+        self.register_buffer("l0_ratio", torch.ones(()))                   # L0 as drawn over the data's
 
     def move_scale(self):
-        return self.in_group @ (self.group_energy.mean() / self.group_energy) ** self.latent_lr_power
+        energy = self.group_energy
+        return self.in_group @ (energy.mean() / energy) ** self.latent_lr_power
 
     @torch.no_grad()
     def choose_batch(self, n_rows, rng):
@@ -45,7 +47,8 @@ class Variant(LatentLR, Base):
         usual = error.sum() / seen.sum().clamp_min(1)
         error = torch.where(seen, error, usual) + 1e-12
         chance = (1 - self.sample_strength) / n_rows + self.sample_strength * error / error.sum()
-        rows = chance.multinomial(self.batch_size, replacement=True, generator=self.generator("rows"))
+        g = self.generator("rows")
+        rows = chance.multinomial(self.batch_size, replacement=True, generator=g)
         self.rows, self.row_weight = rows, 1 / (n_rows * chance[rows])
         self.stats["rows_known"] = seen.float().mean()
         self.stats["drawn_error"] = error[rows].mean() / error.mean()

@@ -1,13 +1,14 @@
-"""contrastive_r9 = contrastive_r8 + neighbouring latents compete for each row, losers fade and fall silent (winner-take-all).
+"""contrastive_r9 = contrastive_r8 + neighbouring latents compete, losers fade (winner-take-all).
 
-    score_i = relu(pre_i) * 2 sigmoid(gate_i),   best_i = the highest score within `radius` of latent i
+    score_i = relu(pre_i) * 2 sigmoid(gate_i),   best_i = the highest score within radius of i
     pre_i is multiplied by  factor_i = exp(wta_strength (score_i / best_i - 1) / temperature)
     and set to 0 if factor_i < wta_silent
     competition = mean over rows of  sum_i acts_i (sum of acts within `radius` of i) / d_in
 
-Why: latents that win alone have to differ. A winner keeps its value; a loser's gradient shrinks as much as
-its value does. The temperature falls geometrically over the first fifth of the run, so that hardly anyone
-loses at first and L0 can settle afterwards. The gates are learned and start at a factor of 1.
+Why: latents that win alone have to differ. A winner keeps its value; a loser's gradient shrinks
+as much as its value does. The temperature falls geometrically over the first fifth of the run, so
+that hardly anyone loses at first and L0 can settle afterwards. The gates are learned and start at
+a factor of 1.
 """
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from variants.contrastive_r8 import Variant as Base
 
 class Variant(Base):
     wta_strength = 1.0        # of the inhibition; 0: none
-    wta_radius = 0            # latents on either side that one competes with; 0: room for 4 winners per l0
+    wta_radius = 0            # latents on either side; 0: so many that there is room for 4 l0 winners
     wta_gated = True          # scores have a learned gate
     wta_hot = 1.0             # temperature at the start ...
     wta_cold = 0.2            # ... and from a fifth of the run on
@@ -44,7 +45,7 @@ class Variant(Base):
         if self.wta_gated:
             score = score * 2 * torch.sigmoid(self.gate)
         best = F.max_pool1d(score[:, None], 2 * self.radius + 1, 1, self.radius)[:, 0]
-        lag = score / best.clamp_min(1e-6) - 1                 # 0 for a winner, -1 for a silent latent
+        lag = score / best.clamp_min(1e-6) - 1         # 0 for a winner, -1 for a silent latent
         factor = (self.wta_strength * lag / self.temperature()).exp()
         silent = factor < self.wta_silent
         self.stats["silenced"] = (silent & (pre > 0)).sum() / len(x)

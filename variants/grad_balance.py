@@ -1,11 +1,12 @@
-"""grad_balance = baseline + the moves of all latents are brought to one length (gradient balancing).
+"""grad_balance = baseline + all latents move by one length (gradient balancing).
 
-    W after the step = W before + (mean length / own length) ^ balance_strength * the optimizer's move
+    W after the step = W before + (mean length / own length) ^ balance_strength * Adam's move
 
-for each latent's encoder column and decoder row. Why: a latent that fires often gets large gradients and
-settles early, a rare one hardly moves. Adam divides the scale of a gradient out again, so it is the move
-that is balanced, inside the optimizer's step: a variant that scales moves on purpose does so afterwards.
-The note's own form scales the gradients' rows, before Adam: balance_of=gradient.
+for each latent's encoder column and decoder row. Why: a latent that fires often gets large
+gradients and settles early, a rare one hardly moves. Adam divides the scale of a gradient out
+again, so it is the move that is balanced, inside the optimizer's step: a variant that scales
+moves on purpose does so afterwards. The note's own form scales the gradients' rows, before Adam:
+balance_of=gradient.
 """
 import torch
 

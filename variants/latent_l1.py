@@ -1,10 +1,12 @@
-"""latent_l1 = baseline + each latent has its own weight in the sparsity penalty, higher the more often it fires.
+"""latent_l1 = baseline + a sparsity weight per latent, higher the more often it fires.
 
-    sparsity = mean over rows of  sum_i w_i acts_i / sqrt(d_in),   w_i = (rate_i / mean rate) ^ latent_l1_power
+    sparsity = mean over rows of  sum_i w_i acts_i / sqrt(d_in)
+    w_i = (rate_i / mean rate) ^ latent_l1_power
 
-Why: under one weight for all a few latents do most of the firing. Here the work is shared, at the same L0.
-JumpReLU counts latents instead of acts. TopK kinds have no sparsity penalty; there `latent_l1` is the same
-sum with w_i less the mean weight: the frequent latents pay the rare ones for their acts.
+Why: under one weight for all a few latents do most of the firing. Here the work is shared, at the
+same L0. JumpReLU counts latents instead of acts. TopK kinds have no sparsity penalty; there
+`latent_l1` is the same sum with w_i less the mean weight: the frequent latents pay the rare ones
+for their acts.
 """
 from sae import SAE, Step
 

@@ -3,8 +3,8 @@
     weights after the step = weights before + factor * Adam's move
     factor = (mean rate / own rate) ^ latent_lr_power, within latent_lr_low .. latent_lr_high
 
-for a latent's encoder column, decoder row and bias. Scaling its gradient would do nothing: Adam divides
-the scale out again.
+for a latent's encoder column, decoder row and bias. Scaling its gradient would do nothing: Adam
+divides the scale out again.
 """
 import torch
 

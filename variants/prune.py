@@ -1,8 +1,9 @@
-"""prune = baseline + of two latents with near-parallel decoders the rarer restarts (correlation-based pruning).
+"""prune = baseline + of two latents with near-parallel decoders the rarer restarts.
 
-Near-parallel: a cosine of the decoder rows above prune_threshold; antiparallel latents are no doubles. Why:
-doubles waste latents and split a feature's firing. The pruned latent restarts in a random direction that is
-orthogonal to the survivors nearest to it, firing at the wanted rate, its optimizer moments cleared.
+Near-parallel: a cosine of the decoder rows above prune_threshold; antiparallel latents are no
+doubles. Why: doubles waste latents and split a feature's firing. The pruned latent restarts in a
+random direction that is orthogonal to the survivors nearest to it, firing at the wanted rate, its
+optimizer moments cleared.
 """
 import torch
 
@@ -25,7 +26,7 @@ class Variant(SAE):
         return torch.zeros_like(self.rate, dtype=torch.bool)
 
     def fresh_directions(self, survivors, n):
-        """n random directions [n, d_in], each orthogonal to the survivors [m, d_in] nearest to it."""
+        """n random directions [n, d_in], each orthogonal to its nearest survivors [m, d_in]."""
         g = self.generator("prune")
         fresh = unit(torch.randn(n, self.d_in, generator=g, device=survivors.device))
         near = min(self.prune_near, self.d_in // 2, len(survivors))
