@@ -29,7 +29,7 @@ class Variant(LatentLR, Base):
         super().build()
         self.register_buffer("row_error", torch.zeros(self.sample_rows))   # 0: unseen
         self.register_buffer("row_shard", torch.tensor(-1))                # whose errors they are
-        self.register_buffer("l0_ratio", torch.ones(()))                   # L0 as drawn over the data's
+        self.register_buffer("l0_ratio", torch.ones(()))               # L0 as drawn, over the data
 
     def move_scale(self):
         energy = self.group_energy
