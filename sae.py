@@ -1,15 +1,16 @@
-"""The base sparse autoencoder (SAE), every method that a variant may override, and the files between the scripts.
+"""The base sparse autoencoder (SAE), every method that a variant may override, and the files
+between the scripts.
 
     pre   = (x - b_dec) W_enc + b_enc        pre-activations of a batch of rows x      [B, d_sae]
     acts  = activation(pre)                  latent activations, sparse and >= 0       [B, d_sae]
     x_hat = acts W_dec + b_dec               reconstruction; rows of W_dec are unit    [B, d_in]
 
-Units: x = (activation - mean) * scale, so that E||x|| = sqrt(d_in). The reconstruction error is a mean
-over d_in, so an error of 1 is about the size of the data. `encode` and `reconstruct` take and give raw
-activations.
+Units: x = (activation - mean) * scale, so that E||x|| = sqrt(d_in). The reconstruction error is a
+mean over d_in, so an error of 1 is about the size of the data. `encode` and `reconstruct` take and
+give raw activations.
 
-A variant is a subclass in variants/NAME.py that overrides the method its idea is about. A public class
-attribute is a setting, changed by --set name=value.
+A variant is a subclass in variants/NAME.py that overrides the method its idea is about. A public
+class attribute is a setting, changed by --set name=value.
 """
 import argparse
 import ast
@@ -53,7 +54,8 @@ def unit(w):
 
 
 def generator(*key, device="cpu"):
-    """A random generator that depends on `key` alone, so that a resumed run draws the same numbers."""
+    """A random generator that depends on `key` alone, so that a resumed run draws the same
+    numbers."""
     return torch.Generator(device).manual_seed(xxhash.xxh3_64_intdigest(repr(key).encode()) >> 1)
 
 
@@ -65,7 +67,8 @@ def kth_smallest(x, k, dim=-1):
 
 
 class choice(str):
-    """A setting with a fixed list of values, the first one the default: `rule = choice("phi", "random")`."""
+    """A setting with a fixed list of values, the first one the default: `rule = choice("phi",
+    "random")`."""
 
     def __new__(cls, *options):
         found = super().__new__(cls, options[0])
@@ -73,7 +76,7 @@ class choice(str):
         return found
 
 
-# ---- the sparse product: what fires is found once, and products touch nothing else ------------------
+# ---- the sparse product: what fires is found once, and products touch nothing else ---------------
 #
 # Of a step's five matrix products only the encoder's needs all of [B, d_sae]. Where few latents fire,
 # activate() notes which (Fired), and the decoder's product and all gradients are made from these.
@@ -90,7 +93,8 @@ class Fired(NamedTuple):
 
 
 def row_starts(rows, n):
-    """Where each of n rows starts in the ascending list `rows`, and where the last one ends [n + 1]."""
+    """Where each of n rows starts in the ascending list `rows`, and where the last one ends [n +
+    1]."""
     if rows.is_cuda:         # bincount would wait for the GPU
         return torch.searchsorted(rows, torch.arange(n + 1, dtype=rows.dtype, device=rows.device))
     return F.pad(rows.bincount(minlength=n).cumsum(0), (1, 0))
@@ -171,7 +175,8 @@ class Pick(torch.autograd.Function):
 
 
 def above(pre, cut):
-    """Flat indices of the entries of pre [B, d_sae] above `cut`, ascending; NaN counts, to be noticed."""
+    """Flat indices of the entries of pre [B, d_sae] above `cut`, ascending; NaN counts, to be
+    noticed."""
     mask = (pre <= cut).logical_not_().flatten()
     if mask.is_cuda:
         return mask.nonzero()[:, 0]
@@ -181,7 +186,8 @@ def above(pre, cut):
 def highest(pre, k):
     """The latents of the k highest entries of each row of pre [B, d_sae], in any order [B, k].
 
-    Few are looked for in the k of d_sae / 8 groups with the highest maxima: half of topk's time on a CPU.
+    Few are looked for in the k of d_sae / 8 groups with the highest maxima: half of topk's time on
+    a CPU.
     """
     if pre.is_cuda or pre.shape[1] % 8 or 32 * k > pre.shape[1]:
         return pre.topk(k, sorted=False).indices
@@ -191,7 +197,7 @@ def highest(pre, k):
     return inside.gather(1, pre.gather(1, inside).topk(k, sorted=False).indices)
 
 
-# ---- the four sparsifiers -----------------------------------------------------------------------------
+# ---- the four sparsifiers ------------------------------------------------------------------------
 
 
 class ReLU:
@@ -203,7 +209,8 @@ class ReLU:
         self.sae = sae
 
     def start(self, pre, rank):
-        """Set biases at which each latent fires on all but `rank` of the sample's rows; pre [n, d_sae]."""
+        """Set biases at which each latent fires on all but `rank` of the sample's rows; pre [n,
+        d_sae]."""
         self.sae.b_enc.sub_(kth_smallest(pre, rank, dim=0))
 
     def rescale(self, factor):
@@ -230,8 +237,8 @@ class ReLU:
         self.size = self.sae.row_sums(out.acts).sum() / (self.sae.firing(out.acts).sum() * len(out.x)).clamp_min(1)
 
     def nudge(self, error):
-        """Move the cut so that log L0 falls by about `error`: acts fall off like an exponential, whose
-        mean, the mean act that fires, says how much lies just above the cut."""
+        """Move the cut so that log L0 falls by about `error`: acts fall off like an exponential,
+        whose mean, the mean act that fires, says how much lies just above the cut."""
         self.sae.b_enc.sub_(error * self.size)
 
 
@@ -257,8 +264,8 @@ class TopK(ReLU):
 
 
 class BatchTopK(ReLU):
-    """acts = the round(l0 B) highest positive entries of the batch; at inference those above a threshold,
-    the moving average of the batches' cuts (Bussmann 2024)."""
+    """acts = the round(l0 B) highest positive entries of the batch; at inference those above a
+    threshold, the moving average of the batches' cuts (Bussmann 2024)."""
 
     steered = False
 
@@ -276,7 +283,7 @@ class BatchTopK(ReLU):
     def batch_cut(self, pre):
         """The value that round(wanted_l0 B) entries of pre exceed; 0 if fewer are positive."""
         keep = min(round(self.sae.wanted_l0() * len(pre)), pre.numel() - 1)
-        for share in (0.95, 0.8, math.nan):                # the last threshold says where to look; NaN: all
+        for share in (0.95, 0.8, math.nan):  # the last threshold says where to look; NaN: all
             near = pre.take(above(pre, share * self.sae.threshold))
             if len(near) > keep:
                 return kth_smallest(near, len(near) - keep).clamp_min(0)
@@ -293,7 +300,7 @@ class BatchTopK(ReLU):
 
     def after_step(self, out):
         sae = self.sae
-        if self.cut is None or sae.micro_batches > 1:      # activate() is a variant's own, or saw parts
+        if self.cut is None or sae.micro_batches > 1:  # activate() is a variant's own, or saw parts
             self.cut = self.batch_cut(out.pre)
         sae.threshold.lerp_(self.cut.float(), sae.memory(0.02))
         self.cut = None
@@ -338,7 +345,8 @@ class JumpReLU(ReLU):
 
 class Jump(torch.autograd.Function):
     """pre where pre > threshold > 0, else 0; the threshold's gradient by a rectangle kernel over
-    relu(pre) (Rajamanoharan 2024b, eq. 11). Masks are made in place: where() costs more on a CPU."""
+    relu(pre) (Rajamanoharan 2024b, eq. 11). Masks are made in place: where() costs more on a
+    CPU."""
 
     @staticmethod
     def forward(ctx, pre, threshold, bandwidth):
@@ -356,7 +364,8 @@ class Jump(torch.autograd.Function):
 
 
 class Step(torch.autograd.Function):
-    """1 where pre > threshold, else 0; a gradient for the threshold alone (Rajamanoharan 2024b, eq. 12)."""
+    """1 where pre > threshold, else 0; a gradient for the threshold alone (Rajamanoharan 2024b, eq.
+    12)."""
 
     @staticmethod
     def forward(ctx, pre, threshold, bandwidth):
@@ -374,16 +383,17 @@ class Step(torch.autograd.Function):
 SPARSIFIERS = {"relu": ReLU, "topk": TopK, "batch_topk": BatchTopK, "jumprelu": JumpReLU}
 
 
-# ---- the SAE ------------------------------------------------------------------------------------------
+# ---- the SAE -------------------------------------------------------------------------------------
 
 
 class SAE(nn.Module):
-    """The base: ReLU with an L1 penalty, or another activation. Every activation reaches the same l0."""
+    """The base: ReLU with an L1 penalty, or another activation. Every activation reaches the same
+    l0."""
 
     activation = choice("relu", "topk", "batch_topk", "jumprelu")
     d_sae = 1024              # latents
     l0 = 16.0                 # active latents per row, on average, that training ends at
-    lr = 3e-3                 # Adam; for runs of some hundred steps; 3e-4 is usual from 50 M tokens on
+    lr = 3e-3  # Adam; for runs of some hundred steps; 3e-4 is usual from 50 M tokens on
     lr_warmup = 0.05          # fraction of the run
     lr_decay = 0.2            # fraction of the run over which lr falls linearly to 0, at its end
     clip = 1.0                # gradient norm
@@ -394,7 +404,7 @@ class SAE(nn.Module):
     sparsity_weight = 0.2     # relu, jumprelu: of the penalty at first; a controller then holds L0 at l0
     sparsity_gain = 0.8       # share of an error of log L0 that the controller takes off the cut in a step ...
     sparsity_memory = 0.004   # ... and fraction of the run over which it takes it off the weight
-    bandwidth = 0.5           # jumprelu: width of the kernel that stands in for the step's derivative
+    bandwidth = 0.5  # jumprelu: width of the kernel that stands in for the step's derivative
     threshold_lr = 10.0       # jumprelu: learning rate of the thresholds over lr; 1 is too slow to hold L0
     aux_weight = 1 / 32       # dead latents reconstruct the residual (AuxK, Gao 2024)
     dead_after = 0.1          # dead: silent for this fraction of the run
@@ -411,7 +421,7 @@ class SAE(nn.Module):
         self.stats = {}               # a variant writes what it wants logged: name -> number
         self.row_weight = None        # how much each row of the batch counts [B]; None: all alike
         self.part = slice(None)       # the rows of the batch in work, when it is worked on in parts
-        self.latents = {}             # parameter or buffer -> (its latent axis, a fresh latent's value)
+        self.latents = {}  # parameter or buffer -> (its latent axis, a fresh latent's value)
         self.memories = {}            # what track() follows -> the fraction of the run it remembers
         self.fired = None             # what activate() last found to fire, on the sparse path
         for name, value in settings.items():
@@ -432,7 +442,8 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, x):
-        """Raw activations [..., d_in] -> latent activations [..., d_sae] in raw units. Set eval() first."""
+        """Raw activations [..., d_in] -> latent activations [..., d_sae] in raw units. Set eval()
+        first."""
         acts = self(self.normalise(x)).acts / self.scale
         return acts.reshape(*x.shape[:-1], self.d_sae)
 
@@ -446,12 +457,13 @@ class SAE(nn.Module):
         """Raw activations [..., d_in] -> rows [n, d_in] as training sees them."""
         return (x.reshape(-1, self.d_in).float() - self.mean) * self.scale
 
-    # ---- what a variant may override, in the order in which training calls it ------------------------
+    # ---- what a variant may override, in the order in which training calls it --------------------
 
     def build(self):
-        """Add parameters and buffers. A variant calls super().build() first: same seed, same start."""
+        """Add parameters and buffers. A variant calls super().build() first: same seed, same
+        start."""
         W_dec = unit(torch.randn(self.d_sae, self.d_in, generator=generator(self.seed, "W_dec")))
-        self.W_enc = nn.Parameter(W_dec.clone().T)     # [d_in, d_sae]; in memory latent after latent
+        self.W_enc = nn.Parameter(W_dec.clone().T)  # [d_in, d_sae]; in memory latent after latent
         self.W_dec = nn.Parameter(W_dec)               # [d_sae, d_in]
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(self.d_in))
@@ -475,16 +487,17 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def init_from_data(self, x):
-        """Start from a sample of rows x [n, d_in]: b_dec is their mean, latents fire at the wanted rate,
-        and the encoder is scaled to reconstruct best (least squares)."""
+        """Start from a sample of rows x [n, d_in]: b_dec is their mean, latents fire at the wanted
+        rate, and the encoder is scaled to reconstruct best (least squares)."""
         self.b_dec.copy_(x.mean(0))
         rate = min(0.5, self.wanted_l0() / self.d_sae)
         self.sparsifier.start(self.pre_acts(x), round(len(x) * (1 - rate)))
         self.scale_encoder(x)
 
     def choose_batch(self, n_rows, rng):
-        """The rows of the shard in memory (n_rows, shuffled when written) that make this step's batch:
-        a slice or indices. `self.position` is where the batch that all other runs take starts."""
+        """The rows of the shard in memory (n_rows, shuffled when written) that make this step's
+        batch: a slice or indices. `self.position` is where the batch that all other runs take
+        starts."""
         return slice(self.position, self.position + self.batch_size)
 
     def pre_acts(self, x):
@@ -535,7 +548,8 @@ class SAE(nn.Module):
         return min(1.0, up, self.decay())
 
     def accept(self, loss):
-        """Whether to take the step, bool or tensor; a refused one is counted and changes no weight."""
+        """Whether to take the step, bool or tensor; a refused one is counted and changes no
+        weight."""
         return loss.isfinite()
 
     @torch.no_grad()
@@ -544,8 +558,8 @@ class SAE(nn.Module):
         for grad, W in in_blocks(self.W_dec.grad, self.W_dec):
             grad.addcmul_(W, (grad * W).sum(-1, keepdim=True), value=-1)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        self.stats["grad_norm"] = norm = norm.cpu()        # the loop asks whether it is finite, anyway
-        if not norm <= self.clip:                          # a factor of 1 would cost a pass over all
+        self.stats["grad_norm"] = norm = norm.cpu()  # the loop asks whether it is finite, anyway
+        if not norm <= self.clip:  # a factor of 1 would cost a pass over all
             nn.utils.clip_grads_with_norm_(self.parameters(), self.clip, norm)
 
     @torch.no_grad()
@@ -568,7 +582,7 @@ class SAE(nn.Module):
         """(which latents [n] begin anew after this step, at which directions [n, d_in])."""
         return torch.empty(0, dtype=torch.long, device=out.x.device), out.x[:0]
 
-    # ---- tools for variants --------------------------------------------------------------------------
+    # ---- tools for variants ----------------------------------------------------------------------
 
     def ramp(self, until):
         """0 .. 1 over the fraction `until` of the run; 1 at once if it is 0."""
@@ -579,16 +593,18 @@ class SAE(nn.Module):
         return min(1.0, (self.steps - self.step) / max(1, self.lr_decay * self.steps))
 
     def due(self, fraction):
-        """Whether something done once every `fraction` of the run is due after this step; 0: never."""
+        """Whether something done once every `fraction` of the run is due after this step; 0:
+        never."""
         return fraction > 0 and (self.step + 1) % max(1, round(fraction * self.steps)) == 0
 
     def memory(self, fraction):
-        """The newest value's weight in a moving average over `fraction` of the run; a mean at first."""
+        """The newest value's weight in a moving average over `fraction` of the run; a mean at
+        first."""
         return max(1 / (self.step + 1), min(1.0, 1 / max(1e-9, fraction * self.steps)))
 
     def track(self, name, fresh=None, memory=0.02, start=0.0):
-        """Add a buffer [d_sae] that follow() averages over `memory` of the run, from `start`. A restarted
-        latent's value is `fresh`; None: it keeps its own."""
+        """Add a buffer [d_sae] that follow() averages over `memory` of the run, from `start`. A
+        restarted latent's value is `fresh`; None: it keeps its own."""
         self.register_buffer(name, torch.full((self.d_sae,), float(start)))
         self.latents[name] = (0, fresh)
         self.memories[name] = memory
@@ -605,8 +621,8 @@ class SAE(nn.Module):
     def path(self):
         """"sparse" or "dense": how products with acts are made in training, by a fixed rule.
 
-        CPU, measured at 96 x 1,024 to 512 x 16,384: a sparse step wins below about 5 % of the latents.
-        GPU, derived from its rates: below 0.9 %, if the products outweigh the launches.
+        CPU, measured at 96 x 1,024 to 512 x 16,384: a sparse step wins below about 5 % of the
+        latents. GPU, derived from its rates: below 0.9 %, if the products outweigh the launches.
         """
         l0 = max(self.l0, self.l0 * self.sparsity_start)
         if self.b_dec.is_cuda:
@@ -615,7 +631,8 @@ class SAE(nn.Module):
         return "sparse" if l0 < 0.05 * self.d_sae - 4 else "dense"
 
     def nonzeros(self, acts):
-        """Fired of acts [B, d_sae]: as activate() found it, or looked for if a method changed acts."""
+        """Fired of acts [B, d_sae]: as activate() found it, or looked for if a method changed
+        acts."""
         if self.fired is not None and acts is self.fired.acts:
             return self.fired
         at = above(acts.detach(), 0)
@@ -649,14 +666,16 @@ class SAE(nn.Module):
         return self.sparsifier.penalty(out)
 
     def steer_sparsity(self, l0):
-        """Hold L0, `l0` in this batch, at wanted_l0(): a step moves the cut by a part of the error, less
-        towards the end, as a batch's L0 is noisy; and the weight, until the cut need not move."""
+        """Hold L0, `l0` in this batch, at wanted_l0(): a step moves the cut by a part of the error,
+        less towards the end, as a batch's L0 is noisy; and the weight, until the cut need not
+        move."""
         error = (l0.clamp_min(1e-3) / self.wanted_l0()).log()
         self.sparsifier.nudge(self.sparsity_gain * self.decay() * error.clamp(-1, 1))
         self.sparsity_scale.mul_((error / (self.sparsity_memory * self.steps)).clamp(-0.2, 0.2).exp())
 
     def scale_encoder(self, x):
-        """Multiply the encoder by the factor that makes the latents reconstruct x [n, d_in] best."""
+        """Multiply the encoder by the factor that makes the latents reconstruct x [n, d_in]
+        best."""
         read = self.decode(self.activate(self.pre_acts(x))) - self.b_dec
         factor = ((x - self.b_dec) * read).sum() / read.pow(2).sum().clamp_min(1e-12)
         self.W_enc.mul_(factor)
@@ -691,15 +710,16 @@ class SAE(nn.Module):
         return (residual - guess).pow(2).mean() / residual.var(0, correction=0).mean().clamp_min(1e-12)
 
     def column_cosines(self, acts, latents):
-        """Cosines between the columns of acts [B, d_sae] of `latents` [n]: who fires together [n, n]."""
+        """Cosines between the columns of acts [B, d_sae] of `latents` [n]: who fires together [n,
+        n]."""
         columns = acts.index_select(1, latents).float()
         columns = columns / columns.norm(dim=0).clamp_min(1e-6)
         return columns.T @ columns
 
     @torch.no_grad()
     def near_pairs(self, threshold):
-        """Latents that have a more frequent one near: (rarer [n], their nearest more frequent one [n]).
-        Near: cosine of decoder rows above `threshold`."""
+        """Latents that have a more frequent one near: (rarer [n], their nearest more frequent one
+        [n]). Near: cosine of decoder rows above `threshold`."""
         order = self.rate.argsort(descending=True, stable=True)
         W = unit(self.W_dec[order])
         rarer, nearest = [], []
@@ -718,9 +738,9 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def reset_latents(self, opt, which, directions, x, encoder=1.0):
-        """Restart latents `which` [n] at `directions` [n, d_in]: unit decoder rows, encoder columns of
-        `encoder` times the others' mean norm, firing on the rows x [B, d_in] at the wanted rate. Exactly
-        their optimizer moments are cleared."""
+        """Restart latents `which` [n] at `directions` [n, d_in]: unit decoder rows, encoder columns
+        of `encoder` times the others' mean norm, firing on the rows x [B, d_in] at the wanted rate.
+        Exactly their optimizer moments are cleared."""
         others = torch.ones(self.d_sae, dtype=torch.bool, device=which.device)
         others[which] = False
         norm = self.W_enc.norm(dim=0)[others if others.any() else which].mean()
@@ -741,11 +761,11 @@ class SAE(nn.Module):
         if self.activation == "jumprelu":
             self.log_threshold[which] = cut.clamp_min(1e-3).log()
 
-    # ---- SAELens' format -------------------------------------------------------------------------------
+    # ---- SAELens' format -------------------------------------------------------------------------
 
     def saelens_weights(self):
-        """(SAELens' architecture, its weights for raw activations). A variant that SAELens has under
-        another name overrides this."""
+        """(SAELens' architecture, its weights for raw activations). A variant that SAELens has
+        under another name overrides this."""
         for method in ("forward", "pre_acts", "activate", "decode"):
             if getattr(type(self), method) is not getattr(SAE, method):
                 raise Refuse(f"{type(self).__module__} overrides {method}(): SAELens has no such architecture")
@@ -759,7 +779,8 @@ class SAE(nn.Module):
         return {"relu": "standard", "topk": "topk"}[self.activation], weights
 
     def to_saelens(self, folder, model_name=None, hook_name=None):
-        """Write `folder` so that sae_lens.SAE.load_from_disk(folder) gives the same on raw activations."""
+        """Write `folder` so that sae_lens.SAE.load_from_disk(folder) gives the same on raw
+        activations."""
         architecture, weights = self.saelens_weights()
         config = {"architecture": architecture, "d_in": self.d_in, "d_sae": self.d_sae, "dtype": "float32",
                   "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
@@ -773,8 +794,8 @@ class SAE(nn.Module):
 
     @staticmethod
     def from_saelens(folder):
-        """The SAE, in eval mode, of a folder in SAELens' format: standard, topk or jumprelu. Any field
-        that would change the reconstruction and is not understood is refused."""
+        """The SAE, in eval mode, of a folder in SAELens' format: standard, topk or jumprelu. Any
+        field that would change the reconstruction and is not understood is refused."""
         config = json.loads((Path(folder) / "cfg.json").read_text(encoding="utf-8"))
         weights = safetensors.torch.load((Path(folder) / "sae_weights.safetensors").read_bytes())
         said = {k: v for k, v in config.items() if k not in ("metadata", "device", "dtype", "d_in", "d_sae")}
@@ -792,7 +813,7 @@ class SAE(nn.Module):
         weights = {name: w.float() for name, w in weights.items()}
         if not centred:
             weights["b_enc"] = weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]
-        if rescaled:                                       # acts count in units of their decoder rows
+        if rescaled:  # acts count in units of their decoder rows
             norm = weights["W_dec"].norm(dim=-1)
             weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norm, weights["b_enc"] * norm
             weights["W_dec"] = unit(weights["W_dec"])
@@ -806,7 +827,7 @@ class SAE(nn.Module):
         sae.step = sae.steps
         return sae.eval()
 
-    # ---- settings ----------------------------------------------------------------------------------------
+    # ---- settings --------------------------------------------------------------------------------
 
     @classmethod
     def chain(cls):
@@ -815,7 +836,8 @@ class SAE(nn.Module):
 
     @classmethod
     def settings(cls):
-        """All settings with their defaults: the public bool, int, float and str class attributes."""
+        """All settings with their defaults: the public bool, int, float and str class
+        attributes."""
         names = {name for c in cls.chain() for name, value in vars(c).items()
                  if type(value) in (bool, int, float, str, choice) and not name.startswith("_")}
         return {name: getattr(cls, name) for c in cls.chain() for name in vars(c) if name in names}
@@ -848,7 +870,8 @@ class SAE(nn.Module):
 
     @classmethod
     def code_checksum(cls):
-        """Changes when code that trains or runs this SAE does, not when a comment or docstring does."""
+        """Changes when code that trains or runs this SAE does, not when a comment or docstring
+        does."""
         files = [Path(inspect.getfile(c)).read_text(encoding="utf-8") for c in cls.chain()]
         files[0] = files[0].split("\n# ==== ")[0]          # sae.py's second half trains nothing
         return checksum("\n".join(code_of(text) for text in files).encode())
@@ -864,12 +887,13 @@ def code_of(text):
 
 
 def in_blocks(*tensors):
-    """The same rows of each [n, d], so few at a time that a CPU's cache holds them; on a GPU all."""
+    """The same rows of each [n, d], so few at a time that a CPU's cache holds them; on a GPU
+    all."""
     rows = len(tensors[0]) if tensors[0].is_cuda else max(1, 2 ** 16 // tensors[0].shape[1])
     return zip(*(t.split(rows) for t in tensors))
 
 
-# ==== variants and runs: what follows finds, reads and writes, and trains nothing =======================
+# ==== variants and runs: what follows finds, reads and writes, and trains nothing =================
 
 
 def variant_names():
@@ -910,7 +934,8 @@ def parent_of(name):
 
 
 def parse_settings(cls, pairs):
-    """['l0=32', 'clip=0.5'] -> {'l0': 32.0, 'clip': 0.5}: settings of `cls` with values of their type."""
+    """['l0=32', 'clip=0.5'] -> {'l0': 32.0, 'clip': 0.5}: settings of `cls` with values of their
+    type."""
     known, found = cls.settings(), {}
     for pair in pairs:
         key, _, text = pair.partition("=")
@@ -945,7 +970,8 @@ def parse_value(key, text, default):
 
 
 def load_run(folder):
-    """(SAE in eval mode, config) of a finished run whose variant's code is still the one that trained."""
+    """(SAE in eval mode, config) of a finished run whose variant's code is still the one that
+    trained."""
     folder = Path(folder)
     config = read_json(folder / "config.json", "status", "variant", "acts", "settings")
     if config["status"] != "done":
@@ -973,15 +999,16 @@ def run_folders(folders):
 
 
 def read_log(folder, config):
-    """The lines of a run's metrics.jsonl; of a finished run Refuse if it is not as the run left it."""
+    """The lines of a run's metrics.jsonl; of a finished run Refuse if it is not as the run left
+    it."""
     path = Path(folder) / "metrics.jsonl"
     blob = path.read_bytes() if path.exists() else b""
     if config.get("log_checksum", checksum(blob)) != checksum(blob):
         raise Refuse(f"{path} is damaged, cut short or edited: delete {folder} and train the run again")
-    return [json.loads(line) for line in blob.split(b"\n")[:-1]]      # what follows is being written
+    return [json.loads(line) for line in blob.split(b"\n")[:-1]]  # what follows is being written
 
 
-# ---- language models: loading, and where a hook sits ---------------------------------------------------
+# ---- language models: loading, and where a hook sits ---------------------------------------------
 
 
 def model_files(path):
@@ -996,8 +1023,9 @@ def model_files(path):
 
 
 def model_config(path, **extra):
-    """The configuration of a causal language model. Refuse what the installed transformers leaves unread
-    in config.json (version 4 takes its own rotary base for the `rope_parameters` of version 5)."""
+    """The configuration of a causal language model. Refuse what the installed transformers leaves
+    unread in config.json (version 4 takes its own rotary base for the `rope_parameters` of version
+    5)."""
     import transformers
     folder, gguf = model_files(path)
     config = transformers.AutoConfig.from_pretrained(folder, **gguf, **extra)
@@ -1053,8 +1081,8 @@ def model_tokenizer(path, **extra):
 
 
 def language_model(path, dtype, **extra):
-    """The causal language model of a hub name, folder or .gguf file, in eval mode. Weights in pickle files
-    are read only if remote code is trusted."""
+    """The causal language model of a hub name, folder or .gguf file, in eval mode. Weights in
+    pickle files are read only if remote code is trusted."""
     import transformers
     folder, gguf = model_files(path)
     config = model_config(path, **extra)
@@ -1124,8 +1152,8 @@ def decoder_layers(model, n_layers, name):
 
 
 def hook_point(layer, hook, name):
-    """The module of a decoder layer whose output is TransformerLens' hook_resid_post, hook_attn_out or
-    hook_mlp_out."""
+    """The module of a decoder layer whose output is TransformerLens' hook_resid_post, hook_attn_out
+    or hook_mlp_out."""
     if hook == "resid_post":
         return layer
     if hasattr(layer, "post_feedforward_layernorm"):       # Gemma-2, OLMo-2: added to the stream after it
@@ -1149,12 +1177,12 @@ def model_checksum(folder):
     return files_checksum(sorted(p for p in Path(folder).iterdir() if p.suffix in MODEL_FILES))
 
 
-# ---- command lines ---------------------------------------------------------------------------------------
+# ---- command lines -------------------------------------------------------------------------------
 
 
 class Refuse(Exception):
-    """What is wrong, where, and what to do, in one line. code: 2 usage, 3 data, 4 environment, 5 a run
-    went wrong, 6 busy."""
+    """What is wrong, where, and what to do, in one line. code: 2 usage, 3 data, 4 environment, 5 a
+    run went wrong, 6 busy."""
 
     def __init__(self, message, code=3):
         super().__init__(message)
@@ -1162,8 +1190,9 @@ class Refuse(Exception):
 
 
 def run_script(main):
-    """Run a script's main(). What it refuses, or what the machine lacks, ends in one line on stderr and
-    an exit code that is not 0; anything else is a bug and shows its traceback. SIGTERM is Ctrl-C."""
+    """Run a script's main(). What it refuses, or what the machine lacks, ends in one line on stderr
+    and an exit code that is not 0; anything else is a bug and shows its traceback. SIGTERM is
+    Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code, said = main() or 0, None
@@ -1187,12 +1216,14 @@ def run_script(main):
 
 
 def is_out_of_memory(e):
-    """Whether an exception says so; torch raises a plain RuntimeError where the CPU's memory ends."""
+    """Whether an exception says so; torch raises a plain RuntimeError where the CPU's memory
+    ends."""
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the script's docstring as it stands, no abbreviated flags, and errors in one line."""
+    """argparse with the script's docstring as it stands, no abbreviated flags, and errors in one
+    line."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False,
@@ -1219,12 +1250,14 @@ def shorten(text):
 
 
 def ranks():
-    """(rank, processes): which of the processes that torchrun started this is; (0, 1) without it."""
+    """(rank, processes): which of the processes that torchrun started this is; (0, 1) without
+    it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def pick_device(name=None):
-    """The device called `name`; without a name a GPU, under torchrun this process' own, else the CPU."""
+    """The device called `name`; without a name a GPU, under torchrun this process' own, else the
+    CPU."""
     if name is None and torch.cuda.is_available():
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     if name is None:
@@ -1239,13 +1272,14 @@ def pick_device(name=None):
 
 
 def check_name(flag, name, also=""):
-    """A name that becomes a folder's: no path, not hidden, not too long; `also` may be in it too."""
+    """A name that becomes a folder's: no path, not hidden, not too long; `also` may be in it
+    too."""
     if not re.fullmatch(rf"[\w+][\w.+{also}-]{{0,199}}", name, re.ASCII):
         raise Refuse(f"{flag} {shorten(name)!r}: want a name of at most 200 letters, digits and . _ + -", 2)
     return name
 
 
-# ---- files: written whole or not at all, and checked when read -------------------------------------------
+# ---- files: written whole or not at all, and checked when read -----------------------------------
 
 
 def checksum(data):
@@ -1285,8 +1319,9 @@ def write_file(path, data):
 
 
 def lock(folder, wait=False):
-    """Hold `folder`, made if need be, until the returned lock is released or the process ends. What a
-    killed process left half-written is removed. wait: for its holder; else Refuse if it is held."""
+    """Hold `folder`, made if need be, until the returned lock is released or the process ends. What
+    a killed process left half-written is removed. wait: for its holder; else Refuse if it is
+    held."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         held = filelock.FileLock(Path(folder) / ".lock", timeout=-1 if wait else 0)
@@ -1331,8 +1366,8 @@ BLANK = b"0" * 32            # stands in the file for its checksum while that is
 
 
 def write_tensors(path, tensors, meta=None):
-    """Write {name: tensor} and a JSON-able `meta` as one safetensors file; returns its checksum, which the
-    file also holds."""
+    """Write {name: tensor} and a JSON-able `meta` as one safetensors file; returns its checksum,
+    which the file also holds."""
     header = json.dumps({"checksum": BLANK.decode(), "format": FORMAT, **(meta or {})}, allow_nan=False)
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     blob = bytearray(safetensors.torch.save(tensors, {"meta": header}))
@@ -1348,8 +1383,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def read_tensors(path, expected=None, buffer=None):
-    """({name: tensor}, meta) of a file by write_tensors; Refuse if any byte changed or its checksum is not
-    `expected`. buffer: a uint8 tensor to read into and to keep, which the tensors are then views of."""
+    """({name: tensor}, meta) of a file by write_tensors; Refuse if any byte changed or its checksum
+    is not `expected`. buffer: a uint8 tensor to read into and to keep, which the tensors are then
+    views of."""
     try:
         with open(path, "rb") as f:
             size = os.fstat(f.fileno()).st_size
@@ -1384,8 +1420,9 @@ def read_tensors(path, expected=None, buffer=None):
 class Acts:
     """Cached activations, the folder acts/NAME that 01_cache_acts.py writes.
 
-    meta.json lists the shards. A shard holds `acts` [rows, d_in], `tokens`, `context` and `position`
-    [rows]; its rows were shuffled across the whole cache, so that reading in order is random.
+    meta.json lists the shards. A shard holds `acts` [rows, d_in], `tokens`, `context` and
+    `position` [rows]; its rows were shuffled across the whole cache, so that reading in order is
+    random.
     """
 
     def __init__(self, folder):
@@ -1419,6 +1456,6 @@ class Acts:
         return tensors
 
     def val(self):
-        """The held-out part: `tokens` [n, ctx] for a language model; `acts` and the true features for
-        synthetic data."""
+        """The held-out part: `tokens` [n, ctx] for a language model; `acts` and the true features
+        for synthetic data."""
         return read_tensors(self.folder / self.meta["val"]["file"], self.meta["val"]["checksum"])[0]
