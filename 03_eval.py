@@ -490,19 +490,16 @@ class TruthScore:
 
     def add(self, fires, on):
         """fires [n, d_sae]: latents that fire. on [n, n_features]: features that are on."""
-        s, parent, child = self.sums, self.truth.parent, self.truth.child
-        mine, true = fires[:, self.latents], on[:, self.features]
-        s["hit"] = s["hit"] + (mine & true).sum(0)
-        s["fired"] = s["fired"] + mine.sum(0)
-        s["true"] = s["true"] + true.sum(0)
+        parent, child = self.truth.parent, self.truth.child
+        mine, true, parents = fires[:, self.latents], on[:, self.features], parent.unique()
         seen = fires.float() @ self.near.T > 0             # [n, n_features]: a latent near it fires
         stands_in = fires.float() @ self.related.T > 0     # [n, pairs]
         both = on[:, parent] & on[:, child]
-        s["both"] = s["both"] + both.sum(0)
-        s["absorbed"] = s["absorbed"] + (both & ~seen[:, parent] & stands_in).sum(0)
-        parents = parent.unique()
-        s["parent"] = s["parent"] + on[:, parents].sum(0)
-        s["recalled"] = s["recalled"] + (on[:, parents] & seen[:, parents]).sum(0)
+        counts = {"hit": mine & true, "fired": mine, "true": true, "both": both,
+                  "absorbed": both & ~seen[:, parent] & stands_in,
+                  "parent": on[:, parents], "recalled": on[:, parents] & seen[:, parents]}
+        for name, count in counts.items():
+            self.sums[name] = self.sums[name] + count.sum(0)
 
     def metrics(self):
         """mcc: mean |cosine| of features and their latents. uniqueness: features that are some
@@ -2109,7 +2106,7 @@ SAEBENCH = {
 
 
 TOP_CONTEXTS = 8             # of each latent
-SHOWN = {"random": 20, "frequent": 5, "rare": 5, "absorbed": 5}      # latents of each kind
+SHOWN = {"random": 20, "frequent": 5, "rare": 5}      # latents of each kind
 
 
 def evaluate_features(acts, model, runs, settings):
@@ -2150,8 +2147,7 @@ class Chosen(NamedTuple):
 
 
 def choose_latents(run):
-    """Chosen: random latents that fire, the most and least frequent ones, and those of the letters
-    that are absorbed most."""
+    """Chosen: random latents that fire, and the most and the least frequent ones."""
     path = run.folder / "eval" / "rates.safetensors"
     tensors, meta = read_tensors(path)
     if meta["sae_checksum"] != run.config["sae_checksum"]:
@@ -2160,7 +2156,7 @@ def choose_latents(run):
     order = firing[rate[firing].argsort(descending=True, stable=True)]
     shuffled = firing[torch.randperm(len(firing), generator=generator("features", run.name))]
     kinds = {"random": shuffled.tolist(), "frequent": order.tolist(),
-             "rare": order.flip(0).tolist(), "absorbed": absorbed_latents(run)}
+             "rare": order.flip(0).tolist()}
     why = defaultdict(list)
     for kind, latents in kinds.items():
         for latent in latents[:SHOWN[kind]]:
@@ -2168,19 +2164,6 @@ def choose_latents(run):
     latents = sorted(why)
     reasons = [why[latent] for latent in latents]
     return Chosen(torch.tensor(latents, dtype=torch.long), reasons, rate)
-
-
-def absorbed_latents(run):
-    """The main latents of the first letters, most absorbed first; [] without such a result."""
-    path = run.folder / "eval" / "absorption.json"
-    result = read_json(path) if path.exists() else {}
-    if result.get("sae_checksum") != run.config["sae_checksum"]:
-        return []
-    details = result["eval_result_details"]
-    rates = {letter["first_letter"]: letter["mean_absorption_fraction"] for letter in details}
-    letters = [entry for entry in result.get("letters", []) if rates[entry["letter"]] > 0]
-    letters.sort(key=lambda entry: -rates[entry["letter"]])
-    return list(dict.fromkeys(entry["main_latent"] for entry in letters))
 
 
 def highest_in_context(sae, hidden, rows, latents):
@@ -2262,18 +2245,13 @@ def make_controls(acts, runs):
 # ---- results -------------------------------------------------------------------------------------
 
 
-def features_inputs(run):
-    path = run.folder / "eval" / "absorption.json"
-    return {"absorption": checksum(path.read_bytes()) if path.exists() else None}
-
-
 EVALS = {                                  # in the order in which they run
     "core": Evaluation(evaluate_core),
     "geometry": Evaluation(evaluate_geometry, of_controls=False, reads_model=False),
     "stability": Evaluation(evaluate_stability, inputs=siblings, of_controls=False,
                             reads_model=False),
     **SAEBENCH,
-    "features": Evaluation(evaluate_features, inputs=features_inputs, of_controls=False),
+    "features": Evaluation(evaluate_features, of_controls=False),
 }
 
 
@@ -2349,28 +2327,31 @@ COLUMNS = {                                # title -> (metric of core, format)
 
 
 def print_table(runs, acts):
-    """One line per run with a core result: metrics and, in words, its guards; ! where they make it
-    invalid, for which the reasons follow."""
-    found = {run: stored("core", run, acts) for run in runs}
-    found = {run: result for run, result in found.items() if result}
-    columns = {title: cell for title, cell in COLUMNS.items()
-               if any(cell[0] in result["metrics"] for result in found.values())}
-    labels = {run: "control: " * run.is_control + run.name for run in found}
-    width = min(36, max([3, *map(len, labels.values())]))
-    lines = [f"{'run':{width}}" + "".join(f" {title:>7}" for title in columns) + "  guards"]
-    for run, result in found.items():
-        cells = ""
-        for metric, form in columns.values():
-            value = result["metrics"].get(metric)
-            cells += f" {'-' if value is None else format(value, form):>7}"
-        words = [guard["name"] + "!" * (guard["level"] == INVALID) for guard in result["guards"]]
-        label = textwrap.shorten(labels[run], width, placeholder="")  or labels[run][:width]
-        lines.append(f"{label:{width}}{cells}  {', '.join(words) or '-'}"[:100])
-    for run, result in found.items():
-        for guard in result["guards"]:
-            if guard["level"] == INVALID and not run.is_control:
-                lines.append(f"{run.name}: invalid, {guard['name']}: {guard['why']}")
-    print("\n".join(["", str(acts.folder), *lines]))
+    """Print core's metrics of each run and its guards in words: those that make it invalid, with !,
+    and the reasons below; else its caveats."""
+    rows, words, reasons = [], [], []
+    for run in runs:
+        result = stored("core", run, acts)
+        if result is None:
+            continue
+        row = {"run": ("control: " * run.is_control + run.name)[:40]}
+        for title, (metric, form) in COLUMNS.items():
+            if result["metrics"].get(metric) is not None:
+                row[title] = format(result["metrics"][metric], form)
+        rows.append(row)
+        invalid = [guard for guard in result["guards"] if guard["level"] == INVALID]
+        words.append(", ".join(guard["name"] + "!" for guard in invalid)
+                     or ", ".join(guard["name"] for guard in result["guards"]) or "-")
+        if not run.is_control:
+            reasons += [f"{run.name}: invalid, {g['name']}: {g['why']}" for g in invalid]
+    if rows:
+        table = pd.DataFrame(rows).dropna(axis=1, how="all")
+        table = table[[title for title in ("run", *COLUMNS) if title in table]]
+        table["run"] = table["run"].str.ljust(table["run"].str.len().max())
+        lines = table.to_string(index=False, na_rep="-").split("\n")
+        found = [textwrap.shorten(text, 98 - len(lines[0]), placeholder=" ...") for text in words]
+        lines = [f"{line}  {text}" for line, text in zip(lines, ["guards", *found])]
+        print("\n".join(["", str(acts.folder), *lines, *reasons]))
 
 
 def portions(folders):
