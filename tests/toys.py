@@ -17,6 +17,7 @@ D_IN = 32
 # Settings of a variant (and its children) whose own numbers don't fit 64 latents and 300 steps.
 TOY = {
     "prune": {"prune_threshold": 0.5},
+    "contrastive_r7": {"n_groups": 8},                 # of which 2 hold 16 latents, at L0 4
     "hierarchical_r4": {"l1_target": 0.45},            # what L0 4 allows there
     "topk_ortho_r1": {"pair_fraction": 0.02},
     "topk_ortho_r7": {"inhibition_radius": 4},
