@@ -1,21 +1,21 @@
 """Train SAEs on cached activations: many variants, seeds and settings from one pass over the data.
 
-    python 02_train.py                                              the README's comparison, on acts/tiny
-    python 02_train.py --acts gemma-2-2b_l12 --variant topk topk_ortho --seed 0 1 2 --set d_sae=16384 l0=80
-    python 02_train.py --variant topk --sweep l0=8,16,32            one run per value
-    python 02_train.py --list                                       all variants with their lineage
-    torchrun --nproc-per-node 4 02_train.py --variant all           each process trains its share of the runs
+    python 02_train.py                                      the README's comparison, on acts/tiny
+    python 02_train.py --acts gemma-2-2b_l12 --variant topk topk_ortho --set d_sae=16384 l0=80
+    python 02_train.py --variant topk --sweep l0=8,16,32    one run per value
+    python 02_train.py --list                               all variants with their lineage
+    torchrun --nproc-per-node 4 02_train.py --variant all   each process trains its share of runs
 
 Reads acts/NAME/ and variants/*.py. Writes for each run runs/NAME/, NAME = variant, acts (unless the
 default), settings that differ from their default, seed:
     config.json               what ran: settings, data, code, versions, how it ended
     code.py                   the source files of the class chain, base first
-    metrics.jsonl             one line per log: losses, L0, explained variance, dead latents, the variant's own
+    metrics.jsonl             one line per log: losses, L0, explained variance, dead latents ...
     start.safetensors         the weights that training started from
     sae.safetensors           the SAE; applies to raw activations
     checkpoint.safetensors    while training
-A run that is finished with the same settings, data and code is left alone; an interrupted one goes on
-from its last checkpoint, and ends with the same bits (on a CPU, at the same number of threads).
+A run that is finished with the same settings, data and code is left alone; an interrupted one goes
+on from its last checkpoint, and ends with the same bits (on a CPU, at the same number of threads).
 """
 import itertools
 import json
@@ -31,18 +31,20 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")         # before torch loads: threads that spin for long
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # while they wait cost 2 to 5 x on a busy machine
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # big pages: fresh [B, d_sae] memory at a third
+# Before torch loads. Threads that spin for long while they wait cost 2 to 5 x on a busy machine; in
+# big pages fresh [B, d_sae] memory costs a third.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import safetensors
 import torch
 from tqdm import tqdm
 
 from sae import (FORMAT, ROOT, Acts, Out, Parser, Refuse, check_name, checksum, docstring_line,
-                 generator, is_out_of_memory, load_variant, lock, natural, parent_of, parse_settings,
-                 pick_device, positive_int, ranks, read_json, read_tensors, run_script, variant_names,
-                 write_file, write_json, write_tensors)
+                 generator, is_out_of_memory, load_variant, lock, natural, parent_of,
+                 parse_settings, pick_device, positive_int, ranks, read_json, read_tensors,
+                 run_script, variant_names, write_file, write_json, write_tensors)
 
 DEFAULT_ACTS = "tiny"
 DEFAULT_VARIANTS = ["baseline", "topk", "batch_topk", "matryoshka", "contrastive_r2",
@@ -53,7 +55,7 @@ SAMPLE_PRE = 2 ** 28         # ... so many pre-activations
 REFUSED_IN_A_ROW = 10        # steps; then the run has failed
 
 
-# ---- one run: an SAE in training, its optimizer and its folder --------------------------------------
+# ---- one run: an SAE in training, its optimizer and its folder -----------------------------------
 
 
 class Run:
@@ -67,13 +69,15 @@ class Run:
         parts += [f"{k}={v}" for k, v in changed.items()] + [f"s{seed}"]
         self.name = check_name("--set: the run's name", "-".join(parts), also="=")
         self.folder = Path("runs") / self.name
-        identity = {"variant": variant, "acts_checksum": acts.checksum, "seed": seed, "steps": steps,
-                    "settings": {**defaults, **changed}, "code_checksum": self.cls.code_checksum()}
+        identity = {"variant": variant, "acts_checksum": acts.checksum, "seed": seed,
+                    "steps": steps, "settings": {**defaults, **changed},
+                    "code_checksum": self.cls.code_checksum()}
         self.identity = checksum(json.dumps(identity, sort_keys=True).encode())
         described = {key: acts.meta.get(key) for key in ("source", "model", "layer", "hook_name")}
         self.config = {"format": FORMAT, "name": self.name, "lineage": docstring_line(variant),
-                       "parent": parent_of(variant), "paired": self.cls.paired, "acts": acts.folder.name,
-                       "d_in": acts.d_in, "identity": self.identity, **described, **identity}
+                       "parent": parent_of(variant), "paired": self.cls.paired,
+                       "acts": acts.folder.name, "d_in": acts.d_in, "identity": self.identity,
+                       **described, **identity}
         self.next_step, self.seconds, self.refused, self.refused_in_a_row = 0, 0.0, 0, 0
         self.failure, self.last, self.acted = None, {}, {}
         self.sums = {}                                     # since the last log line
@@ -95,9 +99,11 @@ class Run:
         return True
 
     def start(self, acts, device):
-        """Take the folder, build the SAE, and go to the checkpoint if this very run was interrupted."""
+        """Take the folder, build the SAE, and go to the checkpoint if this very run was
+        interrupted."""
         self.lock = lock(self.folder)
-        self.config |= {"status": "training", "device": str(device), "versions": versions(), **git_state()}
+        self.config |= {"status": "training", "device": str(device), "versions": versions()}
+        self.config |= git_state()
         write_file(self.folder / "code.py", self.cls.source().encode())
         self.sae = self.cls(acts.d_in, self.steps, self.seed, **self.config["settings"]).to(device)
         self.sae.mean.copy_(acts.mean)
@@ -105,7 +111,7 @@ class Run:
         self.config["path"] = self.sae.path
         self.opt = self.sae.make_optimizer()
         if not self.load_checkpoint():
-            shutil.rmtree(self.folder / "eval", ignore_errors=True)         # of an older run of this name
+            shutil.rmtree(self.folder / "eval", ignore_errors=True)  # of an older run of this name
             for file in ("sae.safetensors", "checkpoint.safetensors", "metrics.jsonl"):
                 (self.folder / file).unlink(missing_ok=True)
             self.sae.init_from_data(sample(acts, self.sae))
@@ -120,26 +126,31 @@ class Run:
         self.refused += not taken
         self.refused_in_a_row = 0 if taken else self.refused_in_a_row + 1
         if self.refused_in_a_row == REFUSED_IN_A_ROW:
-            raise Refuse(f"{REFUSED_IN_A_ROW} steps in a row had a loss or gradient that is not finite, "
-                         "or accept() refused them")
+            raise Refuse(f"{REFUSED_IN_A_ROW} steps in a row had a loss or gradient that is not "
+                         "finite, or accept() refused them")
         self.watch(x, out, terms)
         self.seconds += time.perf_counter() - started
         if log_now:
             self.log(len(x))
         self.next_step += 1
 
+    @torch.no_grad()
     def watch(self, x, out, terms):
-        """Add this step to the sums that the next log line reports; nothing here waits for the GPU."""
-        weight = self.sae.row_weight                       # of rows that were drawn more often than others
+        """Add this step to the sums that the next log line reports; nothing here waits for the
+        GPU."""
+        weight = self.sae.row_weight  # of rows that were drawn more often than others
         share = x.new_full((len(x),), 1 / len(x)) if weight is None else weight / weight.sum()
         new = {f"loss_{name}": value for name, value in terms.items()}
-        new |= {"mse": share @ (x - out.x_hat).pow(2).mean(-1), "variance": share @ (x - share @ x).pow(2).mean(-1),
-                "l0": share @ (out.acts > 0).sum(-1).float(), "l1": share @ out.acts.sum(-1).float(), "n": 1}
+        new |= {"mse": share @ (x - out.x_hat).pow(2).mean(-1),
+                "variance": share @ (x - share @ x).pow(2).mean(-1),
+                "l0": share @ (out.acts > 0).sum(-1).float(),
+                "l1": share @ out.acts.sum(-1).float(), "n": 1}
         for key, value in new.items():
             self.sums[key] = self.sums.get(key, 0) + value
 
     def log(self, batch_size):
-        """Append one line: means since the last one; penalties over the reconstruction error as ratio_*."""
+        """Append one line: means since the last one; penalties over the reconstruction error as
+        ratio_*."""
         n = self.sums.pop("n")
         mean = {key: float(value) / n for key, value in self.sums.items()}
         losses = {key: value for key, value in mean.items() if key.startswith("loss_")}
@@ -148,8 +159,9 @@ class Run:
         stats = {key: float(value) for key, value in self.sae.stats.items()}
         self.acted |= {key: stats[key] for key in self.cls.counts if key in stats}
         done = self.next_step + 1
-        line = {"step": done, "tokens": done * batch_size, "loss": sum(losses.values()), **losses, **ratios,
-                "mse": mean["mse"], "explained_variance": 1 - mean["mse"] / max(mean["variance"], 1e-12),
+        line = {"step": done, "tokens": done * batch_size, "loss": sum(losses.values()), **losses,
+                **ratios, "mse": mean["mse"],
+                "explained_variance": 1 - mean["mse"] / max(mean["variance"], 1e-12),
                 "l0": mean["l0"], "l1": mean["l1"], "dead": float(self.sae.dead().float().mean()),
                 "lr": self.opt.param_groups[0]["lr"], "refused": self.refused,
                 "tokens_per_s": done * batch_size / max(self.seconds, 1e-9), **stats}
@@ -175,43 +187,47 @@ class Run:
             return False
         tensors, meta = read_tensors(path)
         if meta["identity"] != self.identity:
-            print(f"{self.name}: settings, data or code changed since it was interrupted; it starts over")
+            print(f"{self.name}: settings, data or code changed since it was interrupted; "
+                  "it starts over")
             return False
         unpack(self.sae, self.opt, tensors, meta["plain"])
         self.next_step, self.seconds, self.last = meta["step"], meta["seconds"], meta["last"]
         self.refused, self.refused_in_a_row = meta["refused"], meta["refused_in_a_row"]
         self.acted, self.config["start_checksum"] = meta["acted"], meta["start_checksum"]
-        kept = itertools.takewhile(lambda line: line.endswith("\n") and json.loads(line)["step"] <= self.next_step,
-                                   log.read_text(encoding="utf-8").splitlines(keepends=True))
-        write_file(log, "".join(kept).encode())
+        lines = log.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n")
+                and json.loads(line)["step"] <= self.next_step]
+        write_file(log, b"".join(kept))
         return True
 
     def finish(self):
         """Write the SAE and how the run ended."""
         self.sae.step = self.steps
-        said = write_tensors(self.folder / "sae.safetensors", self.sae.state_dict(), {"name": self.name})
-        self.config |= {"status": "done", "sae_checksum": said, "seconds": self.seconds,
-                        "refused": self.refused, "final": self.last, "acted": self.acted, "void": self.void(),
-                        "log_checksum": checksum((self.folder / "metrics.jsonl").read_bytes())}
+        said = write_tensors(self.folder / "sae.safetensors", self.sae.state_dict())
+        log = (self.folder / "metrics.jsonl").read_bytes()
+        self.config |= {"status": "done", "sae_checksum": said, "log_checksum": checksum(log),
+                        "seconds": self.seconds, "refused": self.refused, "final": self.last,
+                        "acted": self.acted, "void": self.void()}
         write_json(self.folder / "config.json", self.config)
         (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
     def void(self):
         """Why the run's numbers say nothing, in words; [] if they may."""
         finite = all(v.isfinite().all() for v in self.sae.state_dict().values())
-        final = {key: float("nan") if value is None else value for key, value in self.last.items()}
+        final, many = numbers(self.last), f"{self.refused} of {self.steps} steps were refused"
         found = {"its weights are not finite": not finite,
                  "no latent fires": final["l0"] == 0,
                  "it explains no variance": not final["explained_variance"] > 0,
-                 f"{self.refused} of {self.steps} steps were refused": 2 * self.refused > self.steps}
+                 many: 2 * self.refused > self.steps}
         return [words for words, holds in found.items() if holds]
 
     def fail(self, e):
         """End this run alone, naming the line of the variant that raised e."""
         lines = [f for f in traceback.extract_tb(e.__traceback__)
                  if Path(f.filename).parent in (ROOT / "variants", ROOT) and f.filename != __file__]
-        where = f" in {lines[-1].name}() ({Path(lines[-1].filename).name}:{lines[-1].lineno})" if lines else ""
-        said = str(e).split("\n")[0]
+        where, said = "", str(e).split("\n")[0]
+        if lines:
+            where = f" in {lines[-1].name}() ({Path(lines[-1].filename).name}:{lines[-1].lineno})"
         self.failure = said if isinstance(e, Refuse) else f"{type(e).__name__}{where}: {said}"
         self.config |= {"status": "failed", "reason": self.failure}
         if self.folder.exists():
@@ -220,14 +236,14 @@ class Run:
 
 
 def attempt(run, action, *args):
-    """action(*args) for `run`; what its variant does wrong ends this run and no other. A disk that is
-    full or memory that is out is not the variant's fault."""
+    """action(*args) for `run`; what its variant does wrong ends this run and no other. A disk that
+    is full or memory that is out is not the variant's fault."""
     try:
         action(*args)
     except Exception as e:
         if is_out_of_memory(e):
-            raise Refuse(f"{run.name}: out of memory: train fewer runs in a call, with a smaller --set "
-                         "batch_size= or d_sae=, or --set micro_batches=2", 4) from e
+            raise Refuse(f"{run.name}: out of memory: train fewer runs in a call, with a smaller "
+                         "--set batch_size= or d_sae=, or --set micro_batches=2", 4) from e
         if isinstance(e, OSError) or isinstance(e, Refuse) and e.code in (4, 6):
             raise
         run.fail(e)
@@ -252,18 +268,20 @@ def unpack(sae, opt, tensors, plain):
             index, name = key[4:].split(".", 1)
             p = parameters[int(index)]
             if torch.is_tensor(value) and value.shape == p.shape:
-                value = torch.empty_like(p).copy_(value)   # fused Adam wants the parameter's memory order
+                # fused Adam goes by memory order, which is the parameter's
+                value = torch.empty_like(p).copy_(value)
             state.setdefault(int(index), {})[name] = value
     opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
 
 
 def sample(acts, sae):
-    """Normalised rows for init_from_data, the same for every run of a width: the first shard's first."""
+    """Normalised rows for init_from_data, the same for every run of a width: the first shard's
+    first."""
     rows = acts.shard(0)["acts"][:min(SAMPLE_ROWS, SAMPLE_PRE // sae.d_sae)]
     return sae.normalise(rows.to(sae.scale.device))
 
 
-# ---- one step ------------------------------------------------------------------------------------------
+# ---- one step ------------------------------------------------------------------------------------
 
 
 def train_step(sae, opt, x, check=False):
@@ -304,7 +322,8 @@ def train_step(sae, opt, x, check=False):
 
 def check_returned(sae, out, terms):
     """Refuse, naming the method, what a variant's methods may not return."""
-    for method, value, width in (("pre_acts", out.pre, sae.d_sae), ("activate", out.acts, sae.d_sae),
+    for method, value, width in (("pre_acts", out.pre, sae.d_sae),
+                                 ("activate", out.acts, sae.d_sae),
                                  ("decode", out.x_hat, sae.d_in)):
         if value.shape != (len(out.x), width):
             raise Refuse(f"{method}() returned {list(value.shape)}, want {[len(out.x), width]}", 5)
@@ -317,16 +336,16 @@ def check_returned(sae, out, terms):
             raise Refuse(f"penalties() returned {name!r} = {value}, want one finite number", 5)
 
 
-# ---- one pass over the data for all runs -----------------------------------------------------------------
+# ---- one pass over the data for all runs ---------------------------------------------------------
 
 
 def plan_shards(acts, batch_size, steps=None):
-    """[(shard, its steps)] in training order, for `steps` or one pass. Batches don't straddle shards.
-    Each pass has the shards in a new order."""
+    """[(shard, its steps)] in training order, for `steps` or one pass. Batches don't straddle
+    shards. Each pass has the shards in a new order."""
     sizes = [shard["rows"] // batch_size for shard in acts.shards]
     if not sum(sizes):
-        raise Refuse(f"{acts.folder} has {acts.rows} rows, no shard has a batch of {batch_size}: cache more "
-                     "tokens, or --set batch_size=", 2)
+        raise Refuse(f"{acts.folder} has {acts.rows} rows, no shard has a batch of {batch_size}: "
+                     "cache more tokens, or --set batch_size=", 2)
     plan, left = [], steps or sum(sizes)
     for epoch in itertools.count():
         for i in torch.randperm(len(sizes), generator=generator("order", epoch)).tolist():
@@ -341,7 +360,8 @@ def read_ahead(acts, order, device):
     """Yield the rows of each shard in `order`, on the device, while two more are being read."""
     size = max((acts.folder / shard["file"]).stat().st_size for shard in acts.shards)
     cuda = device.type == "cuda"
-    buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=cuda) for _ in range(min(3, len(order)))]
+    buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=cuda)
+               for _ in range(min(3, len(order)))]
     copying = torch.cuda.Stream(device) if cuda else None
 
     def read(n):
@@ -404,8 +424,8 @@ def train(runs, acts, plan, batch_size, device, checkpoint_every):
 
 def choose(run, n_rows, step):
     """What choose_batch() returned: a slice, or indices as a tensor; None if it failed."""
-    found = []
-    attempt(run, lambda: found.append(run.sae.choose_batch(n_rows, generator(run.seed, step, "batch"))))
+    found, rng = [], generator(run.seed, step, "batch")
+    attempt(run, lambda: found.append(run.sae.choose_batch(n_rows, rng)))
     return found[0] if found else None
 
 
@@ -414,11 +434,12 @@ def progress(runs):
     last = [run.last for run in runs]
     middle = {key: sorted(line[key] or 0 for line in last)[len(last) // 2]
               for key in ("tokens_per_s", "explained_variance", "l0", "dead")}
-    return {"tok/s": f"{middle['tokens_per_s'] / len(runs):,.0f}x{len(runs)}", "L0": f"{middle['l0']:.1f}",
-            "EV": f"{middle['explained_variance']:.3f}", "dead": f"{middle['dead']:.1%}"}
+    return {"tok/s": f"{middle['tokens_per_s'] / len(runs):,.0f}x{len(runs)}",
+            "L0": f"{middle['l0']:.1f}", "EV": f"{middle['explained_variance']:.3f}",
+            "dead": f"{middle['dead']:.1%}"}
 
 
-# ---- the table, and what a call asks for ------------------------------------------------------------------
+# ---- the table, and what a call asks for ---------------------------------------------------------
 
 
 def table(runs):
@@ -427,12 +448,18 @@ def table(runs):
     lines = [f"{'run':{width}}  {'L0':>7}  {'expl.var':>8}  {'dead':>6}  {'seconds':>7}  acted"]
     done = [run for run in runs if not run.failure]
     for run in sorted(done, key=lambda run: -(run.config["final"]["explained_variance"] or -9)):
-        final = {key: float("nan") if value is None else value for key, value in run.config["final"].items()}
+        final = numbers(run.config["final"])
         acted = ", ".join(f"{key} {value:.4g}" for key, value in run.config["acted"].items())
         void = f"  VOID: {', '.join(run.config['void'])}" if run.config["void"] else ""
         lines.append(f"{run.name:{width}}  {final['l0']:7.2f}  {final['explained_variance']:8.4f}  "
                      f"{final['dead']:6.1%}  {run.config['seconds']:7.1f}  {acted}{void}".rstrip())
-    return "\n".join(lines + [f"{run.name:{width}}  FAILED: {run.failure}" for run in runs if run.failure])
+    lines += [f"{run.name:{width}}  FAILED: {run.failure}" for run in runs if run.failure]
+    return "\n".join(lines)
+
+
+def numbers(line):
+    """A log line with NaN for null."""
+    return {key: float("nan") if value is None else value for key, value in line.items()}
 
 
 def versions():
@@ -445,7 +472,8 @@ def git_state():
     def ask(*words):
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
     try:
-        commit, changes = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "--untracked-files=no")
+        commit = ask("rev-parse", "HEAD")
+        changes = ask("status", "--porcelain", "--untracked-files=no")
     except FileNotFoundError:                              # no git on this machine
         return {"commit": None, "dirty": None}
     if commit.returncode:
@@ -454,7 +482,8 @@ def git_state():
 
 
 def find_variants(names):
-    """Names, `all`, or a study (`topk_ortho` for topk_ortho_r1, r2 ...) -> variant names, each once."""
+    """Names, `all`, or a study (`topk_ortho` for topk_ortho_r1, r2 ...) -> variant names, each
+    once."""
     known, found = variant_names(), []
     for name in names:
         rows = [v for v in known if re.fullmatch(re.escape(name) + r"_r\d+", v)]
@@ -468,7 +497,8 @@ def find_variants(names):
 
 
 def combinations(cls, sets, sweeps):
-    """The settings of each run of a sweep: `sets` in all, times every combination of swept values."""
+    """The settings of each run of a sweep: `sets` in all, times every combination of swept
+    values."""
     fixed, grid = parse_settings(cls, sets), []
     for sweep in sweeps:
         key, _, values = sweep.partition("=")
@@ -484,7 +514,8 @@ def combinations(cls, sets, sweeps):
 
 
 def interrupted(folder):
-    """[(variant, settings, seed, steps)] of the runs on these activations that were not finished."""
+    """[(variant, settings, seed, steps)] of the runs on these activations that were not
+    finished."""
     found = []
     for path in sorted(Path("runs").glob("*/config.json")):
         config = read_json(path, "status", "acts")
@@ -496,8 +527,8 @@ def interrupted(folder):
 
 
 def wait_for_others(runs):
-    """Block until every other rank has finished: torchrun kills all ranks when one exits non-zero, so a
-    rank with a failed run exits last."""
+    """Block until every other rank has finished: torchrun kills all ranks when one exits non-zero,
+    so a rank with a failed run exits last."""
     for run in runs:
         ended = {}
         while ended.get("identity") != run.identity or ended["status"] not in ("done", "failed"):
@@ -509,8 +540,10 @@ def wait_for_others(runs):
 def parse_args():
     p = Parser(__doc__)
     p.add_argument("--acts", default=DEFAULT_ACTS, help="folder under acts/ (default: %(default)s)")
-    p.add_argument("--variant", nargs="+", default=DEFAULT_VARIANTS, help="names, `all`, or a study")
-    p.add_argument("--seed", nargs="+", type=natural, default=DEFAULT_SEEDS, help="(default: 0 1 2)")
+    p.add_argument("--variant", nargs="+", default=DEFAULT_VARIANTS,
+                   help="names, `all`, or a study")
+    p.add_argument("--seed", nargs="+", type=natural, default=DEFAULT_SEEDS,
+                   help="(default: 0 1 2)")
     p.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
                    help="settings, for every run")
     p.add_argument("--sweep", nargs="+", action="extend", default=[], metavar="NAME=V1,V2",
@@ -518,8 +551,9 @@ def parse_args():
     p.add_argument("--steps", type=positive_int, help="steps to take (default: one pass)")
     p.add_argument("--resume", action="store_true",
                    help="go on with every interrupted run on these activations, start no new one")
-    p.add_argument("--checkpoint", type=natural, default=60, metavar="SECONDS", help="(default: 60)")
-    p.add_argument("--list", action="store_true", help="print all variants with their lineage and stop")
+    p.add_argument("--checkpoint", type=natural, default=60, metavar="SECONDS",
+                   help="how often, at most (default: 60)")
+    p.add_argument("--list", action="store_true", help="print all variants with their lineage")
     p.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     return p.parse_args()
 
@@ -546,7 +580,8 @@ def main():
     sizes = {(settings.get("batch_size", load_variant(variant).batch_size), steps)
              for variant, settings, _, steps in wanted}
     if len(sizes) > 1:
-        raise Refuse("all runs of a call share their batches: want one batch_size and number of steps", 2)
+        raise Refuse("all runs of a call share their batches: want one batch_size and number of "
+                     "steps", 2)
     (batch_size, steps), = sizes
     acts = Acts(folder)
     plan = plan_shards(acts, batch_size, steps)
@@ -559,13 +594,14 @@ def main():
     # train those that are not there yet
     todo = [run for run in runs if not run.is_finished()]
     if len(todo) < len(runs):
-        print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already (same settings, data, code)")
+        print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already "
+              "(same settings, data, code)")
     for run in todo:
         attempt(run, run.start, acts, device)
     alive = [run for run in todo if not run.failure]
     if alive:
-        print(f"training {len(alive)} run{'s' * (len(alive) > 1)} of {steps} steps of {batch_size} rows, from "
-              f"one pass over {acts.folder} ({acts.rows:,} rows)", flush=True)
+        print(f"training {len(alive)} run{'s' * (len(alive) > 1)} of {steps} steps of {batch_size} "
+              f"rows, from one pass over {acts.folder} ({acts.rows:,} rows)", flush=True)
         train(alive, acts, plan, batch_size, device, args.checkpoint)
     if runs:
         print(table(runs))

@@ -78,9 +78,9 @@ class choice(str):
 
 # ---- the sparse product: what fires is found once, and products touch nothing else ---------------
 #
-# Of a step's five matrix products only the encoder's needs all of [B, d_sae]. Where few latents fire,
-# activate() notes which (Fired), and the decoder's product and all gradients are made from these.
-# `acts` itself is an ordinary dense tensor. Tests hold the sparse and the dense path to the same numbers.
+# Of a step's five matrix products only the encoder's needs all of [B, d_sae]. Where few latents
+# fire, activate() notes which (Fired), and the decoder's product and all gradients are made from
+# these. `acts` itself is an ordinary dense tensor. Tests hold both paths to the same numbers.
 
 
 class Fired(NamedTuple):
@@ -234,7 +234,8 @@ class ReLU:
 
     def after_step(self, out):
         """Follow what the step did."""
-        self.size = self.sae.row_sums(out.acts).sum() / (self.sae.firing(out.acts).sum() * len(out.x)).clamp_min(1)
+        fired = self.sae.firing(out.acts).sum() * len(out.x)
+        self.size = self.sae.row_sums(out.acts).sum() / fired.clamp_min(1)
 
     def nudge(self, error):
         """Move the cut so that log L0 falls by about `error`: acts fall off like an exponential,
@@ -321,7 +322,7 @@ class JumpReLU(ReLU):
         self.sae.log_threshold.add_(factor.log())
 
     def select(self, pre):
-        cut = self.sae.log_threshold.exp() - self.sae.bandwidth / 2      # zeros near it move a threshold
+        cut = self.sae.log_threshold.exp() - self.sae.bandwidth / 2      # zeros near it move it
         return above(pre, cut.masked_fill(cut < 0, -torch.inf))
 
     def fire(self, pre, latents):
@@ -401,11 +402,11 @@ class SAE(nn.Module):
     micro_batches = 1         # a batch is worked on in this many parts
     sparsity_start = 1.0      # training starts at this multiple of l0 ...
     sparsity_warmup = 0.2     # ... and comes to l0 over this fraction of the run
-    sparsity_weight = 0.2     # relu, jumprelu: of the penalty at first; a controller then holds L0 at l0
-    sparsity_gain = 0.8       # share of an error of log L0 that the controller takes off the cut in a step ...
+    sparsity_weight = 0.2     # relu, jumprelu: at first; a controller then holds L0 at l0
+    sparsity_gain = 0.8       # share of an error of log L0 that a step takes off the cut ...
     sparsity_memory = 0.004   # ... and fraction of the run over which it takes it off the weight
     bandwidth = 0.5  # jumprelu: width of the kernel that stands in for the step's derivative
-    threshold_lr = 10.0       # jumprelu: learning rate of the thresholds over lr; 1 is too slow to hold L0
+    threshold_lr = 10.0       # jumprelu: learning rate of the thresholds over lr; 1 is too slow
     aux_weight = 1 / 32       # dead latents reconstruct the residual (AuxK, Gao 2024)
     dead_after = 0.1          # dead: silent for this fraction of the run
 
@@ -637,7 +638,8 @@ class SAE(nn.Module):
             return self.fired
         at = above(acts.detach(), 0)
         rows = at.div(self.d_sae, rounding_mode="floor")
-        return Fired(acts, Pick.apply(acts, at), rows, at - rows * self.d_sae, row_starts(rows, len(acts)))
+        latents = at - rows * self.d_sae
+        return Fired(acts, Pick.apply(acts, at), rows, latents, row_starts(rows, len(acts)))
 
     def row_sums(self, acts):
         """Sum of each row of acts [B]."""
@@ -654,7 +656,8 @@ class SAE(nn.Module):
             return total / len(acts)
         if acts.is_cuda:
             return (acts > 0).float().mean(0)
-        return torch.from_numpy((acts.detach() > 0).numpy().sum(0)) / len(acts)     # a third of torch's time
+        fires = (acts.detach() > 0).numpy().sum(0)         # a third of torch's time
+        return torch.from_numpy(fires) / len(acts)
 
     def wanted_l0(self):
         """The L0 that training wants now, geometrically from sparsity_start * l0 to l0."""
@@ -671,7 +674,8 @@ class SAE(nn.Module):
         move."""
         error = (l0.clamp_min(1e-3) / self.wanted_l0()).log()
         self.sparsifier.nudge(self.sparsity_gain * self.decay() * error.clamp(-1, 1))
-        self.sparsity_scale.mul_((error / (self.sparsity_memory * self.steps)).clamp(-0.2, 0.2).exp())
+        growth = (error / (self.sparsity_memory * self.steps)).clamp(-0.2, 0.2)
+        self.sparsity_scale.mul_(growth.exp())
 
     def scale_encoder(self, x):
         """Multiply the encoder by the factor that makes the latents reconstruct x [n, d_in]
@@ -707,7 +711,8 @@ class SAE(nn.Module):
         values = F.softplus(Pick.apply(out.pre, rows * self.d_sae + latents))
         residual = (out.x - out.x_hat).detach()
         guess = Decode.apply(values, self.W_dec, rows, latents, row_starts(rows, len(out.x)))
-        return (residual - guess).pow(2).mean() / residual.var(0, correction=0).mean().clamp_min(1e-12)
+        variance = residual.var(0, correction=0).mean().clamp_min(1e-12)
+        return (residual - guess).pow(2).mean() / variance
 
     def column_cosines(self, acts, latents):
         """Cosines between the columns of acts [B, d_sae] of `latents` [n]: who fires together [n,
@@ -768,24 +773,27 @@ class SAE(nn.Module):
         under another name overrides this."""
         for method in ("forward", "pre_acts", "activate", "decode"):
             if getattr(type(self), method) is not getattr(SAE, method):
-                raise Refuse(f"{type(self).__module__} overrides {method}(): SAELens has no such architecture")
+                raise Refuse(f"{type(self).__module__} overrides {method}(): SAELens has no such "
+                             "architecture")
         weights = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc / self.scale,
                    "b_dec": self.b_dec / self.scale + self.mean}
         # x - b_dec = (raw - mean) * scale - b_dec, which is (raw - raw b_dec) * scale
         if self.activation == "jumprelu":
             return "jumprelu", weights | {"threshold": self.log_threshold.exp() / self.scale}
         if self.activation == "batch_topk":                # at inference a fixed threshold
-            return "jumprelu", weights | {"threshold": (self.threshold / self.scale).expand(self.d_sae)}
+            threshold = (self.threshold / self.scale).expand(self.d_sae)
+            return "jumprelu", weights | {"threshold": threshold}
         return {"relu": "standard", "topk": "topk"}[self.activation], weights
 
     def to_saelens(self, folder, model_name=None, hook_name=None):
         """Write `folder` so that sae_lens.SAE.load_from_disk(folder) gives the same on raw
         activations."""
         architecture, weights = self.saelens_weights()
-        config = {"architecture": architecture, "d_in": self.d_in, "d_sae": self.d_sae, "dtype": "float32",
-                  "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
-                  "reshape_activations": "none",
-                  "metadata": {"sae_lens_version": "6.54.12", "model_name": model_name, "hook_name": hook_name}}
+        config = {"architecture": architecture, "d_in": self.d_in, "d_sae": self.d_sae,
+                  "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
+                  "normalize_activations": "none", "reshape_activations": "none",
+                  "metadata": {"sae_lens_version": "6.54.12", "model_name": model_name,
+                               "hook_name": hook_name}}
         if architecture == "topk":
             config |= {"k": round(self.l0), "rescale_acts_by_decoder_norm": False}
         tensors = {k: v.detach().float().cpu().contiguous() for k, v in weights.items()}
@@ -798,7 +806,8 @@ class SAE(nn.Module):
         field that would change the reconstruction and is not understood is refused."""
         config = json.loads((Path(folder) / "cfg.json").read_text(encoding="utf-8"))
         weights = safetensors.torch.load((Path(folder) / "sae_weights.safetensors").read_bytes())
-        said = {k: v for k, v in config.items() if k not in ("metadata", "device", "dtype", "d_in", "d_sae")}
+        known = ("metadata", "device", "dtype", "d_in", "d_sae")
+        said = {name: value for name, value in config.items() if name not in known}
         architecture = said.pop("architecture")
         k = said.pop("k", None)
         centred = said.pop("apply_b_dec_to_input", True)
@@ -808,8 +817,8 @@ class SAE(nn.Module):
                 said.pop(name, None)
         if architecture not in ("standard", "topk", "jumprelu") or said:
             unknown = ", ".join(f"{name}={value}" for name, value in said.items())
-            raise Refuse(f"{folder}: SAELens architecture {architecture} {unknown}: can't be read here; want "
-                         "standard, topk or jumprelu without these")
+            raise Refuse(f"{folder}: SAELens architecture {architecture} {unknown}: can't be read "
+                         "here; want standard, topk or jumprelu without these")
         weights = {name: w.float() for name, w in weights.items()}
         if not centred:
             weights["b_enc"] = weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]
@@ -817,7 +826,8 @@ class SAE(nn.Module):
             norm = weights["W_dec"].norm(dim=-1)
             weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norm, weights["b_enc"] * norm
             weights["W_dec"] = unit(weights["W_dec"])
-        settings = {"activation": {"standard": "relu"}.get(architecture, architecture), "d_sae": config["d_sae"]}
+        activation = "relu" if architecture == "standard" else architecture
+        settings = {"activation": activation, "d_sae": config["d_sae"]}
         if architecture == "topk":
             settings["l0"] = float(k)
         sae = SAE(config["d_in"], 1, **settings)
@@ -845,16 +855,18 @@ class SAE(nn.Module):
     @classmethod
     def options(cls, name):
         """The values that setting `name` may have, or None if any of its type will do."""
-        given = [vars(c)[name].options for c in cls.chain() if isinstance(vars(c).get(name), choice)]
-        return given[-1] if given else None
+        given = [vars(c).get(name) for c in cls.chain()]
+        options = [value.options for value in given if isinstance(value, choice)]
+        return options[-1] if options else None
 
     @classmethod
     def check(cls, settings):
         """Refuse settings that no run can have; `settings` has them all."""
         inf = math.inf
-        for name, low, high in (("d_sae", 1, 2 ** 24), ("l0", 1e-9, settings["d_sae"]), ("lr", 1e-12, inf),
-                                ("batch_size", 1, 2 ** 24), ("clip", 1e-12, inf), ("lr_warmup", 0, 1),
-                                ("micro_batches", 1, settings["batch_size"]), ("lr_decay", 0, 1),
+        for name, low, high in (("d_sae", 1, 2 ** 24), ("l0", 1e-9, settings["d_sae"]),
+                                ("lr", 1e-12, inf), ("lr_warmup", 0, 1), ("lr_decay", 0, 1),
+                                ("clip", 1e-12, inf), ("batch_size", 1, 2 ** 24),
+                                ("micro_batches", 1, settings["batch_size"]),
                                 ("sparsity_start", 1e-9, inf), ("dead_after", 0, 1)):
             if not low <= settings[name] <= high:
                 raise Refuse(f"--set {name}={settings[name]}: want {low:g} to {high:g}", 2)
@@ -881,7 +893,8 @@ def code_of(text):
     """Python source without comments and docstrings."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and ast.get_docstring(node):
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
@@ -936,7 +949,7 @@ def parent_of(name):
 def parse_settings(cls, pairs):
     """['l0=32', 'clip=0.5'] -> {'l0': 32.0, 'clip': 0.5}: settings of `cls` with values of their
     type."""
-    known, found = cls.settings(), {}
+    known, found, variant = cls.settings(), {}, cls.__module__.split(".")[-1]
     for pair in pairs:
         key, _, text = pair.partition("=")
         if not key or not text:
@@ -944,10 +957,10 @@ def parse_settings(cls, pairs):
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             hint = f", did you mean {near[0]}?" if near else ""
-            raise Refuse(f"--set {shorten(key)}: {cls.__module__.split('.')[-1]} has no such setting{hint}", 2)
+            raise Refuse(f"--set {shorten(key)}: {variant} has no such setting{hint}", 2)
         why = {name: why for c in cls.chain() for name, why in c.fixed.items()}.get(key)
         if why:
-            raise Refuse(f"--set {key}: has no effect in {cls.__module__.split('.')[-1]}: {why}", 2)
+            raise Refuse(f"--set {key}: has no effect in {variant}: {why}", 2)
         if key in found:
             raise Refuse(f"--set {key}: given twice", 2)
         found[key] = parse_value(key, text, known[key])
@@ -975,11 +988,12 @@ def load_run(folder):
     folder = Path(folder)
     config = read_json(folder / "config.json", "status", "variant", "acts", "settings")
     if config["status"] != "done":
-        raise Refuse(f"{folder} is not finished (status {config['status']}): run 02_train.py again", 5)
+        raise Refuse(f"{folder} is not finished (status {config['status']}): run 02_train.py again",
+                     5)
     cls = load_variant(config["variant"])
     if cls.code_checksum() != config["code_checksum"]:
-        raise Refuse(f"{folder}: the code of {config['variant']} changed since (what ran is in its code.py): "
-                     "train it again", 5)
+        raise Refuse(f"{folder}: the code of {config['variant']} changed since (what ran is in its "
+                     "code.py): train it again", 5)
     sae = cls(config["d_in"], config["steps"], config["seed"], **config["settings"])
     sae.load_state_dict(read_tensors(folder / "sae.safetensors", config["sae_checksum"])[0])
     sae.step = sae.steps
@@ -988,7 +1002,9 @@ def load_run(folder):
 
 def run_folders(folders):
     """Folders of runs: those given, or all under runs/."""
-    found = [Path(f) for f in folders] or sorted(p.parent for p in Path("runs").glob("*/config.json"))
+    found = [Path(folder) for folder in folders]
+    if not folders:
+        found = sorted(path.parent for path in Path("runs").glob("*/config.json"))
     if not found:
         raise Refuse("no runs under runs/: run 02_train.py first")
     for folder in found:
@@ -1004,7 +1020,7 @@ def read_log(folder, config):
     path = Path(folder) / "metrics.jsonl"
     blob = path.read_bytes() if path.exists() else b""
     if config.get("log_checksum", checksum(blob)) != checksum(blob):
-        raise Refuse(f"{path} is damaged, cut short or edited: delete {folder} and train the run again")
+        raise Refuse(f"{path} is damaged, cut short or edited: delete {folder}, train it again")
     return [json.loads(line) for line in blob.split(b"\n")[:-1]]  # what follows is being written
 
 
@@ -1071,6 +1087,9 @@ def model_tokenizer(path, **extra):
     """The tokenizer of a language model, a hub name, folder or .gguf file."""
     import transformers
     folder, gguf = model_files(path)
+    files = [file for kind in ("tokenizer*", "vocab*", "*.model") for file in Path(folder).glob(kind)]
+    if Path(folder).is_dir() and not gguf and not files:
+        raise Refuse(f"model {path}: the folder has no tokenizer: save the model's there too")
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, **gguf, **extra)
     except ValueError as e:
@@ -1092,7 +1111,19 @@ def language_model(path, dtype, **extra):
         extra["use_safetensors"] = True
     if not gguf:
         extra["config"] = config
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf, **extra).eval()
+    size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    size *= dtype.itemsize / (config.dtype or torch.float32).itemsize
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise Refuse(f"model {path} needs {size / 1e9:,.0f} GB as {dtype}, this machine has "
+                     f"{memory / 1e9:,.0f} GB of memory: take a smaller model", 4)
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf, **extra).eval()
+    except OSError as e:
+        if "safetensors" not in str(e):
+            raise
+        raise Refuse(f"model {path} has no weights in safetensors files: pickle files can run code and are "
+                     "read only with --trust-remote-code; or save them as safetensors") from e
 
 
 HUB_ERRORS = {       # class in the chain of causes, or HTTP status -> (what to say, exit code)
@@ -1139,7 +1170,8 @@ def hub_errors(kind, name):
 
 
 def first_lines(error):
-    return " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2]) or "no message"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or "no message"
 
 
 def decoder_layers(model, n_layers, name):
@@ -1147,7 +1179,7 @@ def decoder_layers(model, n_layers, name):
     lists = [(path.count("."), path, m) for path, m in model.named_modules()
              if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     if not lists:
-        raise Refuse(f"{name}: found no list of {n_layers} decoder layers, so there is nothing to hook")
+        raise Refuse(f"{name}: found no list of {n_layers} decoder layers to hook")
     return min(lists)[2]
 
 
@@ -1156,7 +1188,7 @@ def hook_point(layer, hook, name):
     or hook_mlp_out."""
     if hook == "resid_post":
         return layer
-    if hasattr(layer, "post_feedforward_layernorm"):       # Gemma-2, OLMo-2: added to the stream after it
+    if hasattr(layer, "post_feedforward_layernorm"):       # Gemma-2, OLMo-2: the stream gets its output
         names = ["post_attention_layernorm" if hook == "attn_out" else "post_feedforward_layernorm"]
     elif hook == "attn_out":                               # the first two are of GLM-4, as above
         names = ["post_self_attn_layernorm", "self_attn", "attention", "attn", "self_attention"]
@@ -1236,7 +1268,8 @@ class Parser(argparse.ArgumentParser):
 def positive_int(text):
     """A whole number above 0; 2_000_000 is fine."""
     if not re.fullmatch(r"\d[\d_]{0,17}", text, re.ASCII) or int(text.replace("_", "")) == 0:
-        raise argparse.ArgumentTypeError(f"want a whole number above 0, such as 2_000_000, not {shorten(text)!r}")
+        raise argparse.ArgumentTypeError("want a whole number above 0, such as 2_000_000, not "
+                                         f"{shorten(text)!r}")
     return int(text.replace("_", ""))
 
 
@@ -1262,8 +1295,8 @@ def pick_device(name=None):
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     if name is None:
         if torch.version.cuda and Path("/proc/driver/nvidia").exists():
-            print("WARNING: this torch finds no GPU although a driver is there: running on the CPU. "
-                  "Does the driver fit CUDA " + torch.version.cuda + "?", file=sys.stderr)
+            print("WARNING: this torch finds no GPU although a driver is there: running on the "
+                  f"CPU. Does the driver fit CUDA {torch.version.cuda}?", file=sys.stderr)
         name = "cpu"
     found = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name, re.ASCII)
     if not found or name != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
@@ -1275,7 +1308,8 @@ def check_name(flag, name, also=""):
     """A name that becomes a folder's: no path, not hidden, not too long; `also` may be in it
     too."""
     if not re.fullmatch(rf"[\w+][\w.+{also}-]{{0,199}}", name, re.ASCII):
-        raise Refuse(f"{flag} {shorten(name)!r}: want a name of at most 200 letters, digits and . _ + -", 2)
+        raise Refuse(f"{flag} {shorten(name)!r}: want a name of at most 200 letters, digits and "
+                     ". _ + -", 2)
     return name
 
 
@@ -1311,7 +1345,8 @@ def write_file(path, data):
         os.replace(temporary, path)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise Refuse(f"disk full while writing {path}: free some space, then run the same command again", 4)
+            raise Refuse(f"disk full while writing {path}: free some space, then run the same "
+                         "command again", 4)
         raise Refuse(f"cannot write {path}: {e.strerror}", 4)
     finally:
         with contextlib.suppress(OSError):                 # it is renamed, or never could be made
@@ -1352,9 +1387,11 @@ def read_json(path, *keys):
     except FileNotFoundError:
         raise Refuse(f"{path} is missing: run the stage before this one") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
-        raise Refuse(f"{path} is damaged ({type(e).__name__}): delete it and run the stage that makes it") from e
+        raise Refuse(f"{path} is damaged ({type(e).__name__}): delete it and run the stage that "
+                     "makes it") from e
     if said != checksum(text.encode()):
-        raise Refuse(f"{path} is damaged or was edited (its checksum differs): run the stage that makes it again")
+        raise Refuse(f"{path} is damaged or was edited (its checksum differs): run the stage that "
+                     "makes it again")
     missing = sorted(set(keys) - set(value))
     if missing:
         raise Refuse(f"{path} is another file or of another version (no {' or '.join(missing)}): "
@@ -1368,7 +1405,8 @@ BLANK = b"0" * 32            # stands in the file for its checksum while that is
 def write_tensors(path, tensors, meta=None):
     """Write {name: tensor} and a JSON-able `meta` as one safetensors file; returns its checksum,
     which the file also holds."""
-    header = json.dumps({"checksum": BLANK.decode(), "format": FORMAT, **(meta or {})}, allow_nan=False)
+    header = {"checksum": BLANK.decode(), "format": FORMAT, **(meta or {})}
+    header = json.dumps(header, allow_nan=False)
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     blob = bytearray(safetensors.torch.save(tensors, {"meta": header}))
     at, said = blob.index(BLANK), checksum(blob)
@@ -1378,8 +1416,8 @@ def write_tensors(path, tensors, meta=None):
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool}
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_tensors(path, expected=None, buffer=None):
@@ -1409,11 +1447,13 @@ def read_tensors(path, expected=None, buffer=None):
             tensors[name] = buffer[first:end].view(DTYPES[entry["dtype"]]).view(entry["shape"])
     except FileNotFoundError:
         raise Refuse(f"{path} is missing: run the stage before this one") from None
-    except (ValueError, KeyError, TypeError, RecursionError, MemoryError, OverflowError, RuntimeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError, MemoryError, OverflowError,
+            RuntimeError) as e:
         raise Refuse(f"{path} is damaged or not ours ({type(e).__name__}: {first_lines(e)}): "
                      "delete it and run the stage that makes it again") from e
     if expected and meta["checksum"] != expected:
-        raise Refuse(f"{path} belongs to another cache or run (not the listed checksum): make it again")
+        raise Refuse(f"{path} belongs to another cache or run (not the listed checksum): make it "
+                     "again")
     return tensors, meta
 
 
@@ -1431,13 +1471,16 @@ class Acts:
             there = sorted(p.parent.name for p in self.folder.parent.glob("*/meta.json"))
             hint = f"there are {', '.join(there)}" if there else "run 01_cache_acts.py first"
             raise Refuse(f"no activations in {folder}: {hint}", 2)
-        self.meta = read_json(self.folder / "meta.json", "format", "complete", "d_in", "dtype", "shards", "val")
+        self.meta = read_json(self.folder / "meta.json", "format", "complete", "d_in", "dtype",
+                              "shards", "val")
         if self.meta["format"] != FORMAT:
-            raise Refuse(f"{self.folder}/meta.json has format {self.meta['format']}, this is {FORMAT}: cache again")
+            raise Refuse(f"{self.folder}/meta.json has format {self.meta['format']}, this is "
+                         f"{FORMAT}: cache again")
         if not self.meta["complete"]:
             raise Refuse(f"{self.folder} is not finished: run the same 01_cache_acts.py again")
-        self.d_in, self.shards, self.scale = self.meta["d_in"], self.meta["shards"], self.meta["scale"]
-        self.mean, self.norm_limit = torch.tensor(self.meta["mean"]), self.meta["norm_limit"]
+        self.d_in, self.shards = self.meta["d_in"], self.meta["shards"]
+        self.mean, self.scale = torch.tensor(self.meta["mean"]), self.meta["scale"]
+        self.norm_limit = self.meta["norm_limit"]
         self.rows = sum(shard["rows"] for shard in self.shards)
         self.checksum = checksum(json.dumps([shard["checksum"] for shard in self.shards]).encode())
 
@@ -1449,10 +1492,11 @@ class Acts:
         acts = tensors.get("acts", torch.empty(0))
         wanted = (entry["rows"], self.d_in), getattr(torch, self.meta["dtype"])
         if (tuple(acts.shape), acts.dtype) != wanted:
-            raise Refuse(f"{path} has {list(acts.shape)} of {acts.dtype}, not {list(wanted[0])} of {wanted[1]}: "
-                         "cache again")
+            raise Refuse(f"{path} has {list(acts.shape)} of {acts.dtype}, not {list(wanted[0])} of "
+                         f"{wanted[1]}: cache again")
         if not all(bound.isfinite() for bound in torch.aminmax(acts)):
-            raise Refuse(f"{path} has activations that are not finite: cache again, in bfloat16 or float32")
+            raise Refuse(f"{path} has activations that are not finite: cache again, in bfloat16 or "
+                         "float32")
         return tensors
 
     def val(self):

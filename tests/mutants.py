@@ -3,8 +3,8 @@
     python tests/mutants.py                     all
     python tests/mutants.py contrastive         those of tests/test_contrastive.py
 
-A mutant is `variant:setting=value` or `variant:-method`, listed as MUTANTS in the test file that must
-notice it. A blank in the last column is a mechanism that no test sees.
+A mutant is `variant:setting=value` or `variant:-method`, listed as MUTANTS in the test file that
+must notice it. A blank in the last column is a mechanism that no test sees.
 """
 import importlib
 import os

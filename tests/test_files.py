@@ -1,4 +1,5 @@
-"""Promises of the files between the stages: whole or not at all, checked when read, one line when wrong."""
+"""Promises of the files between the stages: whole or not at all, checked when read, one line when
+wrong."""
 import os
 import signal
 import subprocess
@@ -159,7 +160,7 @@ def test_a_device_that_is_not_there_is_refused(name):
         pick_device(name)
 
 
-# ---- a cache --------------------------------------------------------------------------------------------
+# ---- a cache -------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""Promises of the base SAE: what it learns, what it keeps unit, what a reset touches, how it is exported."""
+"""Promises of the base SAE: what it learns, what it keeps unit, what a reset touches, how it is
+exported."""
 import math
 
 import pytest
@@ -27,7 +28,8 @@ def test_every_activation_ends_at_the_l0_it_was_asked_for(activation, l0):
 @steered
 @pytest.mark.parametrize("start", [1.0, 2.0])
 def test_l0_stays_within_5_percent_of_its_schedule(activation, start):
-    """After the learning rate's warm-up, averaged over 10 batches; without the controller it is far off."""
+    """After the learning rate's warm-up, averaged over 10 batches; without the controller it is far
+    off."""
     ratio = {}
     for gain in (0.0, SAE.sparsity_gain):
         followed = []
@@ -94,7 +96,7 @@ def test_the_encoder_has_the_plain_gradients():
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(found, wanted))
 
 
-# ---- the sparse path ------------------------------------------------------------------------------------
+# ---- the sparse path -----------------------------------------------------------------------------
 
 
 def on_path(monkeypatch, path):
@@ -163,7 +165,7 @@ def test_a_number_that_is_not_finite_is_not_overlooked():
     assert 2 * 8 + 3 in sae_py.above(pre, 100.0).tolist()
 
 
-# ---- a step ---------------------------------------------------------------------------------------------
+# ---- a step --------------------------------------------------------------------------------------
 
 
 def test_the_decoder_gradient_has_no_part_along_its_rows():
@@ -297,7 +299,7 @@ def test_raw_activations_in_raw_activations_out(activation):
     assert torch.allclose(sae.reconstruct(raw).view(60, D_IN), out.x_hat / 0.25 + 2.0, atol=1e-3)
 
 
-# ---- SAELens --------------------------------------------------------------------------------------------
+# ---- SAELens -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["baseline", "topk", "batch_topk", "jumprelu", "gated", "matryoshka"])
@@ -351,7 +353,7 @@ def test_an_sae_that_sae_lens_does_not_have_is_not_exported(tmp_path):
         build("layernorm", X)[0].to_saelens(tmp_path)
 
 
-# ---- settings -------------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pair, says", [

@@ -1,4 +1,5 @@
-"""Promises of 02_train.py: one pass for all runs, exact resume, folders that say what ran, one-line errors."""
+"""Promises of 02_train.py: one pass for all runs, exact resume, folders that say what ran, one-line
+errors."""
 import importlib
 import os
 import shutil
@@ -14,7 +15,7 @@ import torch
 from sae import ROOT, Acts, Refuse, load_run, read_json, read_log, read_tensors
 from toys import mixture, train_py, write_cache
 
-X = mixture(n_rows=20_000)[0]                        # 15,904 rows to train on: 61 steps of 256
+X = mixture(n_rows=20_000)[0]                        # 15,904 rows to train on: 62 steps of 256
 SMALL = ["--set", "d_sae=64", "l0=4", "batch_size=256"]
 
 
@@ -65,14 +66,14 @@ def test_a_run_folder_says_what_ran(here, monkeypatch):
     config = read_json(folder / "config.json")
     assert config["status"] == "done" and config["variant"] == "contrastive_r3" and config["seed"] == 3
     assert config["parent"] == "contrastive_r2" and config["paired"] is True and config["path"] == "dense"
-    assert config["settings"]["l0"] == 4.0 and config["settings"]["lr"] == 3e-3 and config["steps"] == 61
+    assert config["settings"]["l0"] == 4.0 and config["settings"]["lr"] == 3e-3 and config["steps"] == 62
     assert config["acts_checksum"] == Acts("acts/tiny").checksum
     assert config["sae_checksum"] == read_tensors(folder / "sae.safetensors")[1]["checksum"]
     assert config["start_checksum"] == read_tensors(folder / "start.safetensors")[1]["checksum"]
     source = (folder / "code.py").read_text()
     assert source.index("class SAE") < source.index("contrastive_r1 =") < source.index("contrastive_r3 =")
     log = read_log(folder, config)
-    assert log[-1]["step"] == 61 and log[-1] == config["final"] and 0 < log[-1]["explained_variance"] < 1
+    assert log[-1]["step"] == 62 and log[-1] == config["final"] and 0 < log[-1]["explained_variance"] < 1
     assert {"loss_recon", "ratio_sparsity", "l0", "l1", "dead", "lr", "tokens_per_s"} <= set(log[0])
     assert not (folder / "checkpoint.safetensors").exists()
 
@@ -94,7 +95,7 @@ def test_seeds_settings_and_sweeps_make_the_runs(here, monkeypatch):
 
 def test_more_steps_than_rows_go_through_the_shards_again_in_another_order(here):
     acts = Acts("acts/tiny")
-    assert train_py.plan_shards(acts, 256) == train_py.plan_shards(acts, 256, 61)
+    assert train_py.plan_shards(acts, 256) == train_py.plan_shards(acts, 256, 62)
     plan = train_py.plan_shards(acts, 256, 400)
     passes = [tuple(i for i, _ in plan[n:n + 2]) for n in range(0, 10, 2)]
     assert sum(n for _, n in plan) == 400 and len(set(passes)) == 2

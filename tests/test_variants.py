@@ -1,4 +1,5 @@
-"""Promises that every file in variants/ keeps, on one short training that all checks of a variant share."""
+"""Promises that every file in variants/ keeps, on one short training that all checks of a variant
+share."""
 import functools
 import re
 
@@ -48,7 +49,7 @@ def test_it_reconstructs_at_the_l0_it_was_asked_for(name):
     ev, l0, acts = evaluate(sae, rows())
     assert ev > 0.3
     assert abs(l0 - sae.l0) < 0.1 * sae.l0
-    assert (acts > 0).any(0).float().mean() > 0.5            # fewer than half of the latents are dead
+    assert (acts > 0).any(0).float().mean() > 0.5  # fewer than half of the latents are dead
 
 
 @every_child
@@ -105,7 +106,7 @@ def test_decoder_rows_are_unit(name):
 def test_saved_and_loaded_it_gives_the_same_bits(name, tmp_path):
     sae, _ = trained(name)
     write_tensors(tmp_path / "sae.safetensors", sae.state_dict())
-    again, _ = build(name, data(), STEPS, seed=1)             # another start: all must come from the file
+    again, _ = build(name, data(), STEPS, seed=1)  # another start: all must come from the file
     again.load_state_dict(read_tensors(tmp_path / "sae.safetensors")[0])
     again.step = again.steps
     again.eval()
@@ -130,7 +131,8 @@ def test_stopped_and_resumed_it_gives_the_same_bits(name, tmp_path):
 
 @every_file
 def test_the_sparse_path_trains_as_the_dense_one(name, monkeypatch):
-    """Six steps on each; the last bits differ, and where a rounding decides who restarts nothing is said."""
+    """Six steps on each; the last bits differ, and where a rounding decides who restarts nothing is
+    said."""
     errors = {}
     for path in ("sparse", "dense"):
         monkeypatch.setattr(SAE, "path", property(lambda self: path))
@@ -186,7 +188,8 @@ def test_the_first_docstring_line_names_parent_and_idea(name):
 
 
 def test_a_setting_has_one_home():
-    """No two files introduce the same setting: a child may change a parent's, not give it a second meaning."""
+    """No two files introduce the same setting: a child may change a parent's, not give it a second
+    meaning."""
     home = {}
     for name in NAMES:
         cls = load_variant(name)

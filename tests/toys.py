@@ -59,8 +59,8 @@ def hierarchy(n_rows=40_000, trees=6, children=3, p_parent=0.25, p_child=0.6, no
 
 
 def mixture(n_rows=40_000, features=48, l0=4.0, zipf=0.7, noise=0.05, correlated=0.0, seed=0):
-    """Sparse sums of more features than dimensions, at Zipf frequencies, with noise. `correlated`: the
-    chance that feature 2i + 1 copies feature 2i's firing.
+    """Sparse sums of more features than dimensions, at Zipf frequencies, with noise. `correlated`:
+    the chance that feature 2i + 1 copies feature 2i's firing.
 
     -> x [n, 32]; on [n, features] bool; directions [features, 32].
     """
@@ -89,7 +89,8 @@ def build(variant, x, steps=300, seed=0, **settings):
 
 
 def steps(sae, opt, x, start=0, stop=None, each=None):
-    """Take training steps start..stop on the rows x, in order; each(sae, out, terms) after every step."""
+    """Take training steps start..stop on the rows x, in order; each(sae, out, terms) after every
+    step."""
     for step in range(start, sae.steps if stop is None else stop):
         sae.step, sae.shard = step, 0
         sae.position = step * sae.batch_size % (len(x) - sae.batch_size + 1)
@@ -118,8 +119,9 @@ def evaluate(sae, x):
 
 @torch.no_grad()
 def absorption(sae, x, on, directions, parent):
-    """How often a parent is absorbed: with parent and child on, every latent near the parent (cosine above
-    0.8) is silent and a latent near both (above 0.3 each) fires. Mean over parent-child pairs."""
+    """How often a parent is absorbed: with parent and child on, every latent near the parent
+    (cosine above 0.8) is silent and a latent near both (above 0.3 each) fires. Mean over
+    parent-child pairs."""
     fires = sae(x).acts > 0
     cos = unit(directions) @ unit(sae.W_dec).T                                  # [features, d_sae]
     shares = []
@@ -148,7 +150,8 @@ def gini(values):
 
 
 def write_cache(folder, x, rows_per_shard=8192, val=4096):
-    """x as a finished cache that sae.Acts reads: the last `val` rows held out, the others in shards."""
+    """x as a finished cache that sae.Acts reads: the last `val` rows held out, the others in
+    shards."""
     shards, kept = [], x[:len(x) - val]
     for i, rows in enumerate(kept.split(rows_per_shard)):
         n = len(rows)

@@ -3,8 +3,9 @@
     python tests/bench/gpu.py --out gpu.jsonl             on a GPU
     python tests/bench/gpu.py --out gpu.jsonl --toy       toy sizes, on any machine: does it run at all
 
-Needs torch, transformers, safetensors, numpy, xxhash, filelock and tqdm; no datasets, sae_bench or network.
-Appends JSON lines to --out: one per figure, and one per phase with how it ended. Times in ms are medians.
+Needs torch, transformers, safetensors, numpy, xxhash, filelock and tqdm; no datasets, sae_bench or
+network. Appends JSON lines to --out: one per figure, and one per phase with how it ended. Times in
+ms are medians.
 """
 import argparse
 import importlib
@@ -31,7 +32,8 @@ def sync():
 
 
 def median_ms(action, times=10, warm=3):
-    """Median wall time of action() in ms, and of the host's part of it, before the GPU is waited for."""
+    """Median wall time of action() in ms, and of the host's part of it, before the GPU is waited
+    for."""
     wall, host = [], []
     for n in range(warm + times):
         sync()
@@ -76,7 +78,7 @@ class Bench:
         return self.train_step(self.sae, self.opt, self.x[rows])
 
 
-# ---- phases -----------------------------------------------------------------------------------------------
+# ---- phases --------------------------------------------------------------------------------------
 
 
 def versions(say, device, toy):

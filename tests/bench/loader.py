@@ -2,8 +2,8 @@
 
     python tests/bench/loader.py [--rows 65536] [--d-in 2304] [--shards 4]
 
-Both read the same files from the page cache, in turns; printed is the median of plain over ours (1: as fast
-as reading alone), and the same for the old way, read() and safetensors' parser.
+Both read the same files from the page cache, in turns; printed is the median of plain over ours (1:
+as fast as reading alone), and the same for the old way, read() and safetensors' parser.
 """
 import argparse
 import statistics
@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 import xxhash
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from sae import Acts  # noqa: E402
 from toys import train_py, write_cache  # noqa: E402
 

@@ -2,10 +2,11 @@
 
     python tests/bench/train.py [--old FOLDER] [--cases topk ...] [--turns 7]
 
-Every trainer is a process of its own with one thread and takes its steps when it is its turn, so that a
-machine that slows down slows all of them. Printed: the median over the turns of each one's time over this
-checkout's, the least and the most, and peak memory above that after imports and data. dictionary_learning
-0.1.0 takes part if it is installed (pip install --no-deps dictionary-learning==0.1.0).
+Every trainer is a process of its own with one thread and takes its steps when it is its turn, so
+that a machine that slows down slows all of them. Printed: the median over the turns of each one's
+time over this checkout's, the least and the most, and peak memory above that after imports and
+data. dictionary_learning 0.1.0 takes part if it is installed (pip install --no-deps
+dictionary-learning==0.1.0).
 """
 import argparse
 import importlib
@@ -80,7 +81,8 @@ def dictionary_learning(_, case):
 
 
 def work(kind, root, case):
-    """Take STEPS steps for each line of stdin; answer with the seconds of one, and with memory at the end."""
+    """Take STEPS steps for each line of stdin; answer with the seconds of one, and with memory at
+    the end."""
     import torch
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(kind == "ours")
