@@ -39,6 +39,11 @@ class Variant(SAE):
     def sparsity(self, out):
         return super().sparsity(out._replace(acts=out.pre.relu()) if self.gated_sizes else out)
 
+    def after_step(self, opt, out):
+        """As in the base, which holds L0 by moving the gate's biases: so by the gate's acts."""
+        gate = super().activate(out.pre) if self.gated_sizes else out.acts
+        super().after_step(opt, out._replace(acts=gate))
+
     def saelens_weights(self):
         if self.activation != "relu" or not self.gated_sizes:
             return super().saelens_weights()
