@@ -72,7 +72,8 @@ class Evaluation(NamedTuple):
     settings: Callable = lambda acts: {}   # what results depend on besides weights, activations
     inputs: Callable = lambda run: {}      # ... and what other files of this run or of its siblings
     of_controls: bool = True               # whether it says something of a control
-    reads_model: bool = True               # whether it needs the language model
+    reads_model: bool = True               # whether it asks the language model, if there is one
+    of_synthetic: bool = False             # whether it says something of synthetic data
     package: str = "torch"                 # it is left out where this one is not installed
 
 
@@ -994,15 +995,16 @@ RETAIN = 0.01                # forget: share by which the loss on other text may
 BENCH_SETTINGS = {
     "absorption": {"words": 0},            # how many words of the vocabulary; 0: all
     "sparse_probing": {"k_values": [1, 2, 5, 20]},
-    "forget": {"texts": 48, "context_length": 128, "retain_threshold": 0.01, "n_features": [5, 20],
+    "forget": {"texts": 32, "context_length": 128, "retain_threshold": 0.01, "n_features": [10],
                "multiples": [0.5, 2.0]},   # clamped to minus so many times the mean norm of a row
 }
-FEW_TEXTS = {"context_length": 64, "train_set_size": 400, "test_set_size": 200,
+FEW_TEXTS = {"context_length": 64, "train_set_size": 200, "test_set_size": 200,
              "n_values": [2, 5, 10, 20],
              "probe_lr": 1e-2}             # 1e-3 leaves probes on few texts at their random start
 CORPUS_SETTINGS = {                        # of tasks that are made from the cached corpus itself
-    "sparse_probing": {"context_length": 64, "probe_train_set_size": 400,
-                       "probe_test_set_size": 200},
+    "sparse_probing": {"context_length": 64, "probe_train_set_size": 200,
+                       "probe_test_set_size": 200, "k_values": [1, 5, 20],
+                       "lower_vram_usage": True},      # so that no probe on all latents is trained
     "scr": FEW_TEXTS,
     "tpp": FEW_TEXTS,
 }
@@ -1044,13 +1046,13 @@ class Bench:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.bos_token
         self.texts = {}                              # (data set, context length) -> Texts
         self.codes_kept, self.room = {}, KEPT
+        self.versions = [importlib.metadata.version(p) for p in ("sae-bench", "transformers")]
 
     def kept(self, name, key, make):
         """(tensors, meta) of the file in eval_cache for `key`, made by make() if it isn't there."""
         meta = self.acts.meta
-        versions = [importlib.metadata.version(p) for p in ("sae-bench", "transformers")]
         key = {**key, "model": meta["model"], "layer": meta["layer"], "dtype": meta["dtype"],
-               "version": VERSION, "seed": SEED, "versions": versions}
+               "version": VERSION, "seed": SEED, "versions": self.versions}
         digest = text_hash(json.dumps(key, sort_keys=True))[:16]
         path = self.acts.folder / "eval_cache" / f"{name}-{digest}.safetensors"
         if not path.exists():
@@ -1073,7 +1075,7 @@ class Bench:
     def codes(self, run, x):
         """Acts [..., d_sae] of raw activations x [..., d_in], in host memory."""
         acts = [run.sae.encode(part.to(self.device).float()).cpu()
-                for part in x.reshape(-1, x.shape[-1]).split(4096)]
+                for part in x.reshape(-1, x.shape[-1]).split(1024)]
         return torch.cat(acts).view(*x.shape[:-1], -1)
 
     def cfg(self, run):
@@ -1091,7 +1093,7 @@ class Bench:
         made = kind(
             eval_config=config, eval_result_metrics=metrics, eval_result_details=details,
             eval_id=sae_bench_utils.get_eval_uuid(), datetime_epoch_millis=int(time.time() * 1000),
-            sae_bench_commit_hash=importlib.metadata.version("sae-bench"),
+            sae_bench_commit_hash=self.versions[0],
             sae_lens_id="custom_sae", sae_lens_release_id=run.name,
             sae_lens_version=sae_bench_utils.get_sae_lens_version(),
             sae_cfg_dict=self.cfg(run).to_dict(), **more)
@@ -1172,7 +1174,7 @@ def evaluate_absorption(acts, model, runs, settings):
     config = AbsorptionEvalConfig(model_name=bench.name, llm_dtype="float32",
                                   precalc_k_sparse_probe_sae_acts=True, **settings)
     if not bench.spells:         # few rows in large batches leave probes near their random start
-        config.k_sparse_probe_batch_size = 64
+        config.k_sparse_probe_batch_size = 128
     key = {"words": words, "template": config.prompt_template, "position": config.prompt_token_pos}
     make = letters_in_prompts if bench.spells else letters_in_text
     with quiet():
@@ -1325,7 +1327,8 @@ def split_latents(run, bench, letters, config):
     one_hot = letters.labels["train"][:, None] == torch.tensor(letters.present)
     probe = train_sparse_multi_probe(
         train, one_hot.long(), bench.device, l1_decay=config.k_sparse_probe_l1_decay,
-        batch_size=config.k_sparse_probe_batch_size, num_epochs=config.k_sparse_probe_num_epochs)
+        batch_size=config.k_sparse_probe_batch_size, num_epochs=config.k_sparse_probe_num_epochs,
+        show_progress=False)
     weights = probe.weights.detach().cpu()
     split, main_f1 = {a: [] for a in string.ascii_lowercase}, {}
     for row, i in zip(weights, letters.present):
@@ -1441,7 +1444,7 @@ HUB_TASKS = {                # evaluation -> SAEBench's tasks
     "tpp": ["LabHC/bias_in_bios_class_set1", "canrager/amazon_reviews_mcauley_1and5"]}
 RUNS_CODE = ["codeparrot/github-code"]     # a script on the hub: only from labelled/
 BIOS = "LabHC/bias_in_bios"  # own tasks go through sae_bench's code in the columns of this data set
-MOST_CLASSES, MOST_PAIRS = 6, 3            # of an own task
+MOST_CLASSES, MOST_PAIRS = 6, 2            # of an own task
 SCIENCE = ("numpy", "sympy", "networkx")
 KEYWORD = re.compile(r"\s*(from|def|class|if|for|while|with|return|raise|assert)\s+(.{12,})")
 PASSAGE, LONG = 200, 768     # characters: about 64 tokens; surely 128 tokens
@@ -1787,9 +1790,12 @@ def probe_accuracies(who, config, case, values):
     on the k best of them."""
     from sae_bench.evals.sparse_probing.probe_training import train_probe_on_activations
     train, test = case.of("train", values), case.of("test", values)
-    _, accuracies = train_probe_on_activations(train, test, use_sklearn=False, batch_size=250,
-                                               epochs=100, lr=1e-2)
-    found = {f"{who}_test_accuracy": accuracies}
+    if who == "sae" and config.lower_vram_usage:
+        found = {"sae_test_accuracy": {"-1": -1}}        # sae_bench's word for not measured
+    else:
+        _, accuracies = train_probe_on_activations(train, test, use_sklearn=False, batch_size=250,
+                                                   epochs=100, lr=1e-2)
+        found = {f"{who}_test_accuracy": accuracies}
     for k in config.k_values:
         _, accuracies = train_probe_on_activations(train, test, select_top_k=k)
         found[f"{who}_top_{k}_test_accuracy"] = accuracies
@@ -1830,7 +1836,8 @@ def probing_of(run, bench, config, cases, of_model):
     if all(abs(value - 0.5) < CHANCE for key, value in sae.items() if "_top_" in key):
         why = "the probes on its latents see a constant"
         guards.append(fired_guard("probes at chance", why, INVALID))
-    return {**output, "metrics": means, "guards": guards}
+    metrics = {key: value for key, value in means.items() if value != -1}
+    return {**output, "metrics": metrics, "guards": guards}
 
 
 # ---- spurious correlation removal (SCR) and targeted probe perturbation (TPP) ----
@@ -2112,8 +2119,6 @@ SHOWN = {"random": 20, "frequent": 5, "rare": 5}      # latents of each kind
 def evaluate_features(acts, model, runs, settings):
     """For some latents of each run: the contexts in which it fires most, the tokens that its
     decoder row promotes through the unembedding, and the latents nearest to it."""
-    if model is None:
-        raise Unfit("synthetic data have no contexts")
     failed, chosen, best, where = {}, {}, {}, {}
     for run in runs:
         with noting(failed, run):
@@ -2246,10 +2251,11 @@ def make_controls(acts, runs):
 
 
 EVALS = {                                  # in the order in which they run
-    "core": Evaluation(evaluate_core),
-    "geometry": Evaluation(evaluate_geometry, of_controls=False, reads_model=False),
+    "core": Evaluation(evaluate_core, of_synthetic=True),
+    "geometry": Evaluation(evaluate_geometry, of_controls=False, reads_model=False,
+                           of_synthetic=True),
     "stability": Evaluation(evaluate_stability, inputs=siblings, of_controls=False,
-                            reads_model=False),
+                            reads_model=False, of_synthetic=True),
     **SAEBENCH,
     "features": Evaluation(evaluate_features, of_controls=False),
 }
@@ -2334,7 +2340,7 @@ def print_table(runs, acts):
         result = stored("core", run, acts)
         if result is None:
             continue
-        row = {"run": ("control: " * run.is_control + run.name)[:40]}
+        row = {"run": ("control: " * run.is_control + run.name)[:34]}
         for title, (metric, form) in COLUMNS.items():
             if result["metrics"].get(metric) is not None:
                 row[title] = format(result["metrics"][metric], form)
@@ -2347,7 +2353,9 @@ def print_table(runs, acts):
     if rows:
         table = pd.DataFrame(rows).dropna(axis=1, how="all")
         table = table[[title for title in ("run", *COLUMNS) if title in table]]
-        table["run"] = table["run"].str.ljust(table["run"].str.len().max())
+        width = table["run"].str.len().max()
+        table["run"] = table["run"].str.ljust(width)
+        table = table.rename(columns={"run": "run".ljust(width)})
         lines = table.to_string(index=False, na_rep="-").split("\n")
         found = [textwrap.shorten(text, 98 - len(lines[0]), placeholder=" ...") for text in words]
         lines = [f"{line}  {text}" for line, text in zip(lines, ["guards", *found])]
@@ -2402,7 +2410,9 @@ def finished(folders, failures):
 def evaluate_cache(acts, folders, args, names, device, failures):
     """Make what is missing of the named evaluations for the runs of a cache; print the table."""
     locks = [lock(folder) for folder in folders]
-    model, seen = None, []
+    model, seen, is_synthetic = None, [], acts.meta["source"] != "model"
+    if is_synthetic:
+        names = [name for name in names if EVALS[name].of_synthetic]
     for i, portion in enumerate(portions(folders)):
         runs = load_runs(portion, acts, device, failures)
         if args.controls and i == 0 and runs:
@@ -2414,7 +2424,7 @@ def evaluate_cache(acts, folders, args, names, device, failures):
             evaluation = EVALS[name]
             todo = [run for run in runs if evaluation.of_controls or not run.is_control]
             todo = [run for run in todo if args.force or not stored(name, run, acts)]
-            if todo and evaluation.reads_model and model is None and acts.meta["source"] == "model":
+            if todo and evaluation.reads_model and model is None and not is_synthetic:
                 model = LanguageModel(acts, device)
             if todo:
                 evaluate(name, acts, model, todo, failures)

@@ -433,12 +433,12 @@ def test_of_two_runs_with_the_same_weights_the_idea_is_the_duplicate(known, tmp_
     """An idea that never acted has its parent's weights."""
     acts, directions, _ = known
     sae = with_decoder(acts, directions)
-    runs = [write_run(tmp_path / name, sae, acts, variant=name) for name in ("ortsae", "baseline")]
+    runs = [write_run(tmp_path / name, sae, acts, variant=name) for name in ("adaptive_ortho_r1", "baseline")]
     other = with_decoder(acts, unit(directions + 0.01))
     runs.append(write_run(tmp_path / "other", other, acts))
     found = evaluate("core", acts, runs)
     assert {name: "duplicate" in fired(r, "invalid") for name, r in found.items()} == {
-        "ortsae": True, "baseline": False, "other": False}
+        "adaptive_ortho_r1": True, "baseline": False, "other": False}
 
 
 def test_a_run_of_another_layer_is_stale_and_a_void_one_is_invalid(known, tmp_path):
@@ -600,6 +600,21 @@ def test_what_needs_a_package_that_is_not_there_is_left_out_and_said(place, monk
     assert done.code == 0 and "no_such_package is not installed: absorption" in done.out
 
 
+def test_what_needs_a_language_model_is_left_out_for_synthetic_data(place):
+    done = script(place[0], "runs/topk-true-s0", "--eval", "core", "features")
+    assert done.code == 0 and not (place[0] / "runs/topk-true-s0/eval/features.json").exists()
+
+
+def test_an_evaluation_that_does_not_fit_is_said_and_fails_no_run(place, monkeypatch):
+    def unfit(acts, model, runs, settings):
+        raise eval_py.Unfit("the tokenizer has no words")
+        yield
+
+    monkeypatch.setitem(eval_py.EVALS, "geometry", eval_py.Evaluation(unfit))
+    done = script(place[0], "runs/topk-s0", "--eval", "geometry")
+    assert done.code == 0 and "no geometry: the tokenizer has no words" in done.out
+
+
 def test_a_run_of_another_width_is_said_in_one_line(place, tmp_path):
     folder = shutil.copytree(place[0], tmp_path / "copy")
     config = read_json(folder / "runs/topk-true-s0/config.json")
@@ -655,12 +670,9 @@ def test_features_show_the_contexts_in_which_a_latent_fires_most(tmp_path):
         assert shown[0]["token"] == top and f"<<{top}>>" in shown[0]["text"]
 
 
-def test_features_ask_for_core_first_and_are_none_of_synthetic_data(tmp_path, known, capsys):
+def test_features_ask_for_core_first(tmp_path):
     language_cache(tmp_path / "acts" / "toy")
     acts = Acts(tmp_path / "acts" / "toy")
     run = write_run(tmp_path / "runs" / "topk-s0", build(acts), acts)
     with pytest.raises(eval_py.Refuse, match="rates.safetensors"):
         evaluate("features", acts, [run])
-    failures = []
-    eval_py.evaluate("features", known[0], None, [run], failures)
-    assert not failures and "no features: synthetic data" in capsys.readouterr().out
