@@ -148,7 +148,7 @@ class Variant(Base):
         rank = min(self.interference_rank, *acts.shape)
         with torch.random.fork_rng():                      # the randomised SVD draws from the global one
             torch.manual_seed(self.step)
-            strengths = torch.pca_lowrank(acts, rank)[1]
+            strengths = torch.pca_lowrank(acts, min(2 * rank, *acts.shape))[1][:rank]
         return strengths.square().sum() / (acts - acts.mean(0)).square().sum().clamp_min(1e-12)
 
     def saelens_weights(self):
