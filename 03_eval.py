@@ -812,17 +812,14 @@ def sparsity(code):
 
 
 def cofiring_groups(code):
-    """Groups of latents: a random one and those whose firing correlates most with its own; of GROUP
-    latents, or d_in / 4 if that is less."""
+    """Groups of GROUP latents: a random one and those whose firing correlates most with its own."""
     n = len(code.latents)
     if n < 2:
         return []
     fires = standardise((code.acts > 0).float())
     seeds = torch.randperm(n, generator=generator("groups"))[:SETS].to(fires.device)
-    phi = fires[:, seeds].T @ fires
-    phi[torch.arange(len(seeds)), seeds] = math.inf        # a latent is in its own group
-    size = min(GROUP, n)
-    return [code.latents[near] for near in phi.topk(size).indices]
+    phi = fires[:, seeds].T @ fires                        # 1 with itself: it is in its own group
+    return [code.latents[near] for near in phi.topk(min(GROUP, n)).indices]
 
 
 def condition_numbers(W, sets):
