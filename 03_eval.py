@@ -992,7 +992,7 @@ RETAIN = 0.01                # forget: share by which the loss on other text may
 BENCH_SETTINGS = {
     "absorption": {"words": 0},            # how many words of the vocabulary; 0: all
     "sparse_probing": {"k_values": [1, 2, 5, 20]},
-    "forget": {"texts": 32, "context_length": 128, "retain_threshold": 0.01, "n_features": [10],
+    "forget": {"texts": 16, "context_length": 128, "retain_threshold": 0.01, "n_features": [10],
                "multiples": [0.5, 2.0]},   # clamped to minus so many times the mean norm of a row
 }
 FEW_TEXTS = {"context_length": 64, "train_set_size": 200, "test_set_size": 200,
@@ -1171,7 +1171,7 @@ def evaluate_absorption(acts, model, runs, settings):
     config = AbsorptionEvalConfig(model_name=bench.name, llm_dtype="float32",
                                   precalc_k_sparse_probe_sae_acts=True, **settings)
     if not bench.spells:         # few rows in large batches leave probes near their random start
-        config.k_sparse_probe_batch_size = 128
+        config.k_sparse_probe_batch_size = 256
     key = {"words": words, "template": config.prompt_template, "position": config.prompt_token_pos}
     make = letters_in_prompts if bench.spells else letters_in_text
     with quiet():
