@@ -149,7 +149,7 @@ def identity(acts):
 
 
 def write_run(folder, sae, acts, variant="topk", seed=0, log=(), start=None, **changed):
-    """The run folder that 02_train.py leaves; -> Run. start: the weights that training had first."""
+    """The run folder that 02_train.py leaves; -> Run. start: the weights that training began at."""
     said = write_tensors(folder / "sae.safetensors", sae.state_dict())
     if start is None:        # far from where the SAE is now
         start = {}
