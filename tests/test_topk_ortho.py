@@ -2,6 +2,7 @@
 
 A training is compared with the row's own switched-off one: same seed, same batches, same L0.
 """
+
 import functools
 
 import pytest
@@ -11,16 +12,32 @@ from sae import Refuse, load_variant, parse_settings, unit
 from toys import build, cosines, evaluate, hierarchy, mixture, steps, train
 
 MUTANTS = [
-    "topk_ortho_r1:ortho_weight=0.0", "topk_ortho_r1:pair_rule=random", "topk_ortho_r1:pair_fraction=1.0",
-    "topk_ortho_r1:pair_latents=8", "topk_ortho_r1:ortho_tau=0.9", "topk_ortho_r2:tau_rate=0.0",
-    "topk_ortho_r2:tau_rule=note", "topk_ortho_r3:pairs_std=0.0", "topk_ortho_r3:pairs_memory=0.0",
-    "topk_ortho_r4:prune_every=0.0", "topk_ortho_r5:importance_protects=0.0", "topk_ortho_r5:-after_step",
-    "topk_ortho_r6:l1_gain=0.0", "topk_ortho_r6:l1_form=global", "topk_ortho_r7:inhibition_strength=0.0",
-    "topk_ortho_r7:inhibition_form=scale", "topk_ortho_r7:-init_from_data", "topk_ortho_r7:-after_step",
-    "topk_ortho_r8:neighbours_every=0.0", "topk_ortho_r8:-after_step", "topk_ortho_r9:revive_every=0.0",
-    "topk_ortho_r9:-to_revive", "topk_ortho_r9:revive_from=error"]
+    "topk_ortho_r1:ortho_weight=0.0",
+    "topk_ortho_r1:pair_rule=random",
+    "topk_ortho_r1:pair_fraction=1.0",
+    "topk_ortho_r1:pair_latents=8",
+    "topk_ortho_r1:ortho_tau=0.9",
+    "topk_ortho_r2:tau_rate=0.0",
+    "topk_ortho_r2:tau_rule=note",
+    "topk_ortho_r3:pairs_std=0.0",
+    "topk_ortho_r3:pairs_memory=0.0",
+    "topk_ortho_r4:prune_every=0.0",
+    "topk_ortho_r5:importance_protects=0.0",
+    "topk_ortho_r5:-after_step",
+    "topk_ortho_r6:l1_gain=0.0",
+    "topk_ortho_r6:l1_form=global",
+    "topk_ortho_r7:inhibition_strength=0.0",
+    "topk_ortho_r7:inhibition_form=scale",
+    "topk_ortho_r7:-init_from_data",
+    "topk_ortho_r7:-after_step",
+    "topk_ortho_r8:neighbours_every=0.0",
+    "topk_ortho_r8:-after_step",
+    "topk_ortho_r9:revive_every=0.0",
+    "topk_ortho_r9:-to_revive",
+    "topk_ortho_r9:revive_from=error",
+]
 SEEDS = [0, 1]
-TREES = {"l0": 2.4}      # the hierarchy's own L0
+TREES = {"l0": 2.4}  # the hierarchy's own L0
 
 
 @functools.cache
@@ -52,7 +69,7 @@ def late(log, key):
     return sum(line[key] for line in log[-100:]) / 100
 
 
-# ---- r1: which pairs, and what they pay ---------------------------------------------------------------
+# ---- r1: which pairs, and what they pay ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ["coactivation", "phi", "preact", "decoder"])
@@ -62,19 +79,25 @@ def test_a_score_is_what_the_rule_says(rule):
     out = sae(x)
     i, j = 1, 4
     acts, pre, fires = out.acts[:, [i, j]], out.pre[:, [i, j]], (out.acts[:, [i, j]] > 0).float()
-    known = {"coactivation": acts.prod(1).mean(), "phi": torch.corrcoef(fires.T)[0, 1],
-             "preact": torch.corrcoef(pre.T)[0, 1], "decoder": sae.W_dec[i] @ sae.W_dec[j]}
+    known = {
+        "coactivation": acts.prod(1).mean(),
+        "phi": torch.corrcoef(fires.T)[0, 1],
+        "preact": torch.corrcoef(pre.T)[0, 1],
+        "decoder": sae.W_dec[i] @ sae.W_dec[j],
+    }
     score = sae.score_pairs(out, torch.arange(6), sae.W_dec @ sae.W_dec.T)
     assert torch.isclose(score[i, j], known[rule], atol=1e-5)
 
 
 def test_only_the_best_pairs_of_firing_latents_pay_and_each_once():
     x = rows("trees")[:256]
-    sae, _ = build("topk_ortho_r1", x, pair_rule="decoder", d_sae=20, pair_fraction=0.05, pair_latents=10)
+    sae, _ = build(
+        "topk_ortho_r1", x, pair_rule="decoder", d_sae=20, pair_fraction=0.05, pair_latents=10
+    )
     out = sae(x)
     cos = unit(sae.W_dec[(out.acts > 0).sum(0).topk(10).indices])
     cos = (cos @ cos.T)[torch.ones(10, 10, dtype=torch.bool).triu(1)]
-    best = cos.sort(descending=True).values[:2]            # 5 % of 45 pairs
+    best = cos.sort(descending=True).values[:2]  # 5 % of 45 pairs
     assert torch.isclose(sae.ortho(out), (best - 0.1).relu().square().mean())
     assert len(sae.pairs[0]) == 2
     for tau, over in ((best[0] + 0.01, 0), (best.mean(), 0.5), (best[1] - 0.01, 1)):
@@ -84,8 +107,8 @@ def test_only_the_best_pairs_of_firing_latents_pay_and_each_once():
 
 
 def true_share(sae, rule, seed):
-    """Share of the pairs selected in eight batches that stand for a feature and its parent. A latent stands
-    for the feature whose firing it tells best."""
+    """Share of the pairs selected in eight batches that stand for a feature and its parent. A
+    latent stands for the feature whose firing it tells best."""
     x, on, _, parent = data("trees", seed)
     x, on = x[-8192:], on[-8192:].float()
     fires = (evaluate(sae, x)[2] > 0).float()
@@ -103,7 +126,13 @@ def true_share(sae, rule, seed):
 
 def test_every_rule_finds_parents_and_children_more_often_than_chance():
     """24 latents for 24 features at too small an L0: parents are absorbed into their children."""
-    absorbing = {"activation": "batch_topk", "l0": 1.75, "d_sae": 24, "pair_fraction": 0.05, "ortho_weight": 0.0}
+    absorbing = {
+        "activation": "batch_topk",
+        "l0": 1.75,
+        "d_sae": 24,
+        "pair_fraction": 0.05,
+        "ortho_weight": 0.0,
+    }
     saes = [run("topk_ortho_r1", "trees", seed, **absorbing)[0] for seed in SEEDS]
 
     def share(rule):
@@ -126,7 +155,9 @@ def selected_squares(sae, seed):
 def test_the_selected_pairs_part_and_all_pairs_much_less(activation):
     for seed in SEEDS:
         on = run("topk_ortho_r1", "trees", seed, **TREES, activation=activation)[0]
-        free = run("topk_ortho_r1", "trees", seed, **TREES, activation=activation, **off("topk_ortho_r1"))[0]
+        free = run(
+            "topk_ortho_r1", "trees", seed, **TREES, activation=activation, **off("topk_ortho_r1")
+        )[0]
         selected = selected_squares(on, seed) / selected_squares(free, seed)
         every = cosines(on).square().mean() / cosines(free).square().mean()
         assert selected < 0.2 and every > 2 * selected
@@ -134,12 +165,16 @@ def test_the_selected_pairs_part_and_all_pairs_much_less(activation):
 
 def test_the_pairs_of_65536_latents_fit_in_memory():
     x = rows("trees")[:128]
-    sae, opt = build("topk_ortho_r3", x, steps=50, d_sae=65_536, l0=1024.0, batch_size=64, pair_latents=512)
+    sae, opt = build(
+        "topk_ortho_r3", x, steps=50, d_sae=65_536, l0=1024.0, batch_size=64, pair_latents=512
+    )
     steps(sae, opt, x, stop=2)
     assert sae.pairs[0].max() >= 512 and sae.W_dec.isfinite().all()
 
 
-@pytest.mark.parametrize("text", ["pair_rule=jaccard", "tau_rule=notes", "inhibition_form=divide", "l1_form=all"])
+@pytest.mark.parametrize(
+    "text", ["pair_rule=jaccard", "tau_rule=notes", "inhibition_form=divide", "l1_form=all"]
+)
 def test_a_mistyped_choice_is_refused(text):
     cls = load_variant("topk_ortho_r9")
     with pytest.raises(Refuse, match=text.partition("=")[2]):
@@ -152,7 +187,7 @@ def test_an_inherited_setting_without_effect_is_refused(text):
         parse_settings(load_variant("topk_ortho_r9"), [text])
 
 
-# ---- r2, r3: tau and the number of pairs ----------------------------------------------------------------
+# ---- r2, r3: tau and the number of pairs ---------------------------------------------------------
 
 
 def test_r2_tau_brings_the_pairs_mean_cosine_nearer_to_its_target():
@@ -172,12 +207,17 @@ def test_r2_tau_falls_while_the_pairs_are_too_parallel_and_by_the_notes_rule_ris
 def spread(kind):
     """Scores of 200 latents' pairs."""
     g = torch.Generator().manual_seed(0)
-    score = {"uniform": torch.rand(200, 200, generator=g), "normal": torch.randn(200, 200, generator=g),
-             "two values": (torch.rand(200, 200, generator=g) < 0.04).float()}[kind]
+    score = {
+        "uniform": torch.rand(200, 200, generator=g),
+        "normal": torch.randn(200, 200, generator=g),
+        "two values": (torch.rand(200, 200, generator=g) < 0.04).float(),
+    }[kind]
     return score.masked_fill(~torch.ones(200, 200, dtype=torch.bool).triu(1), -torch.inf)
 
 
-@pytest.mark.parametrize("kind, pairs", [("uniform", 10), ("normal", 0.0228 * 19900), ("two values", 0.04 * 19900)])
+@pytest.mark.parametrize(
+    "kind, pairs", [("uniform", 10), ("normal", 0.0228 * 19900), ("two values", 0.04 * 19900)]
+)
 def test_r3_the_number_of_pairs_follows_how_the_scores_are_spread(kind, pairs):
     sae, _ = build("topk_ortho_r3", rows("trees"))
     assert abs(len(sae.select_pairs(spread(kind))) - pairs) < 0.15 * pairs
@@ -193,24 +233,33 @@ def test_r3_the_threshold_remembers_the_last_batches():
     assert torch.isclose(sae.pair_threshold, first + 1 / 20, atol=1e-4)
 
 
-# ---- r4, r5: pruning --------------------------------------------------------------------------------------
+# ---- r4, r5: pruning -----------------------------------------------------------------------------
 
 
 def test_r4_hardly_any_near_parallel_pair_is_left():
     for seed in SEEDS[:1]:
-        near = [int((cosines(run("topk_ortho_r4", "trees", seed, **TREES, ortho_weight=0.0, **extra)[0]) > 0.5).sum())
-                for extra in ({}, off("topk_ortho_r4"))]
+        near = [
+            int(
+                (
+                    cosines(
+                        run("topk_ortho_r4", "trees", seed, **TREES, ortho_weight=0.0, **extra)[0]
+                    )
+                    > 0.5
+                ).sum()
+            )
+            for extra in ({}, off("topk_ortho_r4"))
+        ]
         assert near[1] > 10 and near[0] < 0.3 * near[1]
 
 
 def with_doubles():
-    """A topk_ortho_r5 before a pruning step, in which latents 5 and 6 double the more frequent 9 and 10."""
+    """A topk_ortho_r5 before a pruning step; latents 5 and 6 double the more frequent 9 and 10."""
     x = data("trees")[0]
     sae, opt = build("topk_ortho_r5", x, prune_threshold=0.95)
     with torch.no_grad():
         sae.W_dec[[5, 6]] = sae.W_dec[[9, 10]]
     sae.rate[[9, 10]] = 1.0
-    sae.step = 5                                           # the sixth of 300 is the first that prunes
+    sae.step = 5  # the sixth of 300 is the first that prunes
     return sae, sae(x[:256])
 
 
@@ -231,7 +280,7 @@ def test_r5_importance_is_the_mean_act_and_0_for_a_fresh_latent():
     assert sae.importance[63] == 0
 
 
-# ---- r6: L1 by the latent ---------------------------------------------------------------------------------
+# ---- r6: L1 by the latent ------------------------------------------------------------------------
 
 
 def test_r6_latents_fire_nearer_to_the_wanted_rate():
@@ -248,11 +297,15 @@ def test_r6_the_notes_form_has_one_weight_for_all():
     assert sae.l1_scale.std() == 0 and sae.l1_scale[0] != 1
 
 
-# ---- r7, r8: competition ------------------------------------------------------------------------------------
+# ---- r7, r8: competition -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings, left", [({}, 4 - 0.3 * 6), ({"inhibition_form": "scale"}, 4 - 0.3 * 4)])
-def test_r7_a_weaker_neighbour_loses_a_share_of_the_winner_or_by_the_notes_form_of_itself(settings, left):
+@pytest.mark.parametrize(
+    "settings, left", [({}, 4 - 0.3 * 6), ({"inhibition_form": "scale"}, 4 - 0.3 * 4)]
+)
+def test_r7_a_weaker_neighbour_loses_a_share_of_the_winner_or_by_the_notes_form_of_itself(
+    settings, left
+):
     x = rows("mixture")
     sae, _ = build("topk_ortho_r7", x, inhibition_radius=2, **settings)
     sae.usual_max.fill_(10.0)
@@ -272,7 +325,9 @@ def test_r7_a_winner_is_strong_by_what_rows_reach_now():
     assert at_start.isfinite()
     steps(sae, opt, x, stop=60)
     highest = sae(rows("mixture")).pre.amax(1).mean()
-    assert torch.isclose(sae.usual_max, highest, rtol=0.1) and not torch.isclose(at_start, highest, rtol=0.1)
+    assert torch.isclose(sae.usual_max, highest, rtol=0.1) and not torch.isclose(
+        at_start, highest, rtol=0.1
+    )
 
 
 def together(sae, seed):
@@ -288,7 +343,9 @@ def test_r7_neighbours_fire_together_less_and_others_as_before(activation):
     for seed in SEEDS:
         settings = {"activation": activation}
         on = together(run("topk_ortho_r7", "mixture", seed, **settings)[0], seed)
-        free = together(run("topk_ortho_r7", "mixture", seed, **settings, **off("topk_ortho_r7"))[0], seed)
+        free = together(
+            run("topk_ortho_r7", "mixture", seed, **settings, **off("topk_ortho_r7"))[0], seed
+        )
         assert on[near].mean() / on[far].mean() < 0.9 * free[near].mean() / free[far].mean()
 
 
@@ -320,19 +377,19 @@ def test_r8_a_latent_that_fires_with_more_others_has_more_neighbours():
     assert found[0] == [1, 2, 3, 4] and found[5] == [6] and found[7] == []
 
 
-# ---- r9: reallocation ---------------------------------------------------------------------------------------
+# ---- r9: reallocation ----------------------------------------------------------------------------
 
 
 def test_r9_the_latents_that_hardly_fire_restart_in_random_directions():
     x = data("mixture")[0]
     sae, _ = build("topk_ortho_r9", x, prune_every=0.0)
-    sae.step = 59                                          # of 300: a fifth is done
+    sae.step = 59  # of 300: a fifth is done
     sae.rate.fill_(4 / 64)
     sae.rate[[3, 8]] = 0.009 * 4 / 64
     out = sae(x[:256])
     which, directions = sae.restart(out)
     assert which.tolist() == [3, 8]
-    assert (unit(directions) @ unit(out.x - out.x_hat).T).amax(1).max() < 0.99      # no row's residual
+    assert (unit(directions) @ unit(out.x - out.x_hat).T).amax(1).max() < 0.99  # no row's residual
 
 
 def test_r9_dead_latents_come_to_life():
@@ -342,4 +399,6 @@ def test_r9_dead_latents_come_to_life():
         with torch.no_grad():
             sae.b_enc[:16] = -100.0
         steps(sae, opt, x)
-        assert int((evaluate(sae.eval(), rows("mixture"))[2] > 0).any(0).logical_not().sum()) == dead
+        assert (
+            int((evaluate(sae.eval(), rows("mixture"))[2] > 0).any(0).logical_not().sum()) == dead
+        )

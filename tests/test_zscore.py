@@ -1,4 +1,5 @@
 """What each row of the study zscore does, on toys with known answers."""
+
 import functools
 from statistics import NormalDist
 
@@ -9,21 +10,40 @@ from sae import SAE, Refuse, generator, load_variant, parse_settings, unit
 from toys import D_IN, build, cosines, evaluate, gini, mixture, normalised, steps, train
 
 MUTANTS = [
-    "zscore_r1:zscore_threshold=False", "zscore_r1:zscore_start=1.0", "zscore_r1:zscore_gain=0.0",
-    "zscore_r1:zscore_memory=1.0", "zscore_r1:interference_weight=0.0", "zscore_r1:interference_tau=0.9",
-    "zscore_r1:interference_among=8", "zscore_r1:revive_interference=0.0", "zscore_r1:revive_every=0.0",
-    "zscore_r1:-saelens_weights", "zscore_r1:-after_step", "zscore_r2:zscore_init=False",
-    "zscore_r2:interference_warmup=0.0", "zscore_r3:interference_weight=0.1", "zscore_r3:plateau_factor=1.0",
-    "zscore_r3:-lr_scale", "zscore_r4:skip_scale=0.0", "zscore_r5:worth_power=0.0",
-    "zscore_r5:worth_l1_weight=0.0", "zscore_r5:latent_lr_high=1.0", "zscore_r5:-after_step",
-    "zscore_r6:layernorm_strength=0.0", "zscore_r6:layernorm_eps=100.0", "zscore_r7:blend_learned=False",
-    "zscore_r8:attend=False", "zscore_r9:multiscale=False", "zscore_r9:multiscale_power4=1.0"]
+    "zscore_r1:zscore_threshold=False",
+    "zscore_r1:zscore_start=1.0",
+    "zscore_r1:zscore_gain=0.0",
+    "zscore_r1:zscore_memory=1.0",
+    "zscore_r1:interference_weight=0.0",
+    "zscore_r1:interference_tau=0.9",
+    "zscore_r1:interference_among=8",
+    "zscore_r1:revive_interference=0.0",
+    "zscore_r1:revive_every=0.0",
+    "zscore_r1:-saelens_weights",
+    "zscore_r1:-after_step",
+    "zscore_r2:zscore_init=False",
+    "zscore_r2:interference_warmup=0.0",
+    "zscore_r3:interference_weight=0.1",
+    "zscore_r3:plateau_factor=1.0",
+    "zscore_r3:-lr_scale",
+    "zscore_r4:skip_scale=0.0",
+    "zscore_r5:worth_power=0.0",
+    "zscore_r5:worth_l1_weight=0.0",
+    "zscore_r5:latent_lr_high=1.0",
+    "zscore_r5:-after_step",
+    "zscore_r6:layernorm_strength=0.0",
+    "zscore_r6:layernorm_eps=100.0",
+    "zscore_r7:blend_learned=False",
+    "zscore_r8:attend=False",
+    "zscore_r9:multiscale=False",
+    "zscore_r9:multiscale_power4=1.0",
+]
 SEEDS = [0, 1]
 
 
 @functools.cache
 def data(kind="mixture"):
-    """Rows: a mixture; the same with lengths that differ; normal rows, which have no features at all."""
+    """Rows: a mixture; the same with lengths that differ; normal rows, which have no features."""
     if kind == "normal":
         return normalised(torch.randn(20_000, D_IN, generator=generator("normal")))
     x = mixture()[0]
@@ -61,7 +81,7 @@ def tail(z):
     return 1 - NormalDist().cdf(z)
 
 
-# ---- r1: the threshold ----------------------------------------------------------------------------------
+# ---- r1: the threshold ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("z", [1.8, 2.5])
@@ -81,7 +101,9 @@ def test_a_latent_fires_above_its_own_mean_and_spread_of_late():
     with torch.no_grad():
         out = sae(rows())
     std, mean = torch.std_mean(out.pre, 0)
-    assert torch.allclose(sae.pre_std, std, rtol=0.1) and torch.allclose(sae.pre_mean, mean, atol=0.1)
+    assert torch.allclose(sae.pre_std, std, rtol=0.1) and torch.allclose(
+        sae.pre_mean, mean, atol=0.1
+    )
     fires = (out.pre > sae.pre_mean + sae.z * sae.pre_std) & (out.pre > 0)
     assert torch.equal(out.acts, out.pre.where(fires, torch.zeros(())))
 
@@ -98,7 +120,9 @@ def test_the_sparse_and_the_dense_path_fire_the_same_latents():
 def test_z_brings_l0_to_its_target_from_anywhere_and_left_alone_does_not():
     for start in (0.5, 3.5):
         assert abs(l0_of(after("zscore_r1", 60, zscore_start=start)) / 4 - 1) < 0.1
-    left = [l0_of(after("zscore_r1", 60, zscore_start=2.0, zscore_gain=0.0, l0=l0)) for l0 in (2.0, 6.0)]
+    left = [
+        l0_of(after("zscore_r1", 60, zscore_start=2.0, zscore_gain=0.0, l0=l0)) for l0 in (2.0, 6.0)
+    ]
     assert abs(left[0] / left[1] - 1) < 0.1
 
 
@@ -115,7 +139,10 @@ def test_it_is_a_jumprelu_in_saelens_format(tmp_path):
     sae.to_saelens(tmp_path)
     again = SAE.from_saelens(tmp_path)
     raw = rows()[:256] / 3 + 0.5
-    assert torch.allclose(again.encode(raw), sae.encode(raw), atol=1e-4) and (sae.encode(raw) > 0).any()
+    assert (
+        torch.allclose(again.encode(raw), sae.encode(raw), atol=1e-4)
+        and (sae.encode(raw) > 0).any()
+    )
 
 
 @pytest.mark.parametrize("text", ["interference_rule=coacts", "activation=topk"])
@@ -131,7 +158,7 @@ def test_an_inherited_setting_without_effect_is_refused(text):
         parse_settings(load_variant("zscore_r9"), [text])
 
 
-# ---- r1: interference -----------------------------------------------------------------------------------
+# ---- r1: interference ----------------------------------------------------------------------------
 
 
 def nearest(sae):
@@ -141,13 +168,18 @@ def nearest(sae):
 
 def test_the_penalty_makes_latents_overlap_less():
     for seed in SEEDS:
-        assert nearest(trained("zscore_r1", seed)) < nearest(trained("zscore_r1", seed, interference_weight=0.0)) - 0.05
+        assert (
+            nearest(trained("zscore_r1", seed))
+            < nearest(trained("zscore_r1", seed, interference_weight=0.0)) - 0.05
+        )
 
 
 def test_interference_is_the_cost_of_all_pairs():
     sae, _ = build("zscore_r1", data())
     cos = sae.W_dec @ sae.W_dec.T - torch.eye(64)
-    assert torch.isclose(sae.interference(None), ((cos - 0.1).relu() * cos ** 2).sum(1).mean(), rtol=1e-3)
+    assert torch.isclose(
+        sae.interference(None), ((cos - 0.1).relu() * cos**2).sum(1).mean(), rtol=1e-3
+    )
     assert torch.isclose(sae.stats["overlaps"], (cos > 0.1).sum(1).float().mean())
 
 
@@ -169,11 +201,13 @@ def test_firing_together_is_averaged_over_the_last_batches_with_this_ones_gradie
     size = acts.norm(dim=0).clamp_min(1e-6)
     known = acts.T @ acts / (size * size[:, None] if rule == "coactivation" else len(acts))
     off_diagonal = ~torch.eye(64, dtype=torch.bool)
-    assert torch.corrcoef(torch.stack([sae.together[off_diagonal], known[off_diagonal]]))[0, 1] > 0.8
+    assert (
+        torch.corrcoef(torch.stack([sae.together[off_diagonal], known[off_diagonal]]))[0, 1] > 0.8
+    )
     assert abs(sae.together.diag().mean() / known.diag().mean() - 1) < 0.15
     cos = (sae.W_dec @ sae.W_dec.T).detach()
     cost = sae.interference(out)
-    assert torch.isclose(cost.detach(), (sae.together * cos ** 2)[off_diagonal].sum() / 64, rtol=1e-4)
+    assert torch.isclose(cost.detach(), (sae.together * cos**2)[off_diagonal].sum() / 64, rtol=1e-4)
     assert torch.autograd.grad(cost, sae.W_enc)[0].abs().sum() > 0
 
 
@@ -181,9 +215,9 @@ def test_of_the_silent_latents_those_that_overlap_with_living_ones_restart():
     sae, _ = build("zscore_r1", data(), d_sae=32)
     with torch.no_grad():
         sae.W_dec.copy_(torch.eye(32))
-        sae.W_dec[7] = unit(torch.eye(32)[7] + torch.eye(32)[8])       # two living ones overlap a little
-        sae.W_dec[0] = torch.eye(32)[5]                                # silent, on top of a living one
-    sae.silent[:2] = 1000.0                                            # 1 is silent and in nobody's way
+        sae.W_dec[7] = unit(torch.eye(32)[7] + torch.eye(32)[8])  # two living ones overlap a little
+        sae.W_dec[0] = torch.eye(32)[5]  # silent, on top of a living one
+    sae.silent[:2] = 1000.0  # 1 is silent and in nobody's way
     assert sae.to_revive().nonzero().flatten().tolist() == [0]
     sae.revive_interference = 0.0
     assert sae.to_revive().nonzero().flatten().tolist() == [0, 1]
@@ -200,7 +234,11 @@ def test_dead_copies_come_to_life_and_the_dictionary_becomes_more_diverse():
         steps(sae, opt, data())
         saes.append(sae.eval())
     revived, left = saes
-    assert revived.revived >= 16 and (rates(revived) == 0).sum() == 0 and (rates(left) == 0).sum() == 16
+    assert (
+        revived.revived >= 16
+        and (rates(revived) == 0).sum() == 0
+        and (rates(left) == 0).sum() == 16
+    )
     assert nearest(revived) < nearest(left) - 0.05
 
 
@@ -212,11 +250,13 @@ def test_captured_is_the_share_of_the_first_directions():
     assert torch.isclose(sae.captured(acts), spectrum[:8].sum() / spectrum.sum(), atol=0.01)
     assert torch.equal(torch.get_rng_state(), state)
     seen = []
-    steps(sae, opt, data(), stop=6, each=lambda sae, out, terms: seen.append("captured" in sae.stats))
-    assert seen == [False] * 5 + [True]                    # every 2 % of 300 steps
+    steps(
+        sae, opt, data(), stop=6, each=lambda sae, out, terms: seen.append("captured" in sae.stats)
+    )
+    assert seen == [False] * 5 + [True]  # every 2 % of 300 steps
 
 
-# ---- r2 to r5 -------------------------------------------------------------------------------------------
+# ---- r2 to r5 ------------------------------------------------------------------------------------
 
 
 def test_r2_a_start_for_the_threshold_raises_explained_variance_early():
@@ -242,14 +282,14 @@ def test_r3_the_learning_rate_halves_on_a_plateau():
 
     def see(first, end, loss):
         for sae.step in range(first, end):
-            sae.accept(torch.tensor(loss ** sae.step))
+            sae.accept(torch.tensor(loss**sae.step))
 
     see(0, 5, 0.95)
     assert sae.lr_scale() == 1
     see(5, 40, 1.0)
     low = sae.lr_scale()
     assert low <= 0.25
-    see(40, 80, 0.9)                                       # it falls again
+    see(40, 80, 0.9)  # it falls again
     assert sae.lr_scale() == low
 
 
@@ -262,7 +302,7 @@ def test_r4_the_path_adds_a_tenth_of_the_row():
 
 
 def moves(**settings):
-    """How far each latent's decoder row moves in the second step, when the worth of latent 0 is double."""
+    """How far each decoder row moves in the second step, if the worth of latent 0 is double."""
     sae, opt = build("zscore_r5", data(), worth_l1_weight=0.0, **settings)
     steps(sae, opt, data(), stop=1)
     sae.worth.fill_(1.0)
@@ -284,7 +324,7 @@ def test_r5_a_latent_of_double_worth_pays_half():
     sae.worth[0] = 2.0
     price = torch.full((64,), 65 / 64)
     price[0] /= 2
-    paid = 0.01 * (out.acts * price).sum(1).mean() / D_IN ** 0.5
+    paid = 0.01 * (out.acts * price).sum(1).mean() / D_IN**0.5
     assert torch.isclose(sae.losses(out)["worth_l1"], paid)
 
 
@@ -294,7 +334,7 @@ def test_r5_worth_is_the_mean_act():
     assert torch.corrcoef(torch.stack([sae.worth, acts.mean(0)]))[0, 1] > 0.8
 
 
-# ---- r6 to r9: what the encoder reads, and attention ----------------------------------------------------
+# ---- r6 to r9: what the encoder reads, and attention ---------------------------------------------
 
 
 def test_r6_a_rows_length_does_not_matter_unless_it_is_below_eps():
@@ -304,7 +344,9 @@ def test_r6_a_rows_length_does_not_matter_unless_it_is_below_eps():
         acts = sae(x).acts
         assert (acts > 0).any() and torch.allclose(sae(3 * x).acts, acts, atol=1e-4)
         assert (sae(1e-9 * x).acts - acts).abs().max() > 0.1
-        assert torch.allclose(sae(3 * x).x_hat - 0.3 * x, 3 * (sae(x).x_hat - 0.1 * x), rtol=1e-3, atol=0.05)
+        assert torch.allclose(
+            sae(3 * x).x_hat - 0.3 * x, 3 * (sae(x).x_hat - 0.1 * x), rtol=1e-3, atol=0.05
+        )
 
 
 def reads(sae, x):
@@ -317,7 +359,7 @@ def test_r7_the_encoder_reads_the_blend_and_its_share_is_learned():
     sae = after("zscore_r7", 100, "lengths")
     x, g = rows("lengths"), sae.blend.sigmoid()
     centred = x - x.mean(1, keepdim=True)
-    normed = centred / (centred.norm(dim=1, keepdim=True) / D_IN ** 0.5)
+    normed = centred / (centred.norm(dim=1, keepdim=True) / D_IN**0.5)
     assert torch.allclose(reads(sae, x), g * normed + (1 - g) * x, atol=1e-4)
     assert abs(g - 0.95) > 0.003
 
@@ -333,7 +375,7 @@ def attended(sae, acts):
     return found
 
 
-@pytest.mark.parametrize("d_sae", [64, 256])               # the dense and the sparse path
+@pytest.mark.parametrize("d_sae", [64, 256])  # the dense and the sparse path
 def test_r8_what_fires_is_weighed_by_its_row_and_nothing_else_fires(d_sae):
     sae, _ = build("zscore_r8", data(), d_sae=d_sae)
     sae.attend_scale.data.fill_(1.0)
@@ -357,6 +399,8 @@ def test_r9_the_encoder_reads_four_powers_and_their_weights_are_learned():
     sae.multiscale = False
     shift, size = sae.row_norm(x)
     sae.multiscale = True
-    known = sum(w[i] * ((1 - kept[i]) * (x - shift) / size ** p + kept[i] * x)
-                for i, p in enumerate((0.1, 0.5, 1.0, 2.0)))
+    known = sum(
+        w[i] * ((1 - kept[i]) * (x - shift) / size**p + kept[i] * x)
+        for i, p in enumerate((0.1, 0.5, 1.0, 2.0))
+    )
     assert torch.allclose(reads(sae, x), known, atol=1e-3)

@@ -1,13 +1,13 @@
-"""topk_ortho_r1 = baseline + the decoders of a batch's most related pairs of latents part (top-k pairs).
+"""topk_ortho_r1 = baseline + the decoders of each batch's most related pairs part (top-k pairs).
 
     ortho = mean over the selected pairs of relu(cos(d_i, d_j) - tau)^2
 
-Of the latents that fire most in the batch each two are scored, and the best pair_fraction of all pairs
+The latents that fire most in the batch are scored two by two; the best pair_fraction of the pairs
 pay. A child latent that has absorbed its parent has a decoder near its parent's: such pairs need to
 part, others need not. So the rule decides what the idea can do:
     preact        correlation before the activation, where an absorbed parent still shows
     phi           correlation of firing; finds two latents for one feature
-    coactivation  the note's: mean of acts_i acts_j; blind to a parent that is off whenever its child is on
+    coactivation  the note's: mean of acts_i acts_j; blind to a parent off when its child is on
     decoder       cosine of the decoders
     random        the control
 """
@@ -29,7 +29,7 @@ class Variant(SAE):
         return super().penalties(out) | {"ortho": self.ortho(out)}
 
     def ortho(self, out):
-        """The penalty before its weight; keeps the selected pairs (i [n], j [n]) and their mean cosine."""
+        """The penalty before its weight; keeps the pairs (i [n], j [n]) and their mean cosine."""
         rate, latents = self.firing(out.acts).topk(min(self.pair_latents, self.d_sae))
         W = self.W_dec.index_select(0, latents)
         cos = W @ W.T                                      # decoder rows are unit
@@ -43,11 +43,12 @@ class Variant(SAE):
         cos = cos.flatten().index_select(0, selected)
         too_near = (cos - self.pair_tau()).relu()
         self.pair_cos = cos.detach().sum() / n
-        self.stats |= {"pairs": len(selected), "pair_cos": self.pair_cos, "pair_over": (too_near > 0).sum() / n}
+        self.stats |= {"pairs": len(selected), "pair_cos": self.pair_cos,
+                       "pair_over": (too_near > 0).sum() / n}
         return too_near.square().sum() / n
 
     def score_pairs(self, out, latents, cos):
-        """How related the latents [m] are in this batch by pair_rule [m, m]; cos: their decoders' cosines."""
+        """How related the latents [m] are in this batch [m, m]; cos: their decoders' cosines."""
         if self.pair_rule == "decoder":
             return cos
         if self.pair_rule == "random":
@@ -57,12 +58,13 @@ class Variant(SAE):
         if self.pair_rule == "coactivation":
             return columns.T @ columns / len(columns)
         if self.pair_rule == "phi":
-            columns = (columns > 0).float()                # the correlation of two on-off columns is phi
+            columns = (columns > 0).float()                # phi is the correlation of on and off
         return torch.corrcoef(columns.T).nan_to_num(0)     # NaN: a latent that fires on every row
 
     def select_pairs(self, score):
-        """Flat indices of the pairs that pay; score [m, m] is -inf except for one of (i, j) and (j, i)."""
-        best = score.flatten().topk(max(1, round(self.pair_fraction * len(score) * (len(score) - 1) / 2)))
+        """Flat indices of the pairs that pay; score [m, m] has each pair once, else -inf."""
+        m = len(score)
+        best = score.flatten().topk(max(1, round(self.pair_fraction * m * (m - 1) / 2)))
         return best.indices[best.values > -torch.inf]
 
     def pair_tau(self):

@@ -1,9 +1,9 @@
-"""topk_ortho_r2 = topk_ortho_r1 + tau moves until the pairs' mean cosine is the target (adaptive tau).
+"""topk_ortho_r2 = topk_ortho_r1 + tau moves the pairs' mean cosine to the target (adaptive tau).
 
     tau <- tau - tau_rate (mean cosine of the pairs - tau_target)
 
-In relu(cos - tau)^2 a lower tau pushes harder, so tau falls while the pairs are too parallel. The note
-raises tau then, meaning a strength by it; in this penalty that lets go of just the pairs that are too
+In relu(cos - tau)^2 a lower tau pushes harder, so tau falls while the pairs are too parallel. The
+note raises tau then, meaning a strength by it; here that lets go of just the pairs that are too
 parallel: tau_rule = note.
 """
 import torch

@@ -1,4 +1,4 @@
-"""topk_ortho_r3 = topk_ortho_r2 + pairs pay if their score is above mean + 2 std of all (dynamic pairs).
+"""topk_ortho_r3 = topk_ortho_r2 + pairs pay from a score of mean + 2 std on (dynamic pairs).
 
     threshold = moving average of (mean + pairs_std * std) over the scores of all pairs
 
@@ -12,7 +12,7 @@ from variants.topk_ortho_r2 import Variant as Base
 class Variant(Base):
     pairs_std = 2.0           # 0: the fixed share of topk_ortho_r1
     pairs_min = 10            # so many pairs pay in any case, the best
-    pairs_max = 0.05          # of all pairs at most this share; mean + 2 std leaves 0.023 of a normal spread
+    pairs_max = 0.05          # of all pairs, at most; mean + 2 std leaves 0.023 of a normal
     pairs_memory = 0.02       # fraction of the run that the threshold is averaged over
     off = {"pairs_std": 0.0}
     fixed = {"pair_fraction": "pairs are those above the threshold of topk_ortho_r3"}

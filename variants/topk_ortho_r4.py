@@ -1,7 +1,7 @@
-"""topk_ortho_r4 = prune + topk_ortho_r3: of near-parallel latents the rarer restarts (correlation-based pruning).
+"""topk_ortho_r4 = prune + topk_ortho_r3: the rarer of near-parallel latents restarts (pruning).
 
-Why: the penalty parts pairs slowly, and only those in question; two latents that are nearly one are better
-made two at once. What is pruned, and how, is in prune.
+Why: the penalty parts pairs slowly, and only those in question; two latents that are nearly one are
+better made two at once. What is pruned, and how, is in prune.
 """
 from variants.prune import Variant as Prune
 from variants.topk_ortho_r3 import Variant as Base

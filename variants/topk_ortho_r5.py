@@ -1,4 +1,4 @@
-"""topk_ortho_r5 = topk_ortho_r4 + the most important latents can't be pruned (momentum-based importance).
+"""topk_ortho_r5 = topk_ortho_r4 + the most important latents are not pruned (feature importance).
 
     importance = moving average of the latent's mean act; 0 for a latent that starts anew
 """
@@ -11,7 +11,7 @@ class Variant(Base):
     importance_protects = 0.5     # this share of the latents, the most important, may not be pruned
     importance_memory = 0.02      # fraction of the run that importance is averaged over
     off = {"importance_protects": 0.0}
-    counts = ("spared",)          # near-parallel latents not pruned because they are important, so far
+    counts = ("spared",)          # important latents that would have been pruned, so far
 
     def build(self):
         super().build()

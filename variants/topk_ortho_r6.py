@@ -1,10 +1,10 @@
-"""topk_ortho_r6 = latent_l1 on topk_ortho_r5 + a latent's L1 weight follows its rate's error (adaptive L1).
+"""topk_ortho_r6 = latent_l1 on topk_ortho_r5 + L1 weights follow the rates (adaptive L1).
 
     weight_i <- weight_i exp(gain * (rate_i / target - 1)), within l1_low .. l1_high
 
-The note wants a tenth of all latents active, which would fix L0 at a tenth of the dictionary. Here L0 is
-the base's, and the target is l1_rate_target times the mean rate l0 / d_sae. l1_form = global is the
-note's one weight for all, moved by the mean error: little is left for it, the base's weight does that.
+The note wants a tenth of all latents active, which would fix L0 at a tenth of the dictionary. Here
+the base holds L0, and the target is l1_rate_target times the mean rate l0 / d_sae. The note's one
+weight for all, moved by the mean error: l1_form = global; the base's weight leaves it little to do.
 """
 import torch
 
@@ -15,7 +15,7 @@ from variants.topk_ortho_r5 import Variant as Base
 
 class Variant(LatentL1, Base):
     l1_form = choice("latent", "global")
-    l1_gain = 0.1             # how far a weight moves in 1 % of the run, per relative error of the rate
+    l1_gain = 0.1             # a weight's move in 1 % of the run, per relative error of the rate
     l1_rate_target = 1.0      # wanted rate, over l0 / d_sae
     l1_low = 0.25             # bounds of a weight: the note's 0.01 and 0.2, over its weight 0.04
     l1_high = 5.0

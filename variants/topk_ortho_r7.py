@@ -1,10 +1,10 @@
-"""topk_ortho_r7 = topk_ortho_r6 + a strong latent inhibits its weaker neighbours (local competition).
+"""topk_ortho_r7 = topk_ortho_r6 + a strong latent inhibits weaker neighbours (local competition).
 
-    pre_i loses inhibition_strength * pre_w if latent w, the strongest within inhibition_radius of i in
-    index, is stronger than i and strong: above inhibition_threshold times a row's usual maximum
+    pre_i loses inhibition_strength * pre_w, w the strongest within inhibition_radius of i in index,
+    if pre_w > pre_i and pre_w > inhibition_threshold * a row's usual maximum
 
-This happens before the activation, so TopK kinds still have l0 latents. In the note the weaker one only
-shrinks, by a share of itself: inhibition_form = scale. That stops no ReLU latent from firing.
+This happens before the activation, so TopK kinds still have l0 latents. In the note the weaker one
+only shrinks, by a share of itself: inhibition_form = scale. That stops no ReLU latent from firing.
 """
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,14 @@ class Variant(Base):
 
     def build(self):
         super().build()
-        self.register_buffer("usual_max", torch.tensor(torch.inf))     # nothing is strong until data are seen
+        self.register_buffer("usual_max", torch.tensor(torch.inf))     # until data are seen
 
     def init_from_data(self, x):
         super().init_from_data(x)
         self.usual_max.copy_(self.pre_acts(x).detach().amax(1).mean())
 
     def winners(self, pre):
-        """For each latent the highest pre-activation of its neighbourhood, its own included [B, d_sae]."""
+        """The highest pre-activation of each latent and its neighbours [B, d_sae]."""
         r = self.inhibition_radius
         return F.max_pool1d(pre[:, None], 2 * r + 1, stride=1, padding=r)[:, 0]
 
@@ -40,8 +40,8 @@ class Variant(Base):
             return pre
         winner = self.winners(pre.detach())
         loses = (winner > self.inhibition_threshold * self.usual_max) & (winner > pre)
-        loss = self.inhibition_strength * (pre.relu() if self.inhibition_form == "scale" else winner)
-        left = torch.where(loses, pre - loss, pre)
+        taken = pre.relu() if self.inhibition_form == "scale" else winner
+        left = torch.where(loses, pre - self.inhibition_strength * taken, pre)
         self.stats["inhibited"] = ((pre > 0) & (left <= 0)).sum() / len(pre)
         return left
 

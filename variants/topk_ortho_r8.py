@@ -1,10 +1,10 @@
-"""topk_ortho_r8 = topk_ortho_r7 + a latent's neighbours are those it fires with (adaptive neighbourhoods).
+"""topk_ortho_r8 = topk_ortho_r7 + neighbours fire together (adaptive neighbourhoods).
 
-    nearness of i and j = cosine of their acts, from the mean products over neighbours_memory of the run
+    nearness of i and j = cosine of their acts, from mean products over neighbours_memory of the run
 
-Each latent has its nearest as neighbours; inhibition_radius on average, more the more it fires with
-others, at most twice as many. Before the first count it has none. Only the latents that fire most are
-counted. One pass over these for each of the 64 neighbours: the slowest row of the study.
+Each latent's nearest are its neighbours: inhibition_radius of them on average, more the more it
+fires with others, at most twice as many; none before the first count. Only the latents that fire
+most are counted. A pass over these for each of the 64 neighbours makes it the study's slowest row.
 """
 import torch
 

@@ -1,7 +1,7 @@
-"""topk_ortho_r9 = revive + topk_ortho_r8: latents that hardly fire restart at random (feature reallocation).
+"""topk_ortho_r9 = revive + topk_ortho_r8: latents that hardly fire restart (reallocation).
 
-Why: pruning and inhibition can leave latents that fire too rarely to learn. A latent restarts if its rate
-is below reallocate_below times the mean rate l0 / d_sae.
+Why: pruning and inhibition can leave latents that fire too rarely to learn. A latent restarts in a
+random direction if its rate is below reallocate_below times the mean rate l0 / d_sae.
 """
 from variants.revive import Variant as Revive
 from variants.topk_ortho_r8 import Variant as Base

@@ -1,19 +1,18 @@
-"""zscore_r1 = revive + a latent fires z sigma above its own mean, and latents that overlap part (z-score).
+"""zscore_r1 = revive + latents fire z sigma above their mean; those that overlap part (z-score).
 
-    acts_i = pre_i if pre_i > max(0, mean_i + z std_i), else 0;  mean, std: moving averages, over pre_i
+    acts_i = pre_i if pre_i > max(0, mean_i + z std_i), else 0; moving averages of pre_i
     interference = mean over latents i of the sum over j of relu(o_ij - tau) cos(d_i, d_j)^2
 
 One z for all holds L0. All latents fire about equally often (by Cantelli none on more than
-1 / (1 + z^2) of the rows) and hardly any dies, but real features are not equally frequent. The cut has
-no gradient, acts have one. zscore_start=2 zscore_gain=0 is the note's: z alone then fixes L0.
+1 / (1 + z^2) of the rows) and hardly any dies, but real features are not equally frequent. The cut
+has no gradient, acts have one. The note's z is zscore_start=2 zscore_gain=0, and alone fixes L0.
 
 o_ij is by interference_rule
     decoder       cos(d_i, d_j)
     coactivation  cosine of the latents' acts, a moving average
-    product       the note's: mean of acts_i acts_j, a moving average. Both punish firing together, as
-                  hierarchical features must, and so push towards absorption
-
-Silent latents restart if they overlap with living ones (idle on the default data: none falls silent).
+    product       the note's: mean of acts_i acts_j, a moving average
+The last two punish firing together, as hierarchical features must, and so push towards absorption.
+Silent latents restart if they overlap with living ones (idle on the default data: none is silent).
 """
 from statistics import NormalDist
 
@@ -62,7 +61,8 @@ class ZScore(ReLU):
         sae = self.sae
         self.measure(out.pre)
         error = (sae.firing(out.acts).sum().clamp_min(1e-3) / sae.wanted_l0()).log()
-        sae.z += sae.zscore_gain * error.clamp(-1, 1) / (1 + sae.z.abs())      # log of a normal's tail: -(1 + z)
+        slope = 1 + sae.z.abs()                            # of the log of a normal's tail, about
+        sae.z += sae.zscore_gain * error.clamp(-1, 1) / slope
         sae.stats["z"] = sae.z
 
 
@@ -75,11 +75,11 @@ class Variant(Base):
     interference_weight = 0.1
     interference_tau = 0.1          # an overlap that costs nothing
     interference_rule = choice("decoder", "coactivation", "product")
-    interference_among = 2048       # at most so many latents' pairs, drawn anew in every step; of the
-                                    # moving averages always the first
-    interference_rank = 32          # `captured`: share of the acts' covariance in so many directions
-    revive_interference = 1.0       # a silent latent restarts if it overlaps this many times as much with
-                                    # living ones as these do with each other; 0: any
+    interference_among = 2048       # a step sees the pairs of at most so many latents: drawn anew,
+                                    # or the first ones if a moving average has to know them
+    interference_rank = 32          # `captured`: share of the acts' covariance in these directions
+    revive_interference = 1.0       # a silent latent restarts if it overlaps the living so many
+                                    # times as much as they do each other; 0: any
     off = {"zscore_threshold": False, "interference_weight": 0.0, "revive_interference": 0.0}
     fixed = dict.fromkeys(["sparsity_weight", "sparsity_gain", "sparsity_memory"], "z holds L0")
     counts = ("z", "overlaps", "revived")
@@ -90,7 +90,7 @@ class Variant(Base):
             self.sparsifier = ZScore(self)
         if self.interference_rule != "decoder":
             n = min(self.d_sae, self.interference_among)
-            self.register_buffer("together", torch.zeros(n, n))        # moving average of firing_together()
+            self.register_buffer("together", torch.zeros(n, n))        # of firing_together()
 
     def penalties(self, out):
         return super().penalties(out) | {"interference": self.interference(out)}
@@ -98,13 +98,14 @@ class Variant(Base):
     def interference(self, out):
         """The penalty before its weight, estimated from the latents that are looked at."""
         if self.interference_rule == "decoder":
-            which = torch.randperm(self.d_sae, generator=self.generator("pairs"), device=self.W_dec.device)
+            g = self.generator("pairs")
+            which = torch.randperm(self.d_sae, generator=g, device=g.device)
             rows = self.W_dec.index_select(0, which[:self.interference_among])
             overlap = cos = rows @ rows.T
         else:
             rows = self.W_dec[:len(self.together)]
             cos, now = rows @ rows.T, self.firing_together(out.acts)
-            overlap = now + (self.together - now).detach()             # the average, with a gradient
+            overlap = now + (self.together - now).detach()     # the average, with a gradient
         share = len(rows) / self.d_sae
         above_tau = (overlap.detach() > self.interference_tau).tril(-1).sum()
         self.stats["overlaps"] = 2 * above_tau / len(rows) / share     # of a latent with others
@@ -114,7 +115,7 @@ class Variant(Base):
         return (overlap - self.interference_tau).relu() * cos.square()
 
     def firing_together(self, acts):
-        """How much the first latents fire together in acts [B, d_sae], by interference_rule [n, n]."""
+        """How much the first latents fire together in acts [B, d_sae] [n, n]."""
         first = torch.arange(len(self.together), device=acts.device)
         if self.interference_rule == "coactivation":
             return self.column_cosines(acts, first)
@@ -126,13 +127,14 @@ class Variant(Base):
         if not self.revive_interference or not silent.any():
             return silent
         living = self.W_dec[~silent]
-        with_itself = self.pair_cost(living.new_ones(()), living.new_ones(()))
-        usual = self.overlap_with(living, living[:self.interference_among]).mean() - with_itself
-        silent[silent.clone()] = self.overlap_with(living, self.W_dec[silent]) >= self.revive_interference * usual
-        return silent
+        usual = self.cost_with(living, living[:self.interference_among]).mean()
+        usual -= 1 - self.interference_tau                 # each one's with itself
+        which = silent.nonzero().flatten()
+        near = self.cost_with(living, self.W_dec[which]) >= self.revive_interference * usual
+        return torch.zeros_like(silent).index_fill(0, which[near], True)
 
-    def overlap_with(self, living, rows):
-        """Sum of the pair costs of each of `rows` [n, d_in] with the decoder rows `living` [m, d_in]."""
+    def cost_with(self, living, rows):
+        """What each of `rows` [n, d_in] costs in pairs with the rows `living` [m, d_in] [n]."""
         cosines = (part @ living.T for part in rows.split(1024))
         return torch.cat([self.pair_cost(cos, cos).sum(1) for cos in cosines])
 
@@ -146,7 +148,7 @@ class Variant(Base):
     def captured(self, acts):
         """Share of the covariance of acts [B, d_sae] in its first interference_rank directions."""
         rank = min(self.interference_rank, *acts.shape)
-        with torch.random.fork_rng():                      # the randomised SVD draws from the global one
+        with torch.random.fork_rng():                      # the SVD draws from the global generator
             torch.manual_seed(self.step)
             strengths = torch.pca_lowrank(acts, min(2 * rank, *acts.shape))[1][:rank]
         return strengths.square().sum() / (acts - acts.mean(0)).square().sum().clamp_min(1e-12)

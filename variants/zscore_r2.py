@@ -1,8 +1,8 @@
-"""zscore_r2 = zscore_r1 + a start made for the threshold, and the penalty comes up from 0 (initialisation).
+"""zscore_r2 = zscore_r1 + a start for the threshold, a penalty that warms up (initialisation).
 
-The base starts a ReLU with biases at which a latent just fires, so that acts start near 0. The threshold
-needs no bias to be sparse: with biases of 0 what fires is well above 0, and the encoder is scaled to it.
-Unit decoder rows, the encoder their transpose and b_dec the data's mean are the base's already.
+The base starts a ReLU with biases at which a latent just fires, so that acts start near 0. The
+threshold needs no bias to be sparse: with biases of 0 what fires is well above 0, and the encoder
+is scaled to it. Unit decoder rows, the encoder their transpose and b_dec the mean are the base's.
 """
 import torch
 
@@ -23,7 +23,8 @@ class Variant(Base):
             self.sparsifier.measure(self.pre_acts(x))
             self.scale_encoder(x)
             x_hat = self.decode(self.activate(self.pre_acts(x)))
-            self.stats["started_at"] = 1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+            error, spread = (x - x_hat).square().sum(), (x - self.b_dec).square().sum()
+            self.stats["started_at"] = 1 - error / spread
 
     def penalty_scale(self, name):
         warm = self.ramp(self.interference_warmup) if name == "interference" else 1.0

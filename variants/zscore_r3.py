@@ -1,4 +1,4 @@
-"""zscore_r3 = zscore_r2 + a lower penalty, and the learning rate halves on a plateau (plateau learning rate).
+"""zscore_r3 = zscore_r2 + a lower penalty, a learning rate that halves on a plateau (plateau lr).
 
 Plateau: the loss, a moving average, has not fallen by plateau_gain for plateau_patience of the run.
 """
@@ -18,9 +18,9 @@ class Variant(Base):
     def build(self):
         super().build()
         self.register_buffer("plateau_lr", torch.ones(()))
-        self.register_buffer("plateau_loss", torch.zeros(()))                # moving average
-        self.register_buffer("plateau_best", torch.tensor(torch.inf))        # when it last fell enough
-        self.register_buffer("plateau_since", torch.zeros(()))               # steps since then
+        self.register_buffer("plateau_loss", torch.zeros(()))            # moving average
+        self.register_buffer("plateau_best", torch.tensor(torch.inf))    # when it last fell enough
+        self.register_buffer("plateau_since", torch.zeros(()))           # steps since then
 
     def lr_scale(self):
         return super().lr_scale() * float(self.plateau_lr)

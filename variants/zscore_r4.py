@@ -1,8 +1,8 @@
 """zscore_r4 = zscore_r3 + skip, a path of fixed scale 0.1 around the SAE (skip connection).
 
-Meant to bring the reconstruction's length nearer to the row's, which it does only if an L1 penalty has
-made it short: the threshold shortens nothing. What explained variance rises by is no merit of the latents:
-the path takes a tenth of the row, and so 19 % of any error.
+Meant to bring the reconstruction's length nearer to the row's, which it does only if an L1 penalty
+has made it short: the threshold shortens nothing. What explained variance gains is no merit of the
+latents: the path takes a tenth of the row, and so 19 % of any error.
 """
 from variants.skip import Variant as Skip
 from variants.zscore_r3 import Variant as Base

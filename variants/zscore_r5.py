@@ -1,11 +1,11 @@
-"""zscore_r5 = zscore_r4 + latent_lr by importance: a latent that carries much learns fast and pays less.
+"""zscore_r5 = zscore_r4 + latent_lr by importance: who carries much learns fast and pays less L1.
 
     worth = moving average of the latent's act: the length that it adds to reconstructions
     factor on its move = (worth / mean worth) ^ worth_power, within latent_lr's bounds
     worth_l1 = mean over rows of sum_i acts_i / factor_i / sqrt(d_in)
 
-The note scales gradients, which Adam divides out again. A positive worth_power makes the rich richer, a
-negative one evens out.
+The note scales gradients, which Adam divides out again. A positive worth_power makes the rich
+richer, a negative one evens out.
 """
 import torch
 

@@ -1,7 +1,7 @@
 """zscore_r6 = layernorm on zscore_r5: each row is normed before the encoder (layer norm).
 
-Why: under one threshold a long row lights many latents and a short one few; normed, each gets its share.
-The note's eps is layernorm_eps.
+Why: under one threshold a long row lights many latents and a short one few; normed, each gets its
+share. The note's eps is layernorm_eps.
 """
 from variants.layernorm import Variant as LayerNorm
 from variants.zscore_r5 import Variant as Base

@@ -1,6 +1,6 @@
-"""zscore_r7 = zscore_r6 + the SAE reads a learned blend of the normed row and the row (adaptive layer norm).
+"""zscore_r7 = zscore_r6 + the SAE reads a learned blend of normed and plain row (adaptive norm).
 
-    read = g (x - shift) / size + (1 - g) x, undone on the reconstruction;  g = sigmoid of a learned number
+    read = g (x - shift) / size + (1 - g) x, undone on the reconstruction; g = sigmoid(learned)
 
 Why: a row's length may say something; g decides how much of it the encoder sees.
 """

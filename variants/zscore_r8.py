@@ -2,10 +2,10 @@
 
     query   = mean of W_query_i over what fires in the row, weighted by acts_i
     context = sum of softmax_i(query . W_key_i) W_value_i over what fires
-    acts_i becomes acts_i (1 + s tanh(context . W_read_i)),  s = tanh of a learned number, 0 at first
+    acts_i becomes acts_i (1 + s tanh(context . W_read_i)), s = tanh(learned), 0 at first
 
-|s| < 1: exactly the same latents fire, at other strengths. Linear in what fires. What a latent means then
-depends on its company, which a probe can't see.
+|s| < 1: exactly the same latents fire, at other strengths. Linear in what fires. What a latent
+means then depends on its company, which a probe can't see.
 """
 import torch
 from torch import nn

@@ -1,10 +1,10 @@
-"""zscore_r9 = zscore_r8 + the SAE reads the row over four powers of its size, weighted (multi-scale norm).
+"""zscore_r9 = zscore_r8 + the SAE reads the row over four powers of its size (multi-scale norm).
 
     read = sum_p w_p ((1 - k_p) (x - shift) / size^p + k_p x), undone on the reconstruction
     w = softmax of learned numbers, equal at first; k_p = sigmoid of learned ones
 
-Why powers: the note's scales 0.1, 0.5, 1, 2 as factors on the normed row would all say the same. As powers
-they go from hardly normed to turned over: at 2 short rows become the long ones.
+Why powers: the note's scales 0.1, 0.5, 1, 2 as factors on the normed row would all say the same. As
+powers they go from hardly normed to turned over: at 2 short rows become the long ones.
 """
 import torch
 from torch import nn
@@ -27,7 +27,8 @@ class Variant(Base):
         self.powers = [getattr(self, f"multiscale_power{i}") for i in (1, 2, 3, 4)]
         if self.multiscale:
             self.power_logits = nn.Parameter(torch.zeros(4))
-            self.power_kept = nn.Parameter(torch.special.logit(torch.full((4,), self.multiscale_kept)))
+            kept = torch.full((4,), self.multiscale_kept)
+            self.power_kept = nn.Parameter(torch.special.logit(kept))
 
     def row_norm(self, x):
         shift, size = super().row_norm(x)
@@ -36,4 +37,5 @@ class Variant(Base):
         w, kept = self.power_logits.softmax(0), self.power_kept.sigmoid()
         divided = torch.cat([size ** -power for power in self.powers], dim=-1)         # [B, 4]
         self.stats["scale_spread"] = w.detach().std()
-        return self.as_norm(shift, (divided * w * (1 - kept)).sum(-1, keepdim=True), (w * kept).sum())
+        normed = (divided * w * (1 - kept)).sum(-1, keepdim=True)
+        return self.as_norm(shift, normed, plain=(w * kept).sum())
