@@ -1,0 +1,162 @@
+"""Run the study that STUDIES.md reports, and write its tables.
+
+    python tests/bench/smollm2.py                   first: the language model and the text
+    python tests/bench/study.py                     print the commands of all parts
+    python tests/bench/study.py synthetic           run a part: synthetic, yardsticks, ideas
+    python tests/bench/study.py tables              write the tables of STUDIES.md from the runs
+
+All of them in one working folder, which needs 20 GB. What is finished is left alone, and the same
+call goes on where an interrupted one stopped.
+"""
+import argparse
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+plot = importlib.import_module("04_plot")
+from sae import variant_names
+
+STUDIES = Path(__file__).with_name("STUDIES.md")
+YARDSTICKS = ["baseline", "topk", "batch_topk", "jumprelu", "gated", "p_anneal", "matryoshka",
+              "fixed_ortho", "ortsae"]
+IDEAS = sorted((name for name in variant_names() if re.search(r"_r\d+$", name)), key=plot.natural)
+SWEPT = YARDSTICKS[:3]       # what the others are compared with at their own L0
+REAL, TOY = "smollm2-135m_l10", "synthetic"              # folders under acts/
+SEEDS = {REAL: range(3), TOY: range(5)}
+SETTINGS = {REAL: ["d_sae=2304", "batch_size=2048"], TOY: ["d_sae=320", "batch_size=1024"]}
+L0 = {REAL: "40", TOY: "5"}
+SWEEP = {REAL: "22,72", TOY: "3,8"}      # neighbours must be less than a factor of 2 apart
+
+
+# ---- the commands --------------------------------------------------------------------------------
+
+
+def commands(part):
+    """Yield the commands of a part as lists of words: stage and arguments."""
+    if part == "synthetic":
+        yield ["01_cache_acts.py", "--model", "synthetic", "--tokens", "500_000"]
+        yield from train(TOY, SWEPT, f"l0={SWEEP[TOY]}")
+        yield from train(TOY, YARDSTICKS + IDEAS, f"l0={L0[TOY]}")
+        yield ["03_eval.py", f"runs/*-{TOY}-*", "--eval", "core", "--controls"]
+        return
+    if part == "yardsticks":
+        yield ["01_cache_acts.py", "--model", "models/smollm2-135m", "--layer", "10", "--ctx", "128",
+               "--data", "texts/smollm2", "--tokens", "1_000_000", "--val-tokens", "8_192"]
+        yield from train(REAL, YARDSTICKS, f"l0={L0[REAL]}")
+        yield from train(REAL, SWEPT, f"l0={SWEEP[REAL]}")
+    else:
+        yield from train(REAL, IDEAS, f"l0={L0[REAL]}")
+    yield ["03_eval.py", f"runs/*-{REAL}-*", "--eval", "core", "--controls"]
+    yield ["03_eval.py", f"runs/*-{REAL}-*", "--eval", "sparse_probing", "absorption", "--controls"]
+
+
+def train(acts, variants, l0):
+    """Yield a command for each three variants, so that whole groups are finished early."""
+    for i in range(0, len(variants), 3):
+        yield ["02_train.py", "--acts", acts, "--variant", *variants[i:i + 3],
+               "--seed", *map(str, SEEDS[acts]), "--set", *SETTINGS[acts], "--sweep", l0]
+
+
+def run(part):
+    """Run the commands of a part; a stage that says that a run went wrong (5) stops nothing."""
+    for script, *words in commands(part):
+        print("$ python", shlex.join([script, *words]), flush=True)
+        words = [path for word in words for path in (expand(word) if "*" in word else [word])]
+        code = subprocess.run([sys.executable, ROOT / script, *words]).returncode
+        if code not in (0, 5):
+            sys.exit(code)
+
+
+def expand(pattern):
+    """The folders of a pattern such as runs/*-synthetic-*."""
+    return sorted(str(path.parent) for path in Path().glob(f"{pattern}/config.json"))
+
+
+# ---- the tables ----------------------------------------------------------------------------------
+
+
+PRIMARY = {REAL: "explained_variance", TOY: "absorption"}        # what verdicts are about
+SHOWN = {REAL: ["l0", "explained_variance", "ce_recovered", "kl_sae", "dead", "absorption_full",
+                "absorption_fraction", "probe_1", "probe_5"],
+         TOY: ["l0", "explained_variance", "mcc", "f1", "absorption", "dead"]}
+EXPLORED = {REAL: ["absorption_fraction", "probe_1"], TOY: ["explained_variance", "mcc", "f1"]}
+TABLE = re.compile(r"<!-- table (\S+) (\S+) -->.*?<!-- end -->", re.DOTALL)
+
+
+def write_tables():
+    """Put the tables in the places of STUDIES.md that are marked for them."""
+    found = {}
+    for acts in PRIMARY:
+        if folders := expand(f"runs/*-{acts}-*"):
+            runs, controls, curves = plot.read_runs(folders)
+            about = PRIMARY[acts]
+            found[acts] = plot.Data(runs, controls, curves, plot.compare(runs, about), about)
+
+    def table(match):
+        acts, study = match.groups()
+        lines = describe(found[acts], acts, study) if acts in found else ["Not run yet."]
+        return "\n".join([f"<!-- table {acts} {study} -->", *lines, "<!-- end -->"])
+
+    STUDIES.write_text(TABLE.sub(table, STUDIES.read_text("utf-8")), "utf-8")
+
+
+def describe(data, acts, study):
+    """The lines of a study's table, or of the summary of all runs of a cache."""
+    if study == "summary":
+        wanted = len(SEEDS[acts]) * (len(YARDSTICKS + IDEAS) + 2 * len(SWEPT))
+        lines = [f"{len(data.runs)} of {wanted} runs are trained, {len(data.valid)} are evaluated and "
+                 "valid.", "", *(f"* {note}" for note in plot.notes(data, acts))]
+        return lines
+    rows = []
+    for name, scored, members, told in plot.entries(data, acts):
+        is_control = members.control.any()
+        if study == ("yardsticks" if is_control else members.study.iloc[0]):
+            rows.append(row(data, acts, name, scored, members, told))
+    return plot.markdown(pd.DataFrame(rows).fillna("")) if rows else ["No run yet."]
+
+
+def row(data, acts, name, scored, members, told):
+    """{column: cell} of a group of runs or of a control."""
+    cells = {"run": name}
+    for metric in SHOWN[acts]:
+        about = plot.METRICS[metric]
+        cells[about.title] = plot.mean_sd(scored[metric], about.digits) if metric in scored else "-"
+    main = plot.METRICS[data.primary]
+    for whose in told:
+        against = f"{main.title} - {whose}'s"
+        cells[against] = plot.show_interval(told[whose], main.digits)
+        cells[f"verdict ({whose})"] = told[whose].verdict
+    for metric in EXPLORED[acts] if told else []:
+        key = acts, name, "baseline", metric
+        title = f"{plot.METRICS[metric].title} (exploratory)"
+        cells[title] = data.found.loc[key].verdict if key in data.found.index else "-"
+    if told:
+        cells["its parent"] = told["parent"].other
+        cells["its mechanism did"] = plot.show_acted(members)
+    cells["remarks"] = "; ".join(plot.remarks(members, told))
+    return cells
+
+
+def main():
+    parts = ["synthetic", "yardsticks", "ideas"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", nargs="?", choices=[*parts, "tables"])
+    part = parser.parse_args().part
+    if part == "tables":
+        write_tables()
+    elif part:
+        run(part)
+    else:
+        for name in parts:
+            print(f"# {name}", *map(shlex.join, commands(name)), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
