@@ -2,19 +2,21 @@
 
     python 04_plot.py                               all runs under runs/
     python 04_plot.py runs/topk-s* runs/baseline-s* --out plots/two
-    python 04_plot.py --metric absorption_full      verdicts about absorption; choose before you look
+    python 04_plot.py --metric absorption_full      verdicts about it; choose before you look
 
-Reads runs/NAME/{config.json, metrics.jsonl, eval/*} and the controls, runs/controls-ACTS/KIND/eval/*.
+Reads runs/NAME/{config.json, metrics.jsonl, eval/*} and controls, runs/controls-ACTS/KIND/eval/*.
 Writes
     plots/results.md     a row per variant and setting: every metric, differences, verdicts, caveats
     plots/report.html    the same on one page, with all plots and the latents; needs no network
     plots/NAME.png       one for each row of the table PLOTS that has data
 
-A run that a guard of 03_eval.py calls invalid stands in the table and is in no plot or comparison.
+A run that a guard of core calls invalid stands in the table and is in no plot or comparison; a
+guard of another evaluation takes that evaluation's numbers out.
 """
 import base64
 import html
 import io
+import itertools
 import json
 import math
 import re
@@ -29,6 +31,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from scipy import stats
 
 from sae import (Parser, Refuse, lock, read_json, read_log, read_tensors, run_folders, run_script,
@@ -125,7 +128,7 @@ def call(mean, low, high, p, worth, better=1):
     return np.select([real & gain, real & ~gain, small], words, "cannot tell")
 
 
-# ---- runs and curves: two tables of everything that was measured ----------------------------------
+# ---- runs and curves: two tables of everything that was measured ---------------------------------
 
 # SAEBench's own names of its means -> ours
 SAEBENCH = {
@@ -207,6 +210,34 @@ def read_usage(path):
     return [("usage", list(100 * (at + 1) / len(rates)), list(rates[at]))]
 
 
+def read_evaluations(folder, row):
+    """[(metric, x, y)] of the folder's evaluations; their numbers and guards are added to `row`.
+
+    An evaluation of older weights or one that its own guard calls invalid counts for nothing.
+    """
+    curves = []
+    for path in sorted((folder / "eval").glob("*.json"), key=lambda p: (p.stem != "core", p.stem)):
+        result = read_json(path, "metrics", "guards", "sae_checksum", "acts", "d_sae")
+        if row["control"] and path.stem == "core":
+            row |= {key: result[key] for key in ("sae_checksum", "acts", "d_sae")}
+        if result["sae_checksum"] != row["sae_checksum"]:
+            row["stale"].append(path.stem)
+            continue
+        invalid = [g["name"] for g in result["guards"] if g["level"] == "invalid"]
+        row["whys"] += [(g["name"], g["why"]) for g in result["guards"]]
+        row["caveats"] += [g["name"] for g in result["guards"] if g["name"] not in invalid]
+        row["invalid" if path.stem == "core" else "caveats"] += invalid
+        if path.stem == "core" or not invalid:
+            numbers, more = read_evaluation(path.stem, result)
+            lacking = {"l0", "explained_variance"} - numbers.keys()
+            if path.stem == "core" and lacking and not invalid:
+                raise Refuse(f"{path} has no {' or '.join(sorted(lacking))}: "
+                             "03_eval.py --eval core --force")
+            row |= {name: value for name, value in numbers.items() if name not in row}
+            curves += more
+    return curves
+
+
 def read_run(folder):
     """(row of `runs`, [(metric, x, y)]) of the folder of a run or of a control.
 
@@ -215,54 +246,35 @@ def read_run(folder):
     control = not (folder / "config.json").exists()
     needed = ("name", "variant", "acts", "seed", "settings", "status", "parent", "steps")
     config = {} if control else read_json(folder / "config.json", *needed)
-    row = {"folder": folder, "control": control, "invalid": [], "caveats": [], "whys": []}
-    row |= {k: config.get(k) for k in (*needed, "acts_checksum", "sae_checksum", "acted")}
-    row |= {"paired": config.get("paired", True), "d_sae": (config.get("settings") or {}).get("d_sae")}
-    curves = []
-
-    # evaluations, core first; those of older weights don't count
-    stale = []
-    for path in sorted((folder / "eval").glob("*.json"), key=lambda p: (p.stem != "core", p.stem)):
-        result = read_json(path, "metrics", "guards", "sae_checksum", "acts")
-        if control and path.stem == "core":
-            row |= {key: result[key] for key in ("sae_checksum", "acts", "d_sae")}
-        if result["sae_checksum"] != row["sae_checksum"]:
-            stale.append(path.stem)
-            continue
-        numbers, more = read_evaluation(path.stem, result)
-        if path.stem == "core" and not {"l0", "explained_variance"} <= numbers.keys():
-            raise Refuse(f"{path} has no l0 or explained_variance: 03_eval.py --eval core --force")
-        row |= {k: v for k, v in numbers.items() if k not in row}
-        curves += more
-        for guard in result["guards"]:
-            row["invalid" if guard["level"] == "invalid" else "caveats"].append(guard["name"])
-            row["whys"].append((guard["name"], guard["why"]))
+    row = {key: config.get(key) for key in (*needed, "acts_checksum", "sae_checksum", "acted")}
+    row |= {"folder": folder, "control": control, "paired": config.get("paired", True),
+            "d_sae": config.get("settings", {}).get("d_sae"),
+            "invalid": ["void"] * bool(config.get("void")), "caveats": [], "whys": [], "stale": []}
+    curves = read_evaluations(folder, row)
 
     # what training logged, and how often each latent fires
     if not control and config["status"] == "done":
         log_curves, final = read_log_curves(read_log(folder, config), config["settings"])
         curves += log_curves
         row |= final
-        rows_of_a_million = 1e6 / (config["steps"] * config["settings"]["batch_size"])
-        row["seconds"] = config.get("seconds", math.nan) * rows_of_a_million
+        rows = config["steps"] * config["settings"]["batch_size"]
+        row["seconds"] = config.get("seconds", math.nan) * 1e6 / rows
     usage = folder / "eval" / "rates.safetensors"
-    if usage.exists() and "core" not in stale:
+    if usage.exists() and "core" not in row["stale"]:
         curves += read_usage(usage)
-
-    row["invalid"] += ["void"] * bool(config.get("void"))
-    row["problem"] = problem(row, config, stale)
-    row["caveats"] += [f"{name} is of older weights" for name in stale if name != "core"]
+    row["problem"] = problem(row)
+    row["caveats"] += [f"{name} is of older weights" for name in row["stale"]]
     return row, curves
 
 
-def problem(row, config, stale):
+def problem(row):
     """In a few words why a run is in no comparison, or ''."""
-    if config.get("status", "done") != "done":
-        return "training failed" if config["status"] == "failed" else "training not finished"
-    if "core" in stale:
-        return "evaluated before its last training"
+    if row["status"] not in ("done", None):
+        return "training failed" if row["status"] == "failed" else "training not finished"
     if row["invalid"]:
         return "invalid: " + ", ".join(sorted(set(row["invalid"])))
+    if "core" in row["stale"]:
+        return "evaluated before its last training"
     return "" if "l0" in row else "not evaluated"
 
 
@@ -281,22 +293,19 @@ class Data(NamedTuple):
 def read_runs(folders):
     """(runs, controls, curves) of the folders, and of the controls of their caches."""
     folders = [Path(f) for f in run_folders(folders)]
-    places = {f.parent for f in folders}
-    cores = [path for place in places for path in place.glob("controls-*/*/eval/core.json")]
+    cores = {path for f in folders for path in f.parent.glob("controls-*/*/eval/core.json")}
     rows, parts = [], []
     for folder in folders + sorted(path.parent.parent for path in cores):
         row, curves = read_run(folder)
         rows.append(row)
-        parts += [pd.DataFrame({"run": str(folder), "metric": m, "x": x, "y": y}).astype({"x": object})
-                  for m, x, y in curves]
+        parts += [(str(folder), *curve) for curve in curves]
     table = pd.DataFrame(rows)
-    empty = pd.DataFrame(columns=["run", "metric", "x", "y"])
-    curves = pd.concat(parts, ignore_index=True) if parts else empty
-    runs, controls = table[~table.control].copy(), table[table.control].copy()
-    controls = controls[controls.acts.isin(runs.acts)]
+    curves = pd.DataFrame(parts, columns=["run", "metric", "x", "y"]).explode(["x", "y"])
+    curves = curves.astype({"run": "category", "metric": "category", "y": float})
+    runs, controls = table[~table.control].copy(), table[table.control]
     name_groups(runs)
     runs = runs.sort_values(["acts", "order", "seed"], kind="stable").reset_index(drop=True)
-    return runs, controls, curves
+    return runs, controls[controls.acts.isin(runs.acts)], curves
 
 
 def natural(name):
@@ -308,8 +317,8 @@ def natural(name):
 def name_groups(runs):
     """Add overrides, shared, group, study and order to `runs`.
 
-    overrides: settings from --set and --sweep, which a run's name shows; shared: those that all runs
-    of a cache have; group: variant and its other overrides; study: the name before _r1, _r2 ...
+    overrides: settings from --set and --sweep, which a run's name shows; shared: those that all
+    runs of a cache have; group: variant and its other overrides; study: the name before _r1 ...
     """
     shown = runs.apply(lambda r: {k: v for k, v in r.settings.items()
                                   if f"-{k}={v}-" in f"{r['name']}-"}, axis=1)
@@ -325,7 +334,7 @@ def name_groups(runs):
     runs["order"] = runs.group.map(ranks)
 
 
-# ---- comparisons: the same seed at the same L0 ------------------------------------------------------
+# ---- comparisons: the same seed at the same L0 ---------------------------------------------------
 
 
 def twins(run, others):
@@ -390,7 +399,8 @@ def difference(members, curves, metric, paired):
     if mine:
         mean, low, high, p = mean_difference(mine, theirs, paired)
         level = abs(np.mean(theirs)) if METRICS[metric].relative else 1
-        result = {"mean": mean, "low": low, "high": high, "p": p, "worth": METRICS[metric].worth * level}
+        worth = METRICS[metric].worth * level
+        result = {"mean": mean, "low": low, "high": high, "p": p, "worth": worth}
     return result | {"used": len(mine), "seeds": len(members), "lost": lost,
                      "deltas": np.subtract(mine, theirs).tolist()}
 
@@ -401,7 +411,7 @@ def compare(runs, primary):
     The parent is the row before. Holm's correction is within a cache: over the groups tried for the
     primary metric, and over groups and metrics for all others, which are exploratory.
     """
-    metrics = [m for m, about in METRICS.items() if about.better and m in runs]
+    metrics = [m for m, about in METRICS.items() if about.better and m in runs or m == primary]
     rows = []
     for (acts, group), members in groups(runs[runs.variant != "baseline"]):
         for whose, other in (("baseline", "baseline"), ("parent", members.parent.iloc[0])):
@@ -415,8 +425,8 @@ def compare(runs, primary):
                 row = difference(members.to_dict("records"), curves, metric, paired)
                 rows.append({"acts": acts, "group": group, "whose": whose, "other": other,
                              "metric": metric} | row)
-    columns = ["acts", "group", "whose", "other", "metric", "mean", "low", "high", "p", "worth", "used",
-               "seeds", "lost", "deltas"]
+    columns = ["acts", "group", "whose", "other", "metric", "mean", "low", "high", "p", "worth",
+               "used", "seeds", "lost", "deltas"]
     found = pd.DataFrame(rows, columns=columns)
     family = [found.acts, found.whose, found.metric == primary]
     found["holm"] = found.groupby(family).p.transform(holm)
@@ -433,7 +443,8 @@ def no_other(name, others):
     """Why there is nothing to compare with. Another parent is never taken instead."""
     if others.empty:
         return f"{name} was not run"
-    return f"{name} is {', '.join(sorted(set(others.problem)))}".replace("is training", "has training")
+    whys = others.problem.str.removeprefix("invalid: ").unique()
+    return f"{name} is out: {', '.join(whys)}"
 
 
 def verdict(row):
@@ -448,7 +459,7 @@ def verdict(row):
     return f"{word} ({row.used}{of} seed{'s' * (row.seeds > 1)})"
 
 
-# ---- tables ----------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def mean_sd(values, digits):
@@ -464,15 +475,16 @@ def show_interval(row, digits):
     """'+0.010 [+0.002, +0.018]', '+0.010', or '-'."""
     if math.isnan(row["mean"]):
         return "-"
-    known = not math.isnan(row.low)
-    return f"{row['mean']:+.{digits}f}" + f" [{row.low:+.{digits}f}, {row.high:+.{digits}f}]" * known
+    if math.isnan(row.low):
+        return f"{row['mean']:+.{digits}f}"
+    return f"{row['mean']:+.{digits}f} [{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
 
 
 def entries(data, acts):
-    """Yield (name, runs to average, all runs, {whose: row of `found`}) of a table; controls last."""
+    """Yield (name, runs to average, all runs, {whose: row of `found`}), controls last."""
     for (_, group), members in groups(data.runs[data.runs.acts == acts]):
         keys = {whose: (acts, group, whose, data.primary) for whose in ("baseline", "parent")}
-        told = {whose: data.found.loc[key] for whose, key in keys.items() if key in data.found.index}
+        told = {w: data.found.loc[key] for w, key in keys.items() if key in data.found.index}
         valid = members[members.problem == ""]
         yield group, valid if len(valid) else members, members, told
     for i, control in data.controls[data.controls.acts == acts].iterrows():
@@ -500,8 +512,11 @@ def results_table(data, acts):
         row = {"run": name}
         if told:
             base, parent = told["baseline"], told["parent"]
-            row |= {"verdict": base.verdict, f"{main.title} - baseline's": show_interval(base, main.digits),
-                    "p": f"{base.holm:.3g}", "parent": parent.other, "against its parent": parent.verdict,
+            row |= {"verdict": base.verdict,
+                    f"{main.title} - baseline's": show_interval(base, main.digits),
+                    "p": f"{base.holm:.3g}",
+                    "parent": parent.other,
+                    "against its parent": parent.verdict,
                     f"{main.title} - parent's": show_interval(parent, main.digits)}
         for m in metrics:
             row[METRICS[m].title + "*" * (m in blind)] = mean_sd(scored[m], METRICS[m].digits)
@@ -602,8 +617,8 @@ FINDINGS = {                 # verdict -> what is said of one and of several
 
 def summary(data, acts):
     """What was found against the baseline, in one plain sentence."""
-    found = data.found
-    found = found[(found.acts == acts) & (found.metric == data.primary) & (found.whose == "baseline")]
+    found = data.found[(data.found.acts == acts) & (data.found.metric == data.primary)]
+    found = found[found.whose == "baseline"]
     if found.empty:
         return "There is nothing but the baseline: nothing to compare."
     words = found.verdict.str.split(" \\(").str[0]
@@ -657,48 +672,69 @@ def worth_in_words():
     return "What matters: " + ", ".join(parts) + "."
 
 
-# ---- plots: a few ways to draw, then one table of what is drawn --------------------------------------
+# ---- plots: a few ways to draw, then one table of what is drawn ----------------------------------
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A", "#8C6D46"]
-STYLES = ["-", "--", ":"]
+DASHES = ["-", "--"]
 MARKERS = "osD^vP*X"
 STYLE = {"figure.dpi": 100, "savefig.dpi": 130, "font.size": 9, "axes.titlesize": 9,
-         "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
-         "axes.spines.right": False, "axes.grid": True, "grid.color": "#E5E5E5", "axes.axisbelow": True,
-         "legend.frameon": False, "legend.fontsize": 7, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5}
+         "axes.labelsize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "grid.color": "#E5E5E5", "axes.axisbelow": True, "legend.frameon": False,
+         "legend.fontsize": 7, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5}
 MANY = 12                    # groups that can be told apart in a panel
 
 LABELS = {                   # what stands beside an axis; METRICS has the others
-    "explained_variance": "explained variance", "mse": "mean squared error", "l1": "L1 of a row's activations",
-    "l2_ratio": "L2 ratio ||x_hat|| / ||x||", "ce_recovered": "cross-entropy recovered",
-    "ce_loss_score": "CE loss score", "kl_div_score": "KL divergence score", "kl_sae": "KL divergence (nats)",
-    "l0": "L0 (active latents per row)", "dead": "dead latents (share)",
-    "absorption_full": "absorption score (full)", "absorption_fraction": "absorption fraction",
-    "absorption": "absorption of true features", "absorption.splits": "split features per letter",
-    "probe_1": "top-1 probing accuracy", "probe_5": "top-5 probing accuracy",
-    "probe_20": "top-20 probing accuracy", "unlearning": "unlearning score",
-    "penalty_ratio": "penalty / reconstruction error", "decoder_max_cosine": "cosine with nearest latent",
+    "explained_variance": "explained variance",
+    "mse": "mean squared error",
+    "l0": "L0 (active latents per row)",
+    "l1": "L1 of a row's activations",
+    "l2_ratio": "L2 ratio ||x_hat|| / ||x||",
+    "ce_recovered": "cross-entropy recovered",
+    "ce_loss_score": "CE loss score",
+    "kl_div_score": "KL divergence score",
+    "kl_sae": "KL divergence (nats)",
+    "dead": "dead latents (share)",
+    "absorption_full": "absorption score (full)",
+    "absorption_fraction": "absorption fraction",
+    "absorption": "absorption of true features",
+    "absorption.splits": "split features per letter",
+    "probe_1": "top-1 probing accuracy",
+    "probe_5": "top-5 probing accuracy",
+    "probe_20": "top-20 probing accuracy",
+    "unlearning": "unlearning score",
+    "forget.forget_added": "loss added on the topic to forget (nats)",
+    "forget.retain_added": "loss added on other text (nats)",
+    "seconds": "training time (s / M tokens)",
+    "penalty_ratio": "penalty / reconstruction error",
     "geometry.correlation": "correlation of two latents (mean |r|)",
     "geometry.mean_abs_cosine": "cosine of decoder rows (mean |cos|)",
     "geometry.effective_rank": "effective rank of the decoder",
     "geometry.mean_max_cosine": "cosine with nearest decoder row",
-    "geometry.coherence": "largest cosine of two decoder rows",
+    "geometry.coherence": "largest cosine of decoder rows",
     "geometry.hoyer": "Hoyer index of a row (1: one latent)",
     "geometry.gini": "Gini index of firing rates",
-    "geometry.condition_group": "condition number, co-firing latents",
+    "geometry.condition_group": "condition number, latents that fire together",
     "geometry.condition_active": "condition number, a row's latents",
+    "geometry.jl.run.error_sd": "cosine error (sd)",
+    "geometry.jl.run.recall": "recall of the closest pairs",
+    "geometry.pairs.coactivation.jaccard": "co-activation pairs kept (Jaccard)",
+    "geometry.pairs.preact.jaccard": "pre-activation pairs kept (Jaccard)",
+    "geometry.l0_of_rows": "L0 of a row",
     "stability.matched": "cosine of latents matched across seeds",
     "stability.again": "latents matched above 0.7 (share)",
     "stability.best": "cosine with any latent of another seed",
-    "log.loss": "loss, all terms", "log.loss_recon": "reconstruction loss",
-    "log.explained_variance": "explained variance (training)", "log.l0": "L0 (training)",
-    "log.dead": "dead latents (share)", "log.zeros": "activations that are 0 (share)",
-    "log.tau": "threshold tau", "log.pair_cos": "mean cosine of the pairs",
-    "log.pair_over": "pairs above tau (share)", "log.revived": "latents revived so far",
-    "usage": "firing rate", "density.counts": "latents", "geometry.l0_of_rows": "L0 of a row",
-    "geometry.jl.run.error_sd": "cosine error (sd)", "geometry.jl.run.recall": "recall of the closest pairs",
-    "geometry.pairs.coactivation.jaccard": "co-activation pairs kept (Jaccard)",
-    "geometry.pairs.preact.jaccard": "pre-activation pairs kept (Jaccard)",
+    "log.loss": "loss, all terms",
+    "log.loss_recon": "reconstruction loss",
+    "log.explained_variance": "explained variance (training)",
+    "log.dead": "dead latents (share)",
+    "log.zeros": "activations that are 0 (share)",
+    "log.tau": "threshold tau",
+    "log.pair_cos": "mean cosine of the pairs",
+    "log.pair_over": "pairs above tau (share)",
+    "log.revived": "latents revived so far",
+    "usage": "firing rate",
+    "density.counts": "latents",
 }
 NULLS = {                    # the same figure of what has learned nothing, drawn in grey
     "geometry.correlation": "geometry.null.correlation",
@@ -710,76 +746,84 @@ NULLS = {                    # the same figure of what has learned nothing, draw
     "geometry.condition_active": "geometry.condition.active.null.median",
     "geometry.jl.run.error_sd": "geometry.jl.null.error_sd",
     "geometry.jl.run.recall": "geometry.jl.null.recall",
-    "stability.matched": "stability.null",
     "geometry.pairs.coactivation.jaccard": "geometry.pairs.null",
     "geometry.pairs.preact.jaccard": "geometry.pairs.null",
-    "probe_1": "sparse_probing.llm_top_1_test_accuracy", "probe_5": "sparse_probing.llm_top_5_test_accuracy",
+    "stability.matched": "stability.null",
+    "probe_1": "sparse_probing.llm_top_1_test_accuracy",
+    "probe_5": "sparse_probing.llm_top_5_test_accuracy",
     "probe_20": "sparse_probing.llm_top_20_test_accuracy",
 }
 X_LABELS = {"log.": "training tokens", "geometry.jl.": "dimensions of the projection",
             "geometry.pairs.": "rows in a batch", "density.": "log10 firing rate",
-            "usage": "latents, most frequent first (%)", "geometry.l0_of_rows": "rows, sparsest first (%)"}
+            "usage": "latents, most frequent first (%)", "geometry.l0": "rows, sparsest first (%)"}
 
 
 def label(metric):
     """What stands beside the axis of a metric."""
-    return LABELS.get(metric) or (METRICS[metric].title if metric in METRICS else metric)
+    text = LABELS.get(metric) or (METRICS[metric].title if metric in METRICS else metric)
+    return textwrap.fill(text, 30)
 
 
-def measured(data, metrics):
-    """Those of `metrics` that a valid run has."""
-    return [m for m in metrics if m in data.valid and data.valid[m].notna().any()]
+def measured(runs, metrics):
+    """Those of `metrics` that a run has."""
+    return [m for m in metrics if m in runs and runs[m].notna().any()]
 
 
-def panels(data, runs=None):
+def panels(runs, with_swept=False):
     """[(title, runs)]: all groups of a cache in one panel or, of more than MANY, one panel a study.
 
-    The baseline is in each. A study of more than MANY groups is cut in parts.
+    The baseline is in each; a study of more than MANY groups is cut in parts. Settings that were
+    swept have plots of their own: without with_swept a variant's default settings stand for it.
     """
-    runs = data.valid if runs is None else runs
     found = []
     for acts, of_cache in runs.groupby("acts", sort=False):
-        start = f"{acts}: " * (data.runs.acts.nunique() > 1)
-        base = of_cache[of_cache.variant == "baseline"]
-        rest = of_cache[of_cache.variant != "baseline"]
+        if not with_swept:
+            plain = of_cache.group == of_cache.variant
+            only_swept = ~of_cache.variant.isin(of_cache.variant[plain])
+            of_cache = of_cache[plain | only_swept]
         if of_cache.group.nunique() <= MANY:
-            found.append((start + "all runs", of_cache))
+            found.append((f"{acts}: all runs", of_cache))
             continue
+        base, rest = (part for _, part in of_cache.groupby(of_cache.variant != "baseline"))
         for study, members in rest.groupby("study"):
             names = members.group.unique()
             for at in range(0, len(names), MANY):
                 part = members[members.group.isin(names[at:at + MANY])]
-                found.append((start + study, pd.concat([base, part])))
+                found.append((f"{acts}: {study}", pd.concat([base, part])))
     return found
 
 
-def grid(cells, across):
-    """(figure, [(axis, *cell)]) with `across` panels in a row; what is left over stays empty."""
+def grid(shown, things):
+    """(figure, [(axis, title, runs, thing)]): a row for each panel, a column for each thing."""
+    cells = [(title, runs, thing) for title, runs in shown for thing in things]
+    across = len(things)
+    if across == 1:
+        across = min(3, len(cells))
+    elif len(shown) == 1 and across == 4:
+        across = 2
     down = math.ceil(len(cells) / across)
     figure, axes = plt.subplots(down, across, figsize=(4.3 * across, 3.1 * down), squeeze=False,
                                 layout="constrained")
     for axis in axes.flat[len(cells):]:
         axis.set_axis_off()
+    for axis, (title, _, _) in zip(axes.flat, cells):
+        axis.set_title(title)
     return figure, [(axis, *cell) for axis, cell in zip(axes.flat, cells)]
 
 
-def cells_of(data, metrics, runs=None):
-    """([(title, runs, metric)], how many in a row) of panels by metrics."""
-    shown = panels(data, runs)
-    cells = [(title, part, metric) for title, part in shown for metric in metrics]
-    if len(metrics) == 1:
-        return cells, min(3, len(shown))
-    return cells, 2 if len(metrics) == 4 and len(shown) == 1 else min(len(metrics), 4)
+def looks(names):
+    """({name: colour}, {name: dashes}, {name: marker}) within a panel; the baseline is black."""
+    others = [name for name in names if name != "baseline"]
+    colours = dict(zip(others, itertools.cycle(COLOURS))) | {"baseline": "#222222"}
+    dashes = {name: DASHES[i // len(COLOURS) % 2] for i, name in enumerate(others)}
+    markers = dict(zip(others, itertools.cycle(MARKERS))) | {"baseline": "o"}
+    return colours, dashes | {"baseline": DASHES[0]}, markers
 
 
-def looks(runs):
-    """{group: (colour, line style, marker)} within a panel; the baseline is black."""
-    names = [g for g in runs.group.unique() if g != "baseline"]
-    found = {"baseline": ("#222222", "-", "o")}
-    for i, name in enumerate(names):
-        colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
-        found[name] = colour, style, MARKERS[i % len(MARKERS)]
-    return found
+def legend_outside(axis):
+    """Put the legend to the right of the panel, each name once."""
+    handles, names = axis.get_legend_handles_labels()
+    axis.legend(handles, names, loc="upper left", bbox_to_anchor=(1.0, 1.02))
 
 
 def name_runs(axis, title, names):
@@ -790,124 +834,113 @@ def name_runs(axis, title, names):
     if max(map(len, short[1:]), default=0) > 4:
         plt.setp(axis.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
     axis.grid(axis="x", visible=False)
+    axis.set_xlabel("")
 
 
-def by_run(*metrics, bars=False):
-    """A final metric against the run: baseline, r1, r2 ...; mean over seeds, their sd as error bars."""
+def by_run(*metrics, bars=False, beside=("baseline",)):
+    """A final metric against the run: baseline, r1, r2 ...; mean and sd over seeds.
+
+    beside: variants whose mean is a line through each panel.
+    """
     def draw(data):
-        shown = measured(data, metrics)
+        shown = measured(data.valid, metrics)
         if not shown:
             return None
-        figure, cells = grid(*cells_of(data, shown))
+        figure, cells = grid(panels(data.valid), shown)
         for axis, title, runs, metric in cells:
-            ideas = set(runs.study[runs.variant != "baseline"]) - {"yardsticks"}
-            one_study = len(ideas) == 1 and title.endswith(ideas.pop())
-            draw_by_run(axis, runs, metric, "none" if bars else "o-" if one_study else "o")
+            one_study = not title.endswith((" all runs", " yardsticks"))
+            draw_by_run(axis, runs, metric, bars, one_study)
+            of_cache = data.valid[data.valid.acts.isin(runs.acts)]
+            for name, style in zip(beside, ("--", ":")):
+                level = of_cache[metric][of_cache.group == name].mean()
+                axis.axhline(level, color="#222222", lw=0.8, ls=style, label=name, zorder=1)
+            axis.legend()
             name_runs(axis, title, runs.group.unique())
-            axis.set_title(title)
-            axis.set_ylabel(textwrap.fill(label(metric), 30))
+            axis.set_ylabel(label(metric))
         return figure
     return draw
 
 
-def draw_by_run(axis, runs, metric, mark):
-    """One panel of by_run. mark: of the mean over seeds; "none": a bar; joined for r1, r2 ... alone."""
-    table = runs.groupby("group", sort=False)[metric].agg(["mean", "std"])
-    place = {name: i for i, name in enumerate(table.index)}
-    at = runs.group.map(place)
-    if mark == "none":
-        axis.bar(range(len(table)), table["mean"], 0.65, color="#9CC4DE")
-    axis.errorbar(range(len(table)), table["mean"], table["std"], fmt=mark, color=COLOURS[0], lw=1,
-                  ms=4, capsize=2, elinewidth=1)
-    axis.plot(at, runs[metric], ".", color="#444444", ms=3, alpha=0.6)
-    null = NULLS.get(metric)
-    if null in runs:
-        level = runs.groupby("group", sort=False)[null].mean()
+def draw_by_run(axis, runs, metric, bars, joined):
+    """One panel of by_run: means, seeds, and what chance gives."""
+    if bars:
+        sns.barplot(runs, x="group", y=metric, errorbar="sd", color="#9CC4DE", err_kws={"lw": 1},
+                    ax=axis)
+    else:
+        sns.pointplot(runs, x="group", y=metric, errorbar="sd", color=COLOURS[0], ms=4, lw=1,
+                      linestyle="-" if joined else "none", err_kws={"lw": 1}, ax=axis)
+    sns.stripplot(runs, x="group", y=metric, color="#444444", size=2.5, jitter=False, ax=axis)
+    if NULLS.get(metric) in runs:
+        level = runs.groupby("group", sort=False)[NULLS[metric]].mean()
         axis.plot(range(len(level)), level, "_", color="#888888", ms=10, mew=1.5, label="chance")
-        axis.legend()
-    if "baseline" in place:
-        axis.axhline(table["mean"]["baseline"], color="#222222", lw=0.8, ls="--", zorder=1)
 
 
 def lines(*metrics, scale="linear", only=None):
     """A curve of each group, mean over seeds in a band of their standard deviation.
 
-    only: a metric; of a cache, only runs that have it, their parents and the baseline are drawn.
+    only: a metric; only runs that have it, their parents and the baseline are drawn.
     """
     def draw(data):
-        curves = data.curves[data.curves.run.isin(data.valid.folder.map(str))]
-        shown = [m for m in metrics if (curves.metric == m).any()]
         runs = data.valid
         if only:
-            having = runs[runs.get(only, pd.Series(index=runs.index)).notna()]
-            runs = runs[runs.index.isin(having.index) | runs.variant.isin({"baseline", *having.parent})]
-            shown = shown if len(having) else []
+            having = runs[runs[only].notna()] if only in runs else runs[:0]
+            beside = runs.variant.isin({"baseline", *having.parent})
+            runs = runs[runs.index.isin(having.index) | beside] if len(having) else having
+        known = runs.assign(run=runs.folder.map(str))[["run", "acts", "group"]]
+        curves = known.merge(data.curves, on="run")
+        shown = [m for m in metrics if (curves.metric == m).any()]
         if not shown:
             return None
-        cells, across = cells_of(data, shown, runs)
-        figure, cells = grid(cells, across)
+        figure, cells = grid(panels(runs), shown)
         for axis, title, part, metric in cells:
-            draw_lines(axis, part, metric, curves, scale)
-            axis.set_title(title)
-            axis.set_ylabel(textwrap.fill(label(metric), 30))
-            if len(shown) == 1 or metric == shown[-1]:
-                axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02))
+            mine = curves[curves.run.isin(part.folder.map(str))]
+            null = mine[mine.metric == NULLS.get(metric)]
+            draw_lines(axis, mine[mine.metric == metric], null, metric, scale)
+            if metric == shown[-1]:
+                legend_outside(axis)
         return figure
     return draw
 
 
-def draw_lines(axis, runs, metric, curves, scale):
-    """One panel of lines."""
-    group_of = dict(zip(runs.folder.map(str), runs.group))
-    mine = curves[(curves.metric == metric) & curves.run.isin(group_of)]
-    mine = mine.assign(group=mine.run.map(group_of), x=mine.x.astype(float))
-    look = looks(runs)
-    for name in runs.group.unique():
-        table = mine[mine.group == name].groupby("x").y.agg(["mean", "std"])
-        colour, style, _ = look[name]
-        axis.plot(table.index, table["mean"], style, color=colour, lw=1.2, label=name)
-        axis.fill_between(table.index, table["mean"] - table["std"], table["mean"] + table["std"],
-                          color=colour, alpha=0.15, lw=0)
-    null = curves[(curves.metric == NULLS.get(metric)) & curves.run.isin(group_of)]
+def draw_lines(axis, mine, null, metric, scale):
+    """One panel of lines; mine, null: curves of the metric and of chance."""
+    mine, null = (part.astype({"x": float}) for part in (mine, null))
+    colours, dashes, _ = looks(mine.group.unique())
+    for name, part in mine.groupby("group", sort=False):
+        table = part.groupby("x").y.agg(["mean", "std"]).fillna(0)
+        low, high = table["mean"] - table["std"], table["mean"] + table["std"]
+        axis.plot(table["mean"], color=colours[name], ls=dashes[name], lw=1.2, label=name)
+        axis.fill_between(table.index, low, high, color=colours[name], alpha=0.15, lw=0)
     if len(null):
-        table = null.assign(x=null.x.astype(float)).groupby("x").y.mean()
-        axis.plot(table.index, table, ":", color="#888888", lw=1.6, label="chance")
-    axis.set_xlabel(next(text for start, text in X_LABELS.items() if metric.startswith(start)))
+        axis.plot(null.groupby("x").y.mean(), ":", color="#888888", lw=1.6, label="chance")
+    axis.set(xlabel=next(text for start, text in X_LABELS.items() if metric.startswith(start)),
+             ylabel=label(metric))
     if metric.startswith("log."):
-        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
-        # the first steps would squeeze all that follows
-        late = mine[mine.x > 0.05 * mine.x.max()].y
-        margin = 0.05 * (late.max() - late.min())
-        if scale == "linear" and late.max() > late.min():
-            axis.set_ylim(late.min() - margin, late.max() + margin)
+        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
     if scale == "log" and (mine.y > 0).any():
         axis.set_yscale("log")
+    elif metric.startswith("log."):
+        # the first steps would squeeze all that follows
+        low, high = mine.y[mine.x > 0.05 * mine.x.max()].agg(["min", "max"])
+        if high > low:
+            axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
 def final_losses(data):
     """The terms of each run's last logged loss, stacked; mean over seeds."""
-    terms = [c for c in data.valid if c.startswith("final.loss_")]
-    terms = [t for t in terms if (data.valid[t].fillna(0) != 0).any()]
+    terms = [c for c in data.valid if c.startswith("final.loss_") and data.valid[c].fillna(0).any()]
     if not terms:
         return None
-    shown = panels(data)
-    figure, cells = grid(shown, min(3, len(shown)))
-    for axis, title, runs in cells:
-        table = runs.groupby("group", sort=False)[terms].mean().fillna(0)
-        total = runs.groupby("group", sort=False)["final.loss"].agg(["mean", "std"])
-        bottom = np.zeros(len(table))
-        for i, term in enumerate(terms):
-            if (table[term] != 0).any():
-                axis.bar(range(len(table)), table[term], 0.65, bottom, color=COLOURS[i % len(COLOURS)],
-                         hatch=["", "//", ".."][i // len(COLOURS) % 3], ec="white", lw=0.3,
-                         label=term.removeprefix("final.loss_"))
-            bottom += table[term]
-        axis.errorbar(range(len(total)), bottom, total["std"], fmt="none", color="#222222", capsize=2)
+    names = [term.removeprefix("final.loss_") for term in terms]
+    figure, cells = grid(panels(data.valid), ["loss"])
+    for axis, title, runs, _ in cells:
+        table = runs.groupby("group", sort=False)[terms].mean().fillna(0).set_axis(names, axis=1)
+        table = table.loc[:, table.any()]
+        table.plot.bar(stacked=True, ax=axis, width=0.65, color=COLOURS, legend=False)
         name_runs(axis, title, table.index)
-        axis.set_title(title)
         axis.set_ylabel("final loss (fractions of E||x||² / d_in)")
-        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02))
+        legend_outside(axis)
     return figure
 
 
@@ -915,242 +948,202 @@ def heat(metric, words):
     """A map of groups by the letters or data sets of an evaluation; mean over seeds."""
     def draw(data):
         curves = data.curves[data.curves.metric == metric]
-        curves = curves.merge(data.valid.assign(run=data.valid.folder.map(str)), on="run")
-        if curves.empty:
+        runs = data.valid.assign(run=data.valid.folder.map(str))
+        table = runs.merge(curves, on="run").pivot_table("y", ["acts", "order", "group"], "x")
+        if table.empty:
             return None
-        rows = ["acts", "group"] if data.runs.acts.nunique() > 1 else "group"
-        table = curves.pivot_table("y", rows, "x", "mean", sort=False).sort_index(axis=1)
-        figure, axis = plt.subplots(figsize=(3.2 + 0.36 * table.shape[1], 1.4 + 0.2 * len(table)),
+        table.index = [" ".join((acts, group)) for acts, _, group in table.index]
+        figure, axis = plt.subplots(figsize=(4 + 0.36 * table.shape[1], 1.4 + 0.2 * len(table)),
                                     layout="constrained")
-        image = axis.imshow(np.ma.masked_invalid(table), cmap="cividis", aspect="auto", vmin=0)
-        for (y, x), value in np.ndenumerate(table.to_numpy()):
-            dark = value < 0.6 * image.get_clim()[1]
-            text = "-" if math.isnan(value) else f"{value:.2f}".removeprefix("0")
-            axis.text(x, y, text, ha="center", va="center", fontsize=5.5, color="white" if dark else "black")
-        axis.set_xticks(range(table.shape[1]), table.columns)
-        names = [" ".join(name) if isinstance(name, tuple) else name for name in table.index]
-        axis.set_yticks(range(len(table)), names, fontsize=7)
-        axis.grid(False)
-        axis.set_title(words)
-        figure.colorbar(image, ax=axis, pad=0.01, fraction=0.03)
+        sns.heatmap(table, vmin=0, cmap="cividis", annot=True, fmt=".2f", annot_kws={"size": 5.5},
+                    yticklabels=True, cbar_kws={"shrink": 0.5}, ax=axis)
+        axis.set(title=words, xlabel="", ylabel="")
         return figure
     return draw
 
 
-def swept(runs, pattern):
-    """Yield (cache, variant, setting, runs) of settings that take several values (--sweep)."""
-    for (acts, variant), members in runs.groupby(["acts", "variant"], sort=False):
-        for key in sorted({key for shown in members.overrides for key in shown}):
-            having = members[members.settings.map(lambda s: key in s)]
-            values = having.settings.map(lambda s: str(s[key]))
-            if re.fullmatch(pattern, key) and values.nunique() > 1:
-                yield acts, variant, key, having
-
-
-EFFECTS = ["explained_variance", "ce_recovered", "mcc", "absorption_full", "absorption", "decoder_max_cosine",
-           "dead", "l0", "penalty_ratio"]
+EFFECTS = ["explained_variance", "ce_recovered", "mcc", "absorption_full", "absorption", "dead",
+           "penalty_ratio"]
 
 
 def sweep(pattern):
     """The effects of swept settings whose name matches; a line per combination of the others."""
     def draw(data):
-        metrics = measured(data, EFFECTS)
-        found = list(swept(data.valid, pattern))
+        runs = data.valid
+        metrics, found = measured(runs, EFFECTS), list(swept(runs, pattern))
         if not found or not metrics:
             return None
-        cells = [(*case, metric) for case in found for metric in metrics]
-        figure, cells = grid(cells, len(metrics))
-        for axis, acts, variant, key, runs, metric in cells:
-            draw_sweep(axis, data.valid[data.valid.acts == acts], key, runs, metric)
-            axis.set_title(variant)
-            axis.set_xlabel(key)
-            axis.set_ylabel(textwrap.fill(label(metric), 30))
+        figure, cells = grid([(f"{variant}: {key}", (key, part)) for variant, key, part in found],
+                             metrics)
+        for axis, _, (key, part), metric in cells:
+            base = runs[runs.acts.isin(part.acts) & (runs.group == "baseline")][metric].mean()
+            sns.pointplot(part, x="value", y=metric, hue="others", errorbar="sd", ms=4, lw=1.2,
+                          palette=COLOURS[:part.others.nunique()], err_kws={"lw": 1}, ax=axis)
+            axis.axhline(base, color="#222222", lw=0.8, ls="--", label="baseline")
+            axis.set(xlabel=key, ylabel=label(metric))
+            axis.legend().remove()
+            if metric == metrics[-1]:
+                legend_outside(axis)
         return figure
     return draw
 
 
-def draw_sweep(axis, all_runs, key, runs, metric):
-    """One panel of sweep: seeds as dots, means joined, the baseline as a line."""
-    values = sorted({s[key] for s in runs.settings}, key=lambda v: (isinstance(v, str), v))
-    place = {str(value): i for i, value in enumerate(values)}
-    at = runs.settings.map(lambda s: place[str(s[key])])
-    others = runs.overrides.map(lambda shown: " ".join(f"{k}={v}" for k, v in shown.items() if k != key))
-    for i, other in enumerate(others.unique()):
-        mine = runs[others == other]
-        table = mine.groupby(at[mine.index])[metric].agg(["mean", "std"])
-        axis.errorbar(table.index, table["mean"], table["std"], fmt=f"{MARKERS[i % 8]}-", ms=4, lw=1.2,
-                      color=COLOURS[i % len(COLOURS)], capsize=2, label=other)
-        axis.plot(at[mine.index], mine[metric], ".", ms=3, color=COLOURS[i % len(COLOURS)], alpha=0.5)
-    base = all_runs[all_runs.group == "baseline"][metric].mean()
-    axis.axhline(base, color="#222222", lw=0.8, ls="--", label="baseline")
-    axis.set_xticks(range(len(values)), [f"{v:g}" if isinstance(v, float) else str(v) for v in values])
-    axis.legend()
+def swept(runs, pattern):
+    """Yield (variant, setting, runs) of settings that take several values (--sweep).
+
+    The runs have the columns value (of the setting, as text) and others (the other overrides).
+    """
+    for (_, variant), members in runs.groupby(["acts", "variant"], sort=False):
+        for key in sorted({key for shown in members.overrides for key in shown}):
+            values = members.settings.map(lambda settings: settings.get(key))
+            if not re.fullmatch(pattern, key) or values.astype(str).nunique() < 2:
+                continue
+            others = members.group.str.replace(rf"-{key}=[^=]+(?=-\w+=|$)", "", regex=True)
+            part = members.assign(number=values, value=values.astype(str), others=others)
+            yield variant, key, part.sort_values("number")
 
 
-def against_l0(*metrics):
-    """Metrics against L0: a mark per group with its sd, a variant's settings joined; controls hollow."""
+def scatter(*pairs):
+    """A metric against another one: a mark per group with its sd, a variant's settings joined."""
     def draw(data):
-        shown = measured(data, metrics)
+        shown = [(x, y) for x, y in pairs if len(measured(data.valid, [x, y])) == 2]
         if not shown:
             return None
-        figure, cells = grid(*cells_of(data, shown))
-        for axis, title, runs, metric in cells:
-            draw_against_l0(axis, runs, metric, data.controls)
-            axis.set_title(title)
-            axis.set_ylabel(label(metric))
-            if metric == shown[-1]:
-                axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02))
+        figure, cells = grid(panels(data.valid, with_swept=True), shown)
+        for axis, _, runs, (x, y) in cells:
+            draw_scatter(axis, runs, x, y)
+            if x == "l0":
+                draw_controls(axis, data.controls[data.controls.acts.isin(runs.acts)], runs[y], y)
+            axis.set(xlabel=label(x), ylabel=label(y))
+            if (x, y) == shown[-1]:
+                legend_outside(axis)
         return figure
     return draw
 
 
-def draw_against_l0(axis, runs, metric, controls):
-    """One panel of against_l0."""
-    look = looks(runs.assign(group=runs.variant))
+def draw_scatter(axis, runs, x, y):
+    """The runs of one panel of scatter."""
+    colours, _, markers = looks(runs.variant.unique())
     for variant, members in runs.groupby("variant", sort=False):
-        table = members.groupby("group").agg(x=("l0", "mean"), dx=("l0", "std"), y=(metric, "mean"),
-                                             dy=(metric, "std")).sort_values("x")
-        colour, style, marker = look[variant]
-        axis.errorbar(table.x, table.y, table.dy, table.dx, color=colour, ls=style, marker=marker, ms=5,
-                      lw=1.2, elinewidth=1, capsize=2, label=variant)
+        table = members.groupby("group")[[x, y]].agg(["mean", "std"]).sort_values((x, "mean"))
+        axis.errorbar(table[x, "mean"], table[y, "mean"], table[y, "std"], table[x, "std"],
+                      color=colours[variant], marker=markers[variant], ms=5, lw=1.2, elinewidth=1,
+                      capsize=2, label=variant)
+    if x == "l0":
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(10, (1, 1.5, 2, 3, 5, 7)))
+        axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
 
-    # controls far below would squeeze the runs together: they are named instead
-    low, high = runs[metric].min(), runs[metric].max()
-    floor = low - max(high - low, 0.1)
+
+def draw_controls(axis, controls, values, metric):
+    """Controls as hollow marks; those far below would squeeze the runs together and are words."""
+    floor = values.min() - max(np.ptp(values.dropna()), 0.1)
     below = []
-    for control, marker in zip(controls[controls.acts.isin(runs.acts)].to_dict("records"), MARKERS):
-        value = control.get(metric, math.nan)
+    for control, marker in zip(controls.to_dict("records"), MARKERS):
+        name, value = control["folder"].name, control.get(metric, math.nan)
         if value < floor:
-            below.append(f"{control['folder'].name} {value:.2f}")
-        elif value == value and control["l0"] > 0:
+            below.append(f"{name} {value:.2f}")
+        elif control.get("l0", 0) > 0 and not math.isnan(value):
             axis.plot(control["l0"], value, marker, mfc="none", mec="#777777", ms=6,
-                      label=f"control: {control['folder'].name}")
+                      label=f"control: {name}")
     if below:
-        axis.text(0.02, 0.02, "controls below: " + ", ".join(below), transform=axis.transAxes, fontsize=6.5)
-    axis.set(xscale="log", xlabel="L0 (active latents per row)")
-    axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(10, (1, 1.5, 2, 3, 5, 7)))
-    axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axis.text(0.02, 0.02, "controls below: " + ", ".join(below), transform=axis.transAxes,
+                  fontsize=6.5)
+
+
+def controls(data):
+    """What controls reach beside the baseline and all other runs; a panel per metric."""
+    metrics = [m for m in measured(data.controls, METRICS) if METRICS[m].better and m in data.valid]
+    if not metrics:
+        return None
+    names = data.controls.folder.map(lambda folder: f"control: {folder.name}")
+    which = data.valid.variant.where(data.valid.variant == "baseline", "other runs")
+    both = pd.concat([data.controls.assign(which=names), data.valid.assign(which=which)])
+    figure, cells = grid(list(both.groupby("acts", sort=False)), metrics)
+    for axis, _, runs, metric in cells:
+        sns.stripplot(runs, x=metric, y="which", color=COLOURS[0], alpha=0.7, jitter=False, ax=axis)
+        axis.set(xlabel=label(metric), ylabel="")
+    return figure
 
 
 VERDICT_COLOURS = {"better": "#0072B2", "worse": "#D55E00", "no difference seen": "#222222"}
 
 
 def verdicts(data):
-    """A forest plot: each group's difference to the baseline and to its parent, with its interval."""
+    """A forest plot: each group's difference to the baseline and to its parent, with intervals."""
     found = data.found[data.found.metric == data.primary]
-    if not (found.used > 0).any():
+    if not found.used.any():
         return None
-    caches = found.acts.unique()
-    counts = [found[found.acts == acts].group.nunique() for acts in caches]
-    figure, axes = plt.subplots(len(caches), 2, figsize=(15, sum(counts) * 0.22 + 1.2 * len(caches)),
-                                squeeze=False, layout="constrained", height_ratios=[n + 3 for n in counts])
-    for row, acts in zip(axes, caches):
+    about = METRICS[data.primary]
+    counts = found[found.whose == "baseline"].groupby(level="acts", sort=False).size()
+    height = 0.22 * counts.sum() + 1.2 * len(counts)
+    figure, axes = plt.subplots(len(counts), 2, figsize=(15, height), squeeze=False,
+                                layout="constrained", height_ratios=counts + 3)
+    for row, acts in zip(axes, counts.index):
         for axis, whose in zip(row, ("baseline", "parent")):
             rows = found[(found.acts == acts) & (found.whose == whose)]
-            draw_forest(axis, rows, METRICS[data.primary])
-            axis.set_title(f"{acts}: {METRICS[data.primary].title} - {whose}'s")
-    figure.supxlabel("line: 95 % interval of this one difference; ticks: seeds; grey: too small to matter",
-                     fontsize=8)
+            draw_forest(axis, rows, about)
+            names = rows.group if whose == "baseline" else rows.other
+            axis.set_yticks(range(len(rows)), names, fontsize=7)
+            axis.set_title(f"{acts}: {about.title} - {whose}'s")
+    figure.supxlabel("line: 95 % interval of this one difference; ticks: seeds; "
+                     "grey band: too small to matter", fontsize=8)
     return figure
 
 
 def draw_forest(axis, rows, about):
     """One panel of verdicts."""
-    reach = [0.0]
     for y, (_, row) in enumerate(rows.iterrows()):
         colour = VERDICT_COLOURS.get(row.verdict.split(" (")[0], "#999999")
         axis.plot([row.low, row.high], [y, y], color=colour, lw=1.6)
         axis.plot(row["mean"], y, "o", color=colour, ms=4.5)
         axis.plot(row.deltas, [y + 0.3] * len(row.deltas), "|", color=colour, ms=4, mew=0.8)
-        axis.text(1.01, y, row.verdict, transform=axis.get_yaxis_transform(), va="center", fontsize=7,
-                  color=colour)
-        reach += [abs(d) for d in row.deltas]
-    widest = 1.3 * max(reach) or about.worth
+        axis.text(1.01, y, row.verdict, transform=axis.get_yaxis_transform(), va="center",
+                  fontsize=7, color=colour)
+    # an interval of three seeds may leave the panel
+    reach = 1.3 * max((abs(d) for deltas in rows.deltas for d in deltas), default=0) or about.worth
     if not about.relative:
         axis.axvspan(-about.worth, about.worth, color="#EEEEEE", zorder=0)
     axis.axvline(0, color="#444444", lw=0.8)
-    axis.set(xlim=(-widest, widest), ylim=(len(rows) - 0.4, -0.6))
-    names = rows.group if rows.whose.iloc[0] == "baseline" else rows.other
-    axis.set_yticks(range(len(rows)), names, fontsize=7)
+    axis.set(xlim=(-reach, reach), ylim=(len(rows) - 0.4, -0.6),
+             xlabel=f"{about.title} ({'more' if about.better > 0 else 'less'} is better)")
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel(f"{about.title} ({'more' if about.better > 0 else 'less'} is better)")
-
-
-def absorption_efficiency(data):
-    """Absorption taken off the baseline's, against the explained variance and the time it costs."""
-    key = next((m for m in ("absorption_full", "absorption") if measured(data, [m])), None)
-    found = data.found[(data.found.whose == "baseline") & (data.found.used > 0)]
-    found = found.set_index(["acts", "group", "metric"])["mean"].unstack()
-    if key is None or key not in found or "explained_variance" not in found:
-        return None
-    found = found.dropna(subset=[key, "explained_variance"])
-    if found.empty:
-        return None
-    times = data.valid.groupby(["acts", "group"]).seconds.mean()
-    figure, ((cost, time),) = plt.subplots(1, 2, figsize=(11, 4.2), squeeze=False, layout="constrained")
-    for i, ((acts, group), row) in enumerate(found.iterrows()):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
-        slower = times.get((acts, group), math.nan) / times.get((acts, "baseline"), math.nan)
-        cost.plot(row.explained_variance, row[key], marker, color=colour, label=group)
-        time.plot(slower, row[key], marker, color=colour, label=group)
-    for axis, at, words in ((cost, 0, "explained variance - baseline's (left: lost)"),
-                            (time, 1, "training time (times the baseline's)")):
-        axis.axhline(0, color="#444444", lw=0.8)
-        axis.axvline(at, color="#444444", lw=0.8)
-        axis.set(xlabel=words, ylabel=f"{label(key)} - baseline's (down: removed)")
-    time.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), ncols=math.ceil(len(found) / 22))
-    return figure
-
-
-def controls(data):
-    """What controls reach beside the baseline and all other runs; a panel per metric."""
-    metrics = [m for m in measured(data, METRICS) if METRICS[m].better and m in data.controls]
-    metrics = [m for m in metrics if data.controls[m].notna().any()]
-    if not metrics:
-        return None
-    figure, cells = grid([(metric,) for metric in metrics], min(4, len(metrics)))
-    for axis, metric in cells:
-        rows = {folder.name: [value] for folder, value in zip(data.controls.folder, data.controls[metric])}
-        base = data.valid.variant == "baseline"
-        rows |= {"baseline": data.valid[metric][base], "other runs": data.valid[metric][~base]}
-        for y, (name, values) in enumerate(rows.items()):
-            hollow = "none" if name not in ("baseline", "other runs") else COLOURS[0]
-            axis.plot(list(values), [y] * len(values), "o", mfc=hollow, mec=COLOURS[0], ms=5, alpha=0.6)
-        axis.set_yticks(range(len(rows)), rows)
-        axis.set(xlabel=label(metric), ylim=(len(rows) - 0.5, -0.5))
-    return figure
 
 
 PLOTS = {
     # ours
     "verdicts": verdicts,
-    "pareto": against_l0("explained_variance", "ce_recovered", "mcc"),
+    "pareto": scatter(("l0", "explained_variance"), ("l0", "ce_recovered"), ("l0", "mcc")),
     "controls": controls,
     # note 000
     "absorption_scores": by_run("absorption_full", "absorption_fraction", "absorption", bars=True),
     "feature_splits": by_run("absorption.splits", bars=True),
     "final_losses": final_losses,
-    "letter_absorption": heat("absorption.full_absorption_rate", "full absorption rate by first letter"),
+    "letter_absorption": heat("absorption.full_absorption_rate",
+                              "full absorption rate by first letter"),
     "jl_quality": lines("geometry.jl.run.error_sd", "geometry.jl.run.recall"),
     "sparsity_distributions": lines("geometry.l0_of_rows", "density.counts"),
     "sparsity_indices": by_run("geometry.hoyer", "geometry.gini", "dead"),
     # note 001
     "condition_numbers": by_run("geometry.condition_group", "geometry.condition_active"),
     "alpha_ablation": sweep(".*_(alpha|coef|weight|share)"),
-    "unlearning": by_run("unlearning", "forget"),
+    "unlearning": by_run("unlearning", "forget.forget_added", "forget.retain_added",
+                         beside=("baseline", "fixed_ortho")),
     # note 002
     "training_curves": lines("log.loss", "log.loss_recon", scale="log"),
     "sparsity_evolution": lines("log.zeros"),
     "feature_correlations": by_run("geometry.correlation", "geometry.mean_abs_cosine", bars=True),
     "feature_usage": lines("usage", scale="log"),
-    "tau_fixed_adaptive": lines("log.tau", "log.pair_cos", "log.pair_over", "log.explained_variance",
-                                only="final.pair_cos"),
+    "tau_fixed_adaptive": lines("log.tau", "log.pair_cos", "log.pair_over",
+                                "log.explained_variance", only="final.pair_cos"),
     "tau_ablation": sweep(".*tau.*"),
     "topk_ablation": sweep("pair_(fraction|rule)"),
     "pair_stability": lines("geometry.pairs.coactivation.jaccard", "geometry.pairs.preact.jaccard"),
-    "absorption_efficiency": absorption_efficiency,
-    # note 003: final metrics against the run number
+    "absorption_efficiency": scatter(
+        ("explained_variance", "absorption_full"), ("seconds", "absorption_full"),
+        ("explained_variance", "absorption"), ("seconds", "absorption")),
+    # note 003: a final metric against the run number
     "explained_variance_evolution": by_run("explained_variance"),
     "mse_evolution": by_run("mse"),
     "l0_evolution": by_run("l0"),
@@ -1159,16 +1152,18 @@ PLOTS = {
     "ce_loss_score_evolution": by_run("ce_loss_score"),
     "l2_ratio_evolution": by_run("l2_ratio"),
     "key_metrics_combined": by_run("explained_variance", "l0", "kl_div_score"),
-    "reactivation": lines("log.dead", "log.revived", "log.explained_variance", only="final.revived"),
-    "diversity": by_run("geometry.effective_rank", "geometry.mean_max_cosine", "geometry.coherence"),
+    "reactivation": lines("log.dead", "log.revived", "log.explained_variance",
+                          only="final.revived"),
+    "diversity": by_run("geometry.effective_rank", "geometry.mean_max_cosine",
+                        "geometry.coherence"),
     # note 004
     "metrics_comparison": by_run("explained_variance", "kl_sae", "l0", "l1"),
     "absorption_rates": by_run("absorption_full", "absorption"),
-    "absorption_l0": against_l0("absorption_full", "absorption"),
+    "absorption_l0": scatter(("l0", "absorption_full"), ("l0", "absorption")),
     "probing_accuracy": by_run("probe_1", "probe_5", "probe_20"),
     "feature_stability": by_run("stability.matched", "stability.again", "stability.best"),
-    # any other swept setting
-    "ablation": sweep("(?!l0$|pair_|.*tau|.*_(alpha|coef|weight|share)).*"),
+    # all other swept settings
+    "ablation": sweep("(?!l0$|pair_|.*tau|.*_(alpha|coef|weight|share)$).*"),
 }
 
 
@@ -1189,16 +1184,19 @@ def draw_plots(data, out):
     return drawn
 
 
-# ---- report.html: one page with everything in it ------------------------------------------------------
+# ---- report.html: one page with everything in it -------------------------------------------------
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline';
+  script-src 'unsafe-inline'">
 <title>Sparse autoencoders: what the runs say</title>
 <style>
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 0 auto; padding: 1rem; max-width: 1400px; }
-h1 { font-size: 1.35rem; } h2 { font-size: 1.15rem; margin: 1.6rem 0 .4rem; } p, li { max-width: 75em; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 0 auto; padding: 1rem;
+  max-width: 1400px; }
+h1 { font-size: 1.35rem; } h2 { font-size: 1.15rem; margin: 1.6rem 0 .4rem; }
+p, li { max-width: 75em; }
 .wide { overflow: auto; border: 1px solid #ddd; max-height: 75vh; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .55rem; text-align: right; white-space: nowrap; border: 0 solid #eee; }
@@ -1206,15 +1204,17 @@ td { border-bottom-width: 1px; }
 th { position: sticky; top: 0; background: #f4f4f4; cursor: pointer; }
 td:first-child { position: sticky; left: 0; background: #fff; }
 td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: left; }
-tr.better td { background: #e3f0f9; } tr.worse td { background: #fbe8dc; } tr.last td { color: #767676; }
-img { max-width: 100%; height: auto; } figure { margin: .5rem 0 1.5rem; } figcaption { font-weight: 600; }
+tr.better td { background: #e3f0f9; } tr.worse td { background: #fbe8dc; }
+tr.last td { color: #767676; } img { max-width: 100%; height: auto; }
+figure { margin: .5rem 0 1.5rem; } figcaption { font-weight: 600; }
 select, input { font: inherit; } mark { background: #ffd54a; }
 #browser { display: grid; grid-template-columns: 19rem 1fr; gap: 1rem; }
 #latents { max-height: 32rem; overflow-y: auto; border: 1px solid #ddd; }
 #latents button { all: unset; display: block; width: 100%; padding: .25rem .5rem; cursor: pointer;
   font-size: 13px; box-sizing: border-box; }
 #latents button:focus, #latents button[aria-pressed=true] { background: #e3f0f9; }
-.context { font: 12.5px/1.5 ui-monospace, monospace; white-space: pre-wrap; border-bottom: 1px solid #eee; }
+.context { font: 12.5px/1.5 ui-monospace, monospace; white-space: pre-wrap;
+  border-bottom: 1px solid #eee; }
 @media (max-width: 700px) { #browser { grid-template-columns: 1fr; } }
 </style></head><body>
 <h1>What the runs say</h1>
@@ -1251,12 +1251,13 @@ const make = (tag, text, name) => {
   return e;
 };
 function show(latent, button) {
-  for (const b of document.querySelectorAll("#latents button")) b.setAttribute("aria-pressed", b === button);
+  for (const other of document.querySelectorAll("#latents button"))
+    other.setAttribute("aria-pressed", other === button);
   const panel = document.getElementById("latent");
-  const near = (latent.neighbours ?? []).map(n => `${n.latent} (cosine ${n.cosine.toFixed(2)})`).join(", ");
+  const near = latent.neighbours.map(n => `${n.latent} (cosine ${n.cosine.toFixed(2)})`).join(", ");
   panel.replaceChildren(
     make("h3", `latent ${latent.latent}: fires on ${(100 * latent.rate).toPrecision(3)} % of rows`),
-    make("p", "promotes: " + (latent.promotes ?? []).map(visible).join("  ")),
+    make("p", "promotes: " + latent.promotes.map(visible).join("  ")),
     make("p", "nearest decoder rows: " + near));
   for (const context of latent.contexts) {
     const row = make("div", context.activation.toFixed(2).padStart(8) + "  ", "context");
@@ -1268,8 +1269,9 @@ function show(latent, button) {
 function list() {
   const box = document.getElementById("latents"), asked = word.value.toLowerCase();
   box.replaceChildren();
-  for (const latent of runs[choice.value].filter(l => JSON.stringify(l).toLowerCase().includes(asked))) {
-    const parts = [latent.latent, `${(100 * latent.rate).toPrecision(2)} %`, (latent.why ?? []).join(", "),
+  const found = runs[choice.value].filter(l => JSON.stringify(l).toLowerCase().includes(asked));
+  for (const latent of found) {
+    const parts = [latent.latent, `${(100 * latent.rate).toPrecision(2)} %`, latent.why.join(", "),
                    visible(latent.contexts[0]?.token ?? "")];
     const button = make("button", parts.join("  "));
     button.onclick = () => show(latent, button);
@@ -1286,8 +1288,9 @@ def report(data, drawn):
     """The page. Nothing in it is fetched, and all text is escaped."""
     body = []
     for acts in data.runs.acts.unique():
-        body += [f"<h2>{html.escape(heading(data, acts))}</h2>", html_table(results_table(data, acts)), "<ul>"]
-        body += [f"<li>{html.escape(line)}</li>" for line in notes(data, acts)] + ["</ul>"]
+        body += [f"<h2>{html.escape(heading(data, acts))}</h2>",
+                 html_table(results_table(data, acts)),
+                 "<ul>", *(f"<li>{html.escape(line)}</li>" for line in notes(data, acts)), "</ul>"]
         body += ["<details><summary>Other metrics (exploratory)</summary>",
                  html_table(other_metrics(data, acts)), "</details>"]
     body += ["<details><summary>How to read this</summary>", f"<p>{html.escape(RULE)}</p>",
@@ -1330,7 +1333,8 @@ def main():
     p = Parser(__doc__)
     p.add_argument("runs", nargs="*", help="folders (default: all under runs/)")
     p.add_argument("--metric", choices=[m for m, about in METRICS.items() if about.better],
-                   default="explained_variance", help="what the verdicts are about (default: %(default)s)")
+                   default="explained_variance",
+                   help="what the verdicts are about (default: %(default)s)")
     p.add_argument("--out", default="plots", help="folder to write to (default: %(default)s)")
     args = p.parse_args()
     out = Path(args.out)
@@ -1347,7 +1351,9 @@ def main():
 
     for acts in runs.acts.unique():
         print(f"\n{heading(data, acts)}", *printed_table(data, acts), sep="\n")
-        print("", *(line for note in notes(data, acts) for line in textwrap.wrap(note, 100)), sep="\n")
+        print()
+        for note in notes(data, acts):
+            print(textwrap.fill(note, 100))
     print(f"\n{len(drawn)} plots in {out}; all on one page: {out}/report.html")
 
 

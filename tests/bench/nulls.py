@@ -1,6 +1,6 @@
-"""How often 04_plot.py calls a difference that is not there, and finds one that is. About 5 minutes.
+"""How often 04_plot.py calls a difference that is not there, and finds one that is. 5 minutes.
 
-    python tests/bench/nulls.py                  10,000 experiments a line; prints the tables of RESULTS.md
+    python tests/bench/nulls.py          10,000 experiments a cell; prints the tables of RESULTS.md
 
 An experiment is a baseline and `tried` variants on the same seeds; its verdicts are made by the
 functions that 04_plot.py uses. Values are in units of the explained variance, whose margin is 0.01.
@@ -36,18 +36,21 @@ def draw_noise(kind, sd, shape, rng):
     return sd * rng.normal(size=shape)
 
 
-def call_experiments(tried, seeds, kind="normal", sd=0.001, gap=0.0, effect=0.0, n=10_000, paired=True):
-    """Verdicts [n, tried] in words; the first variant has the true difference `effect`, others none.
+def call_experiments(tried, seeds, kind="normal", sd=0.001, gap=0.0, effect=0.0, n=10_000,
+                     paired=True):
+    """Verdicts [n, tried] in words; the first variant has the true difference `effect`.
 
     gap: how much higher every variant's L0 is than the baseline's, within what may be compared.
     """
-    rng = np.random.default_rng([tried, seeds, NOISES.index(kind), round(1e6 * sd), round(100 * gap)])
+    key = [tried, seeds, NOISES.index(kind), round(1e6 * sd), round(100 * gap)]
+    rng = np.random.default_rng(key)
     seed_effect = 0.003 * rng.normal(size=(n, 1, seeds))
     own = "normal" if kind in ("skewed", "unequal") else kind
     baseline = seed_effect + draw_noise(own, sd, (n, 1, seeds), rng)
     values = seed_effect + draw_noise(kind, sd, (n, tried, seeds), rng) + SLOPE * np.log(1 + gap)
     values[:, 0] += effect
-    mean, low, high, p = plot.mean_difference(values, np.broadcast_to(baseline, values.shape), paired)
+    baseline = np.broadcast_to(baseline, values.shape)
+    mean, low, high, p = plot.mean_difference(values, baseline, paired)
     return plot.call(mean, low, high, plot.holm(p), WORTH)
 
 
@@ -62,21 +65,29 @@ def power(tried, seeds, **more):
     return (call_experiments(tried, seeds, effect=2 * WORTH, **more)[:, 0] == "better").mean()
 
 
+TRIED, SEEDS = (1, 9, 43), (3, 5, 8)
+
+
+def print_row(*cells):
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
 def main():
-    print("False better or worse, % of 10,000 experiments: the highest over L0 gaps of 0, 2 and 4 %\n")
-    print("| noise | sd / margin |" + "".join(f" {v} tried, {s} seeds |" for v in (1, 9, 43) for s in (3, 5, 8)))
-    print("|---|---|" + "---|" * 9)
+    columns = [f"{v} tried, {s} seeds" for v in TRIED for s in SEEDS]
+    print("False better or worse, %; the highest over L0 gaps of 0, 2 and 4 %\n")
+    print_row("noise", "sd / margin", *columns)
+    print_row(*["---"] * 11)
     for kind in NOISES:
         for sd in (0.001, 0.003, 0.01, 0.03):
-            cells = [max(false_calls(v, s, kind, sd, gap) for gap in (0, 0.02, 0.04))
-                     for v in (1, 9, 43) for s in (3, 5, 8)]
-            print(f"| {kind} | {sd / WORTH:g} |" + "".join(f" {100 * c:.1f} |" for c in cells), flush=True)
-    print("\nA true difference of twice the margin is called better, % of 10,000 experiments, normal noise\n")
-    print("| sd / margin |" + "".join(f" {v} tried, {s} seeds |" for v in (1, 9, 43) for s in (3, 5, 8)))
-    print("|---|" + "---|" * 9)
+            shares = [max(false_calls(v, s, kind, sd, gap) for gap in (0, 0.02, 0.04))
+                      for v in TRIED for s in SEEDS]
+            print_row(kind, f"{sd / WORTH:g}", *(f"{100 * share:.1f}" for share in shares))
+    print("\nA true difference of twice the margin is called better, %, normal noise\n")
+    print_row("sd / margin", *columns)
+    print_row(*["---"] * 10)
     for sd in (0.0005, 0.001, 0.002, 0.005, 0.01):
-        cells = [power(v, s, sd=sd) for v in (1, 9, 43) for s in (3, 5, 8)]
-        print(f"| {sd / WORTH:g} |" + "".join(f" {100 * c:.0f} |" for c in cells), flush=True)
+        shares = [power(v, s, sd=sd) for v in TRIED for s in SEEDS]
+        print_row(f"{sd / WORTH:g}", *(f"{100 * share:.0f}" for share in shares))
 
 
 if __name__ == "__main__":
