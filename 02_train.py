@@ -114,7 +114,10 @@ class Run:
             shutil.rmtree(self.folder / "eval", ignore_errors=True)  # of an older run of this name
             for file in ("sae.safetensors", "checkpoint.safetensors", "metrics.jsonl"):
                 (self.folder / file).unlink(missing_ok=True)
-            self.sae.init_from_data(sample(acts, self.sae))
+            x = sample(acts, self.sae)
+            with torch.no_grad():
+                check_forward(self.sae, self.sae(x[:256]))
+            self.sae.init_from_data(x)
             start = {key: getattr(self.sae, key) for key in ("W_enc", "W_dec", "b_enc", "b_dec")}
             self.config["start_checksum"] = write_tensors(self.folder / "start.safetensors", start)
         write_json(self.folder / "config.json", self.config)
@@ -301,7 +304,8 @@ def train_step(sae, opt, x, check=False):
             out = sae(part)
             new = sae.losses(out)
         if check:
-            check_returned(sae, out, new)
+            check_forward(sae, out)
+            check_losses(new)
         (share * sum(new.values())).backward()
         terms = {name: terms.get(name, 0) + share * value.detach() for name, value in new.items()}
         outs.append(out)
@@ -320,8 +324,8 @@ def train_step(sae, opt, x, check=False):
     return out, terms, taken
 
 
-def check_returned(sae, out, terms):
-    """Refuse, naming the method, what a variant's methods may not return."""
+def check_forward(sae, out):
+    """Refuse, naming the method, what a variant's methods may not return in a forward pass."""
     for method, value, width in (("pre_acts", out.pre, sae.d_sae),
                                  ("activate", out.acts, sae.d_sae),
                                  ("decode", out.x_hat, sae.d_in)):
@@ -331,6 +335,10 @@ def check_returned(sae, out, terms):
             raise Refuse(f"{method}() returned numbers that are not finite", 5)
     if (out.acts < 0).any():
         raise Refuse("activate() returned negative activations", 5)
+
+
+def check_losses(terms):
+    """Refuse a penalty that is not one finite number."""
     for name, value in terms.items():
         if not torch.is_tensor(value) or value.numel() != 1 or not value.isfinite():
             raise Refuse(f"penalties() returned {name!r} = {value}, want one finite number", 5)

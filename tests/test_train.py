@@ -109,10 +109,10 @@ def test_the_reader_gives_each_shard_whole_while_it_reads_the_next(here):
         assert torch.equal(rows, acts.shard(i)["acts"])
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_goes_on_to_the_same_bits(here, monkeypatch, how):
-    args = ["--variant", "baseline", "batch_topk", "--seed", "0", "--steps", "1200", "--checkpoint", "0", *SMALL]
-    first = script(here, *args)
+    args = ["--variant", "baseline", "batch_topk", "--seed", "0", "--steps", "500", *SMALL]
+    first = script(here, *args, "--checkpoint", "0")
     checkpoints = lambda: list(here.glob("runs/*/checkpoint.safetensors"))
     while len(checkpoints()) < 2:
         assert first.poll() is None, first.stderr.read()
@@ -171,7 +171,7 @@ class Variant(SAE):
     ("def choose_batch(self, n_rows, rng): return self.nothing", "AttributeError in choose_batch()"),
     ("def accept(self, loss): return False", "10 steps in a row")])
 def test_a_broken_variant_is_named_and_the_others_go_on(here, monkeypatch, capsys, tmp_path, body, says):
-    package = tmp_path / "more"
+    package = tmp_path / "variants"
     package.mkdir()
     (package / "broken.py").write_text(BROKEN.format(body))
     import variants
@@ -187,7 +187,7 @@ def test_a_broken_variant_is_named_and_the_others_go_on(here, monkeypatch, capsy
     finally:
         sys.modules.pop("variants.broken", None)
     printed = capsys.readouterr()
-    assert says.split(" in ")[0] in printed.err and "FAILED" in printed.out
+    assert says in printed.err and "FAILED" in printed.out
     status = {p.name.split("-")[0]: read_json(p / "config.json")["status"] for p in Path("runs").iterdir()}
     assert status == {"broken": "failed", "topk": "done"}
 
@@ -255,9 +255,9 @@ def test_torchrun_divides_the_labour(here):
 
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_lose_nothing(here, monkeypatch):
-    args = ["--variant", "contrastive_r10", "topk", "--seed", "0", "--steps", "600", "--checkpoint", "0", *SMALL]
+    args = ["--variant", "contrastive_r10", "topk", "--seed", "0", "--steps", "600", *SMALL]
     for n in range(10):
-        run = script(here, *args)
+        run = script(here, *args, "--checkpoint", "0")
         time.sleep(4 + 0.7 * n)
         run.kill()
         run.communicate()

@@ -16,6 +16,8 @@ D_IN = 32
 
 # Settings of a variant (and its children) whose own numbers don't fit 64 latents and 300 steps.
 TOY = {
+    "hierarchical_r2": {"revive_every": 0.45, "revive_silent": 0.0},     # none dies: all restart once
+    "hierarchical_r5": {"merge_threshold": 0.5},
     "prune": {"prune_threshold": 0.5},
     "contrastive_r7": {"n_groups": 8},                 # of which 2 hold 16 latents, at L0 4
     "hierarchical_r4": {"l1_target": 0.45},            # what L0 4 allows there
