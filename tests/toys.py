@@ -23,6 +23,7 @@ TOY = {
     "hierarchical_r4": {"l1_target": 0.45},            # what L0 4 allows there
     "topk_ortho_r1": {"pair_fraction": 0.02},
     "topk_ortho_r7": {"inhibition_radius": 4},
+    "topk_ortho_r9": {"reallocate_below": 0.9},        # all latents fire about equally often
 }
 
 
