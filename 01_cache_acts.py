@@ -884,18 +884,22 @@ class Cache:
                 "norm": norms.sum().item(), "square": norms.square().sum().item(),
                 "dropped": {"bos": tokens.numel() - padding - len(index), "padding": padding,
                             "outlier": len(index) - len(kept)}}
-        slices = to_host(acts, kept, counts.tolist())
-        return functools.partial(self.write_part, number, slices, columns.int(), counts, vector, meta)
+        rows = to_host(acts, kept)
+        return functools.partial(self.write_part, number, rows, columns.int(), counts, vector, meta)
 
-    def write_part(self, number, slices, columns, counts, vector, meta):
-        """Write a part: its rows, and then the file that says that they are there."""
-        path, hashes = self.part(number).with_suffix(".raw"), []
+    def write_part(self, number, rows, columns, counts, vector, meta):
+        """Write a part: its rows, a slice for each shard, and then the file that says that they are there."""
+        path, hashes, begin = self.part(number).with_suffix(".raw"), [], 0
         path.parent.mkdir(exist_ok=True)
         with disk_errors(path), open(path, "wb") as f:    # no fsync: lost rows are seen by their hash
-            for acts, of_rows in zip(slices(), columns.split(counts.tolist())):
-                f.write(as_bytes(acts))
-                f.write(as_bytes(of_rows))
-                hashes.append(hash_of(acts, of_rows))
+            for end in counts.cumsum(0).tolist():
+                hashed = xxhash.xxh3_64()
+                blocks = (rows(at, min(at + BLOCK, end)) for at in range(begin, end, BLOCK))
+                for block in itertools.chain(blocks, [columns[begin:end]]):
+                    hashed.update(as_bytes(block))
+                    f.write(as_bytes(block))
+                hashes.append(hashed.intdigest() >> 1)    # a positive int64
+                begin = end
         tensors = {"counts": counts, "hashes": torch.tensor(hashes), "vector": vector}
         write_tensors(self.part(number), tensors, meta)
 
@@ -1002,7 +1006,9 @@ class Gather:
                     acts, of_rows = self.raw[n:n + count], self.columns[n:n + count]
                     f.readinto(as_bytes(acts))
                     f.readinto(as_bytes(of_rows))
-                    if hash_of(acts, of_rows) != wanted:
+                    hashed = xxhash.xxh3_64(as_bytes(acts))
+                    hashed.update(as_bytes(of_rows))
+                    if hashed.intdigest() >> 1 != wanted:
                         raise ValueError("its checksum differs")
                     n += count
         except (OSError, ValueError) as e:
@@ -1032,38 +1038,30 @@ def row_norms(acts, index, limit, layer):
     return norms, vector.cpu()
 
 
-def to_host(acts, kept, counts):
-    """A function that returns rows `kept` on the CPU, in slices of `counts` rows.
+def to_host(acts, kept):
+    """A function of (begin, end) that returns these of the rows `kept`, on the CPU.
 
     From a GPU they are copied while the model goes on.
     """
     if acts.device.type == "cpu":
-        return lambda: (acts[some] for some in kept.split(counts))
-    rows = acts[kept.to(acts.device)]
-    host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        return lambda begin, end: acts[kept[begin:end]]
+    on_gpu = acts[kept.to(acts.device)]
+    host = torch.empty(on_gpu.shape, dtype=on_gpu.dtype, pin_memory=True)
     side = torch.cuda.Stream(acts.device)
     side.wait_stream(torch.cuda.current_stream(acts.device))
     with torch.cuda.stream(side):
-        host.copy_(rows, non_blocking=True)
-        rows.record_stream(side)
+        host.copy_(on_gpu, non_blocking=True)
+        on_gpu.record_stream(side)
 
-    def slices():
+    def rows(begin, end):
         side.synchronize()
-        return host.split(counts)
-    return slices
+        return host[begin:end]
+    return rows
 
 
 def as_bytes(tensor):
     """The memory of a contiguous tensor."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
-
-
-def hash_of(*tensors):
-    """xxh3-64 of some tensors, without its last bit: a positive int64."""
-    hashed = xxhash.xxh3_64()
-    for tensor in tensors:
-        hashed.update(as_bytes(tensor))
-    return hashed.intdigest() >> 1
 
 
 def flat(value, prefix=""):

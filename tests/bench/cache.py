@@ -1,86 +1,104 @@
-"""How fast stage 1 computes activations: 01_cache_acts.py's way against a hook on the whole model and TransformerLens' early stop.
+"""How fast stage 1's host path is: everything between a forward pass and finished shards.
 
-    python tests/bench/cache.py [--json FILE]
+    python tests/bench/cache.py [--before FOLDER]          FOLDER: a checkout whose 01_cache_acts.py is compared
 
-A GPT-NeoX of random weights, 8 layers, d_in 256, vocabulary 16,384; activations after layer 4 of 8 contexts of 128 tokens, as bfloat16. The
-ways take turns. TransformerLens has a model of its own of the same sizes (it can't take random weights of a local configuration), so it
-does the same work on other numbers; the other two are compared number by number. Both early stops run once more with weights in bfloat16
-(01_cache_acts.py --model-dtype bfloat16). Figures: tokens per CPU second, medians over the turns, and ratios to the hook on the whole model.
+Parts of 65,536 rows of 2,304 as bfloat16 go through the mask, norms, statistics, shuffle, checksums and
+files of 01_cache_acts.py, as after a forward pass on a GPU; the forward pass itself is left out. The
+checkouts take turns, each in a process of its own. Seconds are CPU seconds of the process (the disk is not
+measured) and, beside them, by the clock.
 """
 import argparse
-import copy
 import importlib
 import json
-import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from transformer_lens import HookedTransformer, HookedTransformerConfig  # noqa: E402
+import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-from sae import blocks_of, hook_point  # noqa: E402
-
-cache_py = importlib.import_module("01_cache_acts")
-LAYERS, LAYER, D_IN, HEADS, MLP, VOCAB, CONTEXTS, CTX, TURNS = 8, 3, 256, 4, 1024, 16_384, 8, 128, 9       # layer 3 is the fourth
+ROWS, D_IN, CTX, PARTS = 65_536, 2304, 128, 2
 
 
-def ours(model):
-    source = cache_py.LanguageModel.__new__(cache_py.LanguageModel)             # its reading of text is not measured
-    source.model, source.device, source.dtype, source.hook = model.base_model, torch.device("cpu"), "bfloat16", "resid_post"
-    source.points = [hook_point(block, "resid_post", "bench") for block in blocks_of(source.model, LAYERS, "bench")]
-    return lambda tokens: source.batch_activations(tokens, [LAYER])[LAYER]
+def activations(part):
+    """[512, 128, 2304] bfloat16, different in each part."""
+    g = torch.Generator().manual_seed(part)
+    return torch.randn(ROWS // CTX, CTX, D_IN, generator=g).bfloat16()
 
 
-def hook(model):
-    block, found = blocks_of(model.base_model, LAYERS, "bench")[LAYER], []
-
-    def run(tokens):
-        handle = block.register_forward_hook(lambda module, inputs, output: found.append(output[0] if isinstance(output, tuple) else output))
-        model(tokens)
-        handle.remove()
-        return found.pop().bfloat16()
-    return run
+def settings():
+    args = SimpleNamespace(dtype="bfloat16", tokens=ROWS * PARTS, rows_per_shard=ROWS, seed=0, window=None,
+                           ring=None, rank=0, processes=1)
+    return args, dict(source="model", model={}, layer=0, hook="resid_post", d_in=D_IN, ctx=CTX)
 
 
-def transformer_lens(dtype=torch.float32):
-    model = HookedTransformer(HookedTransformerConfig(n_layers=LAYERS, d_model=D_IN, n_ctx=CTX, d_head=D_IN // HEADS, n_heads=HEADS, d_mlp=MLP, d_vocab=VOCAB,
-                                                      act_fn="gelu", positional_embedding_type="rotary", rotary_dim=D_IN // HEADS // 4,
-                                                      parallel_attn_mlp=True, seed=0, device="cpu", dtype=dtype))
-    name = f"blocks.{LAYER}.hook_resid_post"
-    return lambda tokens: model.run_with_cache(tokens, stop_at_layer=LAYER + 1, names_filter=name)[1][name].bfloat16()
+def new_way(script, folder, acts):
+    """Seconds (CPU, clock) of this checkout."""
+    args, of_source = settings()
+    tokens = torch.randint(3, 1000, (ROWS // CTX, CTX), dtype=torch.int32)
+    mask = torch.ones(tokens.shape, dtype=torch.bool)
+    cache = script.Cache(folder, of_source, args)
+    cache.begin({}, {"val": {"tokens": tokens}}, (0, [], 0), norm_limit=1e6)
+    started = time.process_time(), time.perf_counter()
+    for part, of_part in enumerate(acts):
+        cache.add(part, part * len(tokens), tokens, mask, 0, of_part.flatten(0, 1), (0, [], 0))()
+    cache.finish(PARTS, 0, 1)
+    return time.process_time() - started[0], time.perf_counter() - started[1]
 
 
-@torch.no_grad()
+def old_way(script, folder, acts):
+    """Seconds (CPU, clock) of the checkout before, with its ring and windows."""
+    args, of_source = settings()
+    source = script.LanguageModel.__new__(script.LanguageModel)
+    source.ctx, source.special, source.tokenizer = CTX, torch.tensor([1]), SimpleNamespace(pad_token_id=0)
+    contexts = torch.randint(3, 1000, (ROWS // CTX, CTX)).tolist()
+    source.held_out = lambda: ({"val": {"tokens": torch.zeros(1, CTX)}}, (0, [], 0))
+    cache = script.Cache(folder, of_source, 0, args)
+    cache.open()
+    cache.begin(source, {})
+    started = time.process_time(), time.perf_counter()
+    for part, of_part in enumerate(acts):
+        source.activations = lambda tokens, layers: [of_part.cpu()]
+        (rows, dropped), = source.rows(contexts, part * len(contexts), [0])
+        cache.append(part * len(contexts), len(contexts), rows, dropped, (0, [], 0))
+    cache.finish()
+    return time.process_time() - started[0], time.perf_counter() - started[1]
+
+
+def measure(checkout):
+    """Print [CPU seconds, clock seconds] of a checkout as JSON."""
+    sys.path.insert(0, checkout)
+    script = importlib.import_module("01_cache_acts")
+    way = new_way if hasattr(script.Cache, "add") else old_way
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        print(json.dumps(way(script, Path(folder), [activations(part) for part in range(PARTS)])))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--json", help="write all figures here")
+    p.add_argument("--before", help="folder of a checkout to compare with")
+    p.add_argument("--turns", type=int, default=3)
+    p.add_argument("--measure", help=argparse.SUPPRESS)
     args = p.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(
-        vocab_size=VOCAB, hidden_size=D_IN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=MLP, max_position_embeddings=CTX)).eval()
-    ways = {"ours": ours(model), "hook on the whole model": hook(model), "TransformerLens, stop_at_layer": transformer_lens(),
-            "ours, bfloat16": ours(copy.deepcopy(model).bfloat16()), "TransformerLens, bfloat16": transformer_lens(torch.bfloat16)}
-    tokens = torch.randint(VOCAB, (CONTEXTS, CTX))
-    assert torch.equal(ways["ours"](tokens), ways["hook on the whole model"](tokens))
-    seconds = {way: [] for way in ways}
-    for _ in range(TURNS):
-        for way, run in ways.items():
-            started = time.process_time()
-            run(tokens)
-            seconds[way].append(time.process_time() - started)
-    result = {}
-    for way, s in seconds.items():
-        ratio = sorted(a / b for a, b in zip(seconds["hook on the whole model"][1:], s[1:]))
-        result[way] = {"seconds": s, "ratio": ratio}
-        print(f"{way:32} {CONTEXTS * CTX / statistics.median(s[1:]):8.0f} tokens/CPU s   x {statistics.median(ratio):.2f} ({ratio[0]:.2f}..{ratio[-1]:.2f})")
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1))
+    if args.measure:
+        return measure(args.measure)
+    here = str(Path(__file__).resolve().parent.parent.parent)
+    seconds = {checkout: [] for checkout in ([args.before] if args.before else []) + [here]}
+    for _ in range(args.turns):
+        for checkout in seconds:
+            command = [sys.executable, __file__, "--measure", checkout]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            seconds[checkout].append(json.loads(done.stdout.splitlines()[-1]))
+    for checkout, pairs in seconds.items():
+        cpu, clock = (statistics.median(values) for values in zip(*pairs))
+        print(f"{checkout}: {cpu / PARTS:.2f} CPU s a shard of {ROWS} x {D_IN}, {ROWS * PARTS / cpu:,.0f} "
+              f"rows/CPU s; by the clock {clock / PARTS:.2f} s, {ROWS * PARTS / clock:,.0f} rows/s")
+    if args.before:
+        ratios = [a[0] / b[0] for a, b in zip(seconds[args.before], seconds[here])]
+        print("before / now, CPU seconds: " + ", ".join(f"{ratio:.1f}" for ratio in ratios))
 
 
 if __name__ == "__main__":
