@@ -95,16 +95,19 @@ def read_data(root, primary="explained_variance"):
     return plot.Data(runs, controls, curves, plot.compare(runs, primary), primary)
 
 
-def call_script(root, *flags):
-    """(exit code, stdout, stderr) of 04_plot.py in the folder above `root`."""
-    done = subprocess.run([sys.executable, str(ROOT / "04_plot.py"), *flags], cwd=root.parent,
-                          capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs"
 
 
 @pytest.fixture
-def root(tmp_path):
-    return tmp_path / "runs"
+def call_main(monkeypatch):
+    """04_plot.py with these flags, in this process."""
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["04_plot.py", *flags])
+        plot.main()
+    return call
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -219,10 +222,10 @@ FROM_THE_NOTES = """absorption_scores feature_splits final_losses letter_absorpt
     controls""".split()
 
 
-def test_everything_that_the_notes_name_is_drawn_and_on_the_page(root):
+def test_everything_that_the_notes_name_is_drawn_and_on_the_page(root, call_main, capsys):
     rng = np.random.default_rng(0)
     pairs = {"pair_cos": 0.2, "pair_over": 0.1}
-    for seed in range(3):
+    for seed in range(2):
         runs = [("baseline", None, ()), ("fixed_ortho", None, ()), ("revive", None, {"revived": 3}),
                 ("topk_ortho_r1", None, pairs), ("topk_ortho_r2", None, {**pairs, "tau": 0.3})]
         runs += [("topk_ortho_r1", {"pair_fraction": f}, pairs) for f in (0.01, 0.1)]
@@ -234,8 +237,8 @@ def test_everything_that_the_notes_name_is_drawn_and_on_the_page(root):
                               settings=SETTINGS | usual | (sets or {}))
             write_tensors(folder / "eval/rates.safetensors", {"rate": torch.linspace(0, 0.3, 64)})
     make_control(root, "pca", l0=16.0, explained_variance=0.75)
-    code, text, error = call_script(root)
-    assert (code, error) == (0, "")
+    call_main()
+    assert capsys.readouterr().err == ""
     drawn = {p.stem for p in (root.parent / "plots").glob("*.png")}
     assert set(FROM_THE_NOTES) <= drawn
     page = (root.parent / "plots/report.html").read_text()
@@ -245,11 +248,6 @@ def test_everything_that_the_notes_name_is_drawn_and_on_the_page(root):
     assert not re.search(r"(src|href)=['\"]?(http|//)", page) and page.count("</script>") == 2
     latents = json.loads(re.search(r'id="features">(.*)</script>', page)[1])
     assert latents["baseline-s0"][0]["promotes"] == ["</script>"]
-
-    # a second call on fewer runs leaves no plot of the first
-    code, text, error = call_script(root, "runs/baseline-s0", "runs/baseline-s1")
-    assert code == 0 and not (root.parent / "plots/topk_ablation.png").exists()
-    assert "nothing to compare" in text
 
 
 def test_note_003s_plots_show_final_metrics_against_the_run_number(root):
@@ -307,13 +305,24 @@ def test_swept_settings_are_drawn_in_the_order_of_their_values(root):
 # ---- bad input -----------------------------------------------------------------------------------
 
 
-def test_user_errors_are_one_line_and_an_exit_code(root):
+def test_a_user_error_is_one_line_and_an_exit_code(root):
+    root.mkdir()
+    done = subprocess.run([sys.executable, ROOT / "04_plot.py", "runs/none"], capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "does not exist" in done.stderr
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--metric", "l0"], "invalid choice"), (["--out", "runs/baseline-s0/config.json"], "want a folder")])
+def test_wrong_flags_are_refused(root, call_main, flags, words):
+    make_run(root, "baseline", core={})
+    with pytest.raises(plot.Refuse, match=words):
+        call_main(*flags)
+
+
+def test_a_damaged_or_incomplete_result_is_refused_by_name(root):
     make_run(root, "baseline", core={})
     broken = root / "baseline-s0/eval/core.json"
-    for flags, words in ((["runs/none"], "does not exist"), (["--metric", "l0"], "invalid choice"),
-                         (["--out", "runs/baseline-s0/config.json"], "want a folder")):
-        code, _, error = call_script(root, *flags)
-        assert code == 2 and words in error and error.count("\n") == 1
     write_json(broken, {"metrics": {}, "guards": [], "acts": "tiny", "d_sae": 64,
                         "sae_checksum": "baseline-s0"})
     with pytest.raises(plot.Refuse, match="has no explained_variance or l0"):
@@ -323,9 +332,13 @@ def test_user_errors_are_one_line_and_an_exit_code(root):
         read_data(root)
 
 
-def test_runs_that_were_never_evaluated_still_have_a_table(root):
+def test_runs_that_were_never_evaluated_have_a_table_and_older_plots_go(root):
     make_run(root, "baseline")
     make_run(root, "topk", status="failed")
     data = read_data(root)
     assert "training failed" in "\n".join(plot.printed_table(data, "tiny"))
-    assert [name for name, draw in plot.PLOTS.items() if draw(data) is not None] == []
+    plot.write_file(root / "pareto.png", b"of other runs")
+    assert plot.draw_plots(data, root) == {}
+    assert not (root / "pareto.png").exists()
+    make_run(root, "topk", status="training")
+    assert plot.summary(read_data(root), "tiny").startswith("In EV, 1 can't be told.")
