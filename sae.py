@@ -1071,7 +1071,8 @@ def translate_rope(config, rope):
     scaling = {key: value for key, value in rope.items() if key not in named}
     if scaling != {"rope_type": "default"}:
         named["rope_scaling"] = scaling
-    if not set(named) <= set(inspect.signature(type(config).__init__).parameters):
+    takes = inspect.signature(type(config).__init__).parameters
+    if "rope_theta" not in rope or not set(named) <= set(takes):          # or a base for each kind of layer
         return False
     for key, value in named.items():
         setattr(config, key, value)
