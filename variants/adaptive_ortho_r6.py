@@ -2,6 +2,11 @@
 
 The path takes over what any linear map can do. The dropout hides each act from the decoder with a
 chance of latent_dropout and scales up the others, so that no latent becomes indispensable.
+
+What the note hopes for, a better reconstruction when random latents are lost, the path brings and
+the dropout undoes. On toys (300 steps), explained variance whole and with 30 % of the acts lost:
+parent 0.545, 0.400; path alone 0.596, 0.468; dropout alone 0.482, 0.353; both 0.543, 0.428. Dropout
+narrows the loss by ablation (0.144 to 0.129) by shortening every reconstruction.
 """
 import torch
 

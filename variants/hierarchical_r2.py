@@ -2,6 +2,8 @@
 
 A schedule that starts sparse starves latents before their time comes. Those that were silent for a
 tenth of the run start anew every fifth of it (Bricken 2023), optimizer moments cleared.
+
+On the default data it idles: at most one latent falls silent.
 """
 from variants.hierarchical_r1 import Variant as Base
 from variants.revive import Variant as Revive
