@@ -665,11 +665,11 @@ def duplicate_of(run):
 # ---- geometry: how decoder rows lie, and which latents fire together -----------------------------
 
 
-GEOMETRY_ROWS = 8192         # training rows on which firing is seen
+GEOMETRY_ROWS = 4096         # training rows on which firing is seen
 GEOMETRY_LATENTS = 2048      # latents that are looked at in pairs, at random where there are more
 JL_DIMENSIONS = (32, 64, 128, 256, 512)
 TOP_PAIRS = 0.001            # share of all pairs that a batch selects, as in topk_ortho_r1
-PAIR_BATCHES = (256, 1024, 4096)       # rows
+PAIR_BATCHES = (256, 1024, 2048)       # rows
 GROUP, SETS = 32, 64         # latents in a group, and how many groups and active sets are looked at
 
 
@@ -873,7 +873,8 @@ PAIR_RULES = {               # as in topk_ortho_r1: acts, pre of a batch [rows, 
 
 
 def correlations(columns):
-    return standardise(columns).T @ standardise(columns)
+    columns = standardise(columns)
+    return columns.T @ columns
 
 
 def pair_stability(code):

@@ -145,7 +145,7 @@ def test_pairs_that_fire_together_are_chosen_in_every_batch_and_others_by_chance
     planted = independent.clone()
     planted[:, 8:] = independent[:, :8]                          # 8 pairs that are one
     stable, chance = (eval_py.pair_stability(code_of(on)) for on in (planted, independent))
-    assert stable["rows"] == [256, 1024, 4096] and stable["pairs"] == 12
+    assert stable["rows"] == [256, 1024, 2048] and stable["pairs"] == 12
     assert min(stable["phi"]["jaccard"]) >= 8 / 16 and chance["phi"]["jaccard"][0] < 0.25
     assert stable["null"] == pytest.approx([0.1 / 1.9] * 3)
 
