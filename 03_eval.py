@@ -1169,10 +1169,10 @@ def evaluate_absorption(acts, model, runs, settings):
     from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
     bench, settings = bench_of(acts, model), dict(settings)
     words = settings.pop("words")
+    if words or not bench.spells:    # few rows in large batches leave probes near their random start
+        settings.setdefault("k_sparse_probe_batch_size", max(16, (words or 2048) // 8))
     config = AbsorptionEvalConfig(model_name=bench.name, llm_dtype="float32",
                                   precalc_k_sparse_probe_sae_acts=True, **settings)
-    if not bench.spells:         # few rows in large batches leave probes near their random start
-        config.k_sparse_probe_batch_size = 256
     key = {"words": words, "template": config.prompt_template, "position": config.prompt_token_pos}
     make = letters_in_prompts if bench.spells else letters_in_text
     with quiet():
@@ -2405,12 +2405,16 @@ def finished(folders, failures):
     return found
 
 
+def missing(name, acts, runs, force):
+    """The runs that the evaluation says something of and that have no result of it yet."""
+    fitting = [run for run in runs if EVALS[name].of_controls or not run.is_control]
+    return [run for run in fitting if force or not stored(name, run, acts)]
+
+
 def evaluate_cache(acts, folders, args, names, device, failures):
     """Make what is missing of the named evaluations for the runs of a cache; print the table."""
     locks = [lock(folder) for folder in folders]
     model, seen, is_synthetic = None, [], acts.meta["source"] != "model"
-    if is_synthetic:
-        names = [name for name in names if EVALS[name].of_synthetic]
     for i, portion in enumerate(portions(folders)):
         runs = load_runs(portion, acts, device, failures)
         if args.controls and i == 0 and runs:
@@ -2419,10 +2423,10 @@ def evaluate_cache(acts, folders, args, names, device, failures):
             locks += [lock(run.folder, wait=True) for run in controls]
             runs += controls
         for name in names:
-            evaluation = EVALS[name]
-            todo = [run for run in runs if evaluation.of_controls or not run.is_control]
-            todo = [run for run in todo if args.force or not stored(name, run, acts)]
-            if todo and evaluation.reads_model and model is None and not is_synthetic:
+            if is_synthetic and not EVALS[name].of_synthetic:
+                continue
+            todo = missing(name, acts, runs, args.force)
+            if todo and EVALS[name].reads_model and not (is_synthetic or model):
                 model = LanguageModel(acts, device)
             if todo:
                 evaluate(name, acts, model, todo, failures)
