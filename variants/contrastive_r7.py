@@ -63,7 +63,7 @@ class Variant(Base):
 
     def penalties(self, out):
         lengths = (out.acts.pow(2) @ self.in_group + 1e-12).sqrt()         # [B, n_groups]
-        columns = lengths / lengths.norm(dim=0)
+        columns = lengths / lengths.norm(dim=0).clamp_min(1e-3)             # a silent group: 0
         pairs = max(1, self.n_groups * (self.n_groups - 1) / 2)
         return super().penalties(out) | {
             "group_lasso": lengths.sum(1).mean() / self.d_in ** 0.5,

@@ -50,7 +50,7 @@ class Variant(Base):
         silent = factor < self.wta_silent
         self.stats["silenced"] = (silent & (pre > 0)).sum() / len(x)
         self.stats["gate_spread"] = self.gate.detach().std()
-        return torch.where(silent, pre.clamp_max(0), pre * factor)
+        return torch.where(pre > 0, (pre * factor).masked_fill(silent, 0), pre)
 
     def penalties(self, out):
         width = 2 * self.radius + 1
