@@ -7,11 +7,11 @@
     python 01_cache_acts.py --model synthetic            # activations whose true features are known
     torchrun --nproc-per-node 8 01_cache_acts.py --model google/gemma-2-2b --data texts/
 
-Reads a causal language model (hub name, folder or .gguf file) and text: a hub data set, a file (.txt,
-.jsonl, .json, .parquet, .csv, also compressed), or a folder of such files, in which a file val.* is the
-held-out part. Writes acts/NAME: train_*.safetensors (rows shuffled across the whole cache),
-val.safetensors (held-out contexts in order) and meta.json. The same command goes on where an
-interrupted one stopped.
+Reads a causal language model (hub name, folder or .gguf file) and text: a hub data set, a file
+(.txt, .jsonl, .json, .parquet, .csv, also compressed), or a folder of such files, in which a file
+val.* is the held-out part. Writes acts/NAME: train_*.safetensors (rows shuffled across the whole
+cache), val.safetensors (held-out contexts in order) and meta.json. The same command goes on where
+an interrupted one stopped.
 """
 import ast
 import contextlib
@@ -44,8 +44,8 @@ from tqdm import tqdm
 
 from sae import (FORMAT, Parser, Refuse, check_name, decoder_layers, files_checksum, generator,
                  hook_point, hub_errors, language_model, lock, model_checksum, model_config,
-                 model_tokenizer, natural, pick_device, positive_int, ranks, read_json, read_tensors,
-                 run_script, write_file, write_json, write_tensors)
+                 model_tokenizer, natural, pick_device, positive_int, ranks, read_json,
+                 read_tensors, run_script, write_file, write_json, write_tensors)
 
 DTYPES = ("bfloat16", "float16", "float32")
 HOOKS = ("resid_post", "mlp_out", "attn_out")
@@ -53,9 +53,10 @@ HOOKS = ("resid_post", "mlp_out", "attn_out")
 
 def parse_args():
     p = Parser(__doc__)
-    p.add_argument("--model", default="tiny", help="tiny (embedded), synthetic, hub name, folder, .gguf")
+    p.add_argument("--model", default="tiny",
+                   help="tiny (embedded), synthetic, a hub name, a folder or a .gguf file")
     p.add_argument("--layer", type=natural, nargs="+",
-                   help="decoder layers, from 0; a folder each, in one pass (default: the middle one)")
+                   help="decoder layers, from 0; a folder each, one pass (default: the middle one)")
     p.add_argument("--hook", choices=HOOKS, default="resid_post")
     p.add_argument("--data", help="text: hub data set, file or folder (default for tiny: its own)")
     p.add_argument("--column", default="text", help="column of the data that holds the text")
@@ -87,7 +88,7 @@ def parse_args():
     return args
 
 
-# ---- the embedded language model: text that every installation carries, and a transformer trained on it
+# ---- the embedded language model, trained on text that every installation carries ----------------
 
 
 TINY = Path("acts/tiny_lm")
@@ -96,7 +97,7 @@ RECIPE = dict(
     spelling_words=3000, spelling_docs=2500, held_out=0.03, vocab=4096, tokenizer_chars=5_000_000,
     ctx=128, d_model=128, n_layers=3, n_heads=4, d_mlp=384, bigram_contexts=20_000, bigram_steps=40,
     bigram_lr=3e-2, steps=700, batch=8, lr=2e-3, embed_lr=5e-4, seed=0)
-PACKAGES = ("stdlib", "numpy", "torch", "transformers", "sympy", "networkx")   # torch needs the last
+PACKAGES = ("stdlib", "numpy", "torch", "transformers", "sympy", "networkx")  # torch needs the last
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "lib2to3",
             "pydoc_data", "__pycache__"}
 
@@ -112,7 +113,7 @@ def tiny_model():
 
 
 def build_tiny(marker):
-    """Make text, tokenizer and model. The marker comes last, so an interrupted build starts again."""
+    """Make text, tokenizer and model. The marker comes last: a build that stopped starts again."""
     print(f"building the embedded language model in {TINY}: once, a minute or two")
     train, val = split_text(corpus())
     for name, records in ("train", train), ("val", val):
@@ -125,19 +126,21 @@ def build_tiny(marker):
         found = contexts((r["text"] for r in records), tokenizer, RECIPE["ctx"], pack=True)
         return torch.tensor([context for context, _ in islice(found, n)])
 
-    model, losses = train_tiny(tokens_of(train, RECIPE["bigram_contexts"]), tokens_of(val, 512), tokenizer)
+    tokens, held_out = tokens_of(train, RECIPE["bigram_contexts"]), tokens_of(val, 512)
+    model, losses = train_tiny(tokens, held_out, tokenizer)
     print("embedded language model: {loss:.2f} nats per held-out token, a bigram model "
           "{bigram_loss:.2f}, a unigram model {unigram_loss:.2f}".format(**losses))
     model.config.save_pretrained(TINY / "model")
     model.generation_config.save_pretrained(TINY / "model")
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_file(TINY / "model" / "model.safetensors", safetensors.torch.save(weights, {"format": "pt"}))
+    weights = safetensors.torch.save(weights, {"format": "pt"})
+    write_file(TINY / "model" / "model.safetensors", weights)
     write_json(marker, {"recipe": RECIPE, "documents": len(train), "versions": versions(),
                         "threads": torch.get_num_threads(), **losses})
 
 
 def corpus():
-    """Records {text, package, module, kind} of the installed sources and docstrings, no text twice."""
+    """Records {text, package, module, kind} of installed sources and docstrings, no text twice."""
     from pydoc_data.topics import topics
     records = [dict(text=text, package="stdlib", module=f"pydoc_data.topics.{name}", kind="doc")
                for name, text in topics.items()]
@@ -160,7 +163,7 @@ def corpus():
 
 
 def source_files(package):
-    """(module, path) of the package's .py files, in an order that mixes them and depends on names alone."""
+    """(module, path) of the package's .py files, mixed in an order of their names alone."""
     spec = package != "stdlib" and importlib.util.find_spec(package)
     if package != "stdlib" and not spec:
         return []
@@ -168,8 +171,11 @@ def source_files(package):
     found = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in LEFT_OUT]
-        for path in (Path(folder, name).relative_to(root) for name in files if name.endswith(".py")):
-            found.append((".".join([package, *path.with_suffix("").parts]), root / path))
+        for name in files:
+            path = Path(folder, name)
+            if path.suffix == ".py":
+                parts = path.relative_to(root).with_suffix("").parts
+                found.append((".".join([package, *parts]), path))
     return sorted(found, key=lambda item: hashed(item[0]))
 
 
@@ -190,7 +196,7 @@ def docstrings(source):
 
 
 def spelling(records):
-    """Documents of lines `word has the first letter: W`, which the absorption evaluation asks for."""
+    """Documents of lines `word has the first letter: W`, which the absorption evaluation asks."""
     docs = [r["text"] for r in records if r["kind"] == "doc"]
     counts = Counter(word for text in docs for word in re.findall(r"\b[A-Za-z]{2,12}\b", text))
     common = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:RECIPE["spelling_words"]]
@@ -202,7 +208,8 @@ def spelling(records):
         words = [word for word, _ in common if is_held_out(word) == held_out]
         lines = [f"{rng.choice(['', ' '])}{word} has the first letter: {word[0].upper()}"
                  for word in rng.sample(words, 8)]
-        documents.append(dict(text="\n".join(lines), package="spelling", module=module, kind="spelling"))
+        about = dict(package="spelling", module=module, kind="spelling")
+        documents.append(dict(text="\n".join(lines), **about))
     return documents
 
 
@@ -222,7 +229,7 @@ def split_text(records):
 
 
 def train_tokenizer(texts):
-    """Byte-level BPE; digits one by one; BOS at the start of each text, as larger models have it."""
+    """Byte-level BPE; digits one by one; BOS at the start of a text, as larger models have it."""
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -231,7 +238,8 @@ def train_tokenizer(texts):
         vocab_size=RECIPE["vocab"], special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     ends = accumulate(map(len, texts))
-    bpe.train_from_iterator((t for t, end in zip(texts, ends) if end < RECIPE["tokenizer_chars"]), trainer)
+    few = (text for text, end in zip(texts, ends) if end < RECIPE["tokenizer_chars"])
+    bpe.train_from_iterator(few, trainer)
     bpe.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 1)])
     return transformers.PreTrainedTokenizerFast(
@@ -240,7 +248,7 @@ def train_tokenizer(texts):
 
 
 def train_tiny(tokens, held_out, tokenizer):
-    """(model, losses): a Llama that starts as the best bigram model of its width, trained on `tokens`."""
+    """(model, losses): a Llama that starts as the best bigram model, trained on `tokens`."""
     R = RECIPE
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=R["d_model"], intermediate_size=R["d_mlp"],
@@ -284,7 +292,7 @@ def train_tiny(tokens, held_out, tokenizer):
 
 
 def count_models(tokens, vocab):
-    """Unigram [vocab] and bigram [vocab, vocab] probabilities; absolute discounting of unseen pairs."""
+    """Unigram [vocab] and bigram [vocab, vocab] probabilities, by absolute discounting."""
     before, after = tokens[:, :-1].flatten(), tokens[:, 1:].flatten()
     unigram = (torch.bincount(after, minlength=vocab) + 1.0) / (len(after) + vocab)
     pairs = torch.bincount(before * vocab + after, minlength=vocab ** 2).view(vocab, vocab).float()
@@ -317,14 +325,15 @@ def mean_loss(model, tokens):
     return total / len(tokens)
 
 
-# ---- the synthetic source: activations whose true features are known ----------------------------------
+# ---- the synthetic source: activations whose true features are known -----------------------------
 
 
 class Synthetic:
     """Rows are sparse sums of known directions (sae_lens.synthetic).
 
-    Features stand in trees: a parent fires whenever a child does, and half of the parents have children
-    that exclude each other. Zipf frequencies, low-rank correlations, more features than dimensions.
+    Features stand in trees: a parent fires whenever a child does, and half of the parents have
+    children that exclude each other. Zipf frequencies, low-rank correlations, more features than
+    dimensions.
     """
 
     recipe = dict(n_features=320, d_in=96, trees=40, children=4, depth=1, exclusive=0.5,
@@ -339,13 +348,15 @@ class Synthetic:
                          "leave --layer, --hook and --data out", 2)
         if not importlib.util.find_spec("sae_lens"):
             raise Refuse("--model synthetic needs the package sae_lens: pip install sae-lens", 4)
-        self.seed, self.dtype, self.n_val = args.seed, getattr(torch, args.dtype), args.val_tokens or 16_384
+        self.seed, self.dtype = args.seed, getattr(torch, args.dtype)
+        self.n_val = args.val_tokens or 16_384
 
     def settings(self, layer):
         model = dict(name="synthetic", architecture="sae_lens.synthetic",
                      revision=importlib.metadata.version("sae_lens"), **self.recipe)
         return dict(source="synthetic", model=model, layer=None, hook=None, hook_name="synthetic",
-                    d_in=self.d_in, ctx=1, pack=False, data={"name": "synthetic"}, val_tokens=self.n_val)
+                    d_in=self.d_in, ctx=1, pack=False, data={"name": "synthetic"},
+                    val_tokens=self.n_val)
 
     def load(self):
         from sae_lens import synthetic
@@ -355,9 +366,9 @@ class Synthetic:
             std_firing_magnitudes=r["magnitude_std"],
             firing_probability=synthetic.ZipfianFiringProbabilityConfig(
                 r["zipf"], r["max_probability"], r["min_probability"]),
-            hierarchy=synthetic.HierarchyConfig(
-                r["trees"], r["children"], r["depth"], r["exclusive"], compensate_probabilities=True),
-            correlation=synthetic.LowRankCorrelationConfig(rank=16, correlation_scale=r["correlation"])))
+            hierarchy=synthetic.HierarchyConfig(r["trees"], r["children"], r["depth"],
+                                                r["exclusive"], compensate_probabilities=True),
+            correlation=synthetic.LowRankCorrelationConfig(16, correlation_scale=r["correlation"])))
         return {}
 
     def sample(self, rows, *key):
@@ -369,7 +380,8 @@ class Synthetic:
     def held_out(self):
         """({file: tensors}, None): held-out rows, and the truth: directions, rates and parents."""
         acts, features = self.sample(self.n_val, "val")
-        rate = (self.sample(100_000, "rate")[1] > 0).float().mean(0)    # trees change the configured one
+        # measured, as the trees change the configured one
+        rate = (self.sample(100_000, "rate")[1] > 0).float().mean(0)
         parent = torch.full((len(rate),), -1, dtype=torch.int32)
         nodes = list(self.model.hierarchy.roots)
         for node in nodes:                                # grows while it is walked
@@ -392,13 +404,14 @@ class Synthetic:
         return tokens, torch.ones(tokens.shape, dtype=torch.bool), 0, [acts]
 
 
-# ---- texts to contexts --------------------------------------------------------------------------------
+# ---- texts to contexts ---------------------------------------------------------------------------
 
 
 KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 PACKED = {".gz", ".zst", ".xz", ".bz2"}
-SPLITS = {"val": "validation", "valid": "validation", "dev": "validation", "validation": "validation",
-          "test": "test", "train": "train"}               # word in a file's name -> split
+# word in a file's name -> split
+SPLITS = {"val": "validation", "valid": "validation", "dev": "validation",
+          "validation": "validation", "test": "test", "train": "train"}
 
 
 class Text:
@@ -416,11 +429,12 @@ class Text:
             self.take_folder(path, args.split)
         elif data.startswith((".", "/", "~")) or data.count("/") > 1 or kind_of(path):
             raise Refuse(f"--data {data}: no such file or folder", 2)
-        elif huggingface_hub.constants.HF_HUB_OFFLINE:    # what `hf download` left in the hub's cache
+        elif huggingface_hub.constants.HF_HUB_OFFLINE:  # what `hf download` left in the hub's cache
             with hub_errors("data set", data):
-                path = Path(huggingface_hub.snapshot_download(data, repo_type="dataset", local_files_only=True))
-            self.take_folder(path, args.split, args.config)
-            self.description["revision"] = path.name
+                path = huggingface_hub.snapshot_download(data, repo_type="dataset",
+                                                         local_files_only=True)
+            self.take_folder(Path(path), args.split, args.config)
+            self.description["revision"] = Path(path).name
         else:
             with hub_errors("data set", data):
                 hub = huggingface_hub.HfApi()
@@ -430,22 +444,24 @@ class Text:
             self.description["checksum"] = files_checksum(self.files + self.held_out_files)
 
     def take_folder(self, folder, split, config=None):
-        """Choose a folder's files: of one kind and split, and named like `config` if it is given."""
+        """Choose a folder's files: of one kind and split, and under `config` if it is given."""
         there = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
         counts = Counter(kind_of(p) for p in there if kind_of(p))
-        tables = [kind for kind in counts if kind != "text"]           # beside them a .txt is a licence
+        tables = [kind for kind in counts if kind != "text"]  # beside them a .txt is a licence
         if not counts:
-            raise Refuse(f"--data {self.name}: want {', '.join(KINDS)} files, or a folder that holds some", 2)
+            raise Refuse(f"--data {self.name}: want a {', '.join(KINDS)} file, or a folder", 2)
         kind = max(tables or counts, key=counts.get)
         chosen = [p for p in there if kind_of(p) == kind]
         if config:
             chosen = [p for p in chosen if config in p.relative_to(folder).parts]
         self.held_out_files = [p for p in chosen if p.name.split(".")[0] == "val"]
-        self.files = [p for p in chosen if p not in self.held_out_files and split_of(p, folder) == split]
+        chosen = [p for p in chosen if p not in self.held_out_files]
+        self.files = [p for p in chosen if split_of(p, folder) == split]
         if not self.files:
             raise Refuse(f"--data {self.name}: no {kind} file of --split {split}"
                          + (f" and --config {config}" if config else ""), 2)
-        rest = [str(p.relative_to(folder)) for p in there if p not in self.files + self.held_out_files]
+        rest = set(there) - {*self.files, *self.held_out_files}
+        rest = sorted(str(p.relative_to(folder)) for p in rest)
         if rest:
             print(f"note: {self.name}: left out {len(rest)} that are not {kind} of split {split}: "
                   + ", ".join(rest[:5]) + (", ..." if rest[5:] else ""))
@@ -469,8 +485,9 @@ class Text:
 
     def hub_records(self):
         with hub_errors("data set", self.name):
-            yield from load_dataset(self.name, self.description.get("config"), streaming=True,
-                                    split=self.description["split"], revision=self.description["revision"])
+            about = self.description
+            yield from load_dataset(self.name, about.get("config"), split=about["split"],
+                                    revision=about["revision"], streaming=True)
 
 
 def kind_of(path):
@@ -507,14 +524,14 @@ def read_jsonl(path):
 
 
 def read_table(path):
-    with hub_errors("data file", path):
+    with hub_errors("data file", str(path)):
         yield from load_dataset(kind_of(path), data_files=str(path), split="train", streaming=True)
 
 
 def load_dataset(*args, **kwargs):
     """datasets.load_dataset(). Imported late: text files and the embedded model do without it."""
     if not importlib.util.find_spec("datasets"):
-        raise Refuse("such data need the package datasets: pip install datasets, or give .txt or .jsonl", 4)
+        raise Refuse("such data need the package datasets: pip install datasets, or give .jsonl", 4)
     import datasets
     return datasets.load_dataset(*args, **kwargs)
 
@@ -524,7 +541,8 @@ def as_text(data, where, first):
     try:
         return data.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as e:
-        raise Refuse(f"{where}: not UTF-8 (byte 0x{data[e.start]:02x}): save the file as UTF-8") from None
+        byte = data[e.start]
+        raise Refuse(f"{where}: not UTF-8 (byte 0x{byte:02x}): save the file as UTF-8") from None
 
 
 def texts(records, column, where):
@@ -538,13 +556,13 @@ def texts(records, column, where):
                          "say which with --column", 2)
         text = record[column]
         if not isinstance(text, (str, type(None))):
-            raise Refuse(f"{where} {number}: column {column!r} holds {type(text).__name__}, not text: "
-                         "make a column of plain text, or name another with --column")
+            raise Refuse(f"{where} {number}: column {column!r} holds {type(text).__name__}, not "
+                         "text: make a column of plain text, or name another with --column")
         yield checked(text or "", f"{where} {number}")
 
 
 def checked(text, where):
-    """The text. Refuse what no text holds: half a surrogate pair, and NULs (UTF-16 read as UTF-8)."""
+    """The text. Refuse what no text holds: half a surrogate pair, or NULs (of UTF-16)."""
     odd = re.search("[\0\ud800-\udfff]", text)
     if odd:
         raise Refuse(f"{where}: holds the character U+{ord(odd[0]):04X}, as no proper text does: "
@@ -553,7 +571,7 @@ def checked(text, where):
 
 
 def contexts(documents, tokenizer, ctx, pack, where=(0, [], 0), group=64):
-    """Yields (token ids, where): at most ctx tokens, and the place in the text at which the next start.
+    """Yields (token ids, where): at most ctx tokens, and where in the text the next ones start.
 
     Packed: documents one after another, an EOS after each if the tokenizer has one, cut into full
     contexts. Else one context a document. BOS stands first if the tokenizer puts one before a text.
@@ -578,7 +596,7 @@ def contexts(documents, tokenizer, ctx, pack, where=(0, [], 0), group=64):
 
 def starting_tokens(tokenizer):
     """[BOS] if the tokenizer puts one before a text (Gemma, Llama), else [] (GPT-2, Pythia)."""
-    for token in range(len(tokenizer)):                   # the first that is a text; "a" may be none
+    for token in range(len(tokenizer)):  # the first that is a text; "a" may be none
         text = tokenizer.decode([token])
         plain = tokenizer(text, add_special_tokens=False).input_ids
         if plain:
@@ -588,7 +606,7 @@ def starting_tokens(tokenizer):
     return whole[:1] if starts else []
 
 
-# ---- contexts to activations --------------------------------------------------------------------------
+# ---- contexts to activations ---------------------------------------------------------------------
 
 
 class Stop(Exception):
@@ -607,7 +625,7 @@ class LanguageModel:
         if not Path(path).exists() and path.startswith((".", "/", "~")):
             raise Refuse(f"--model {path}: no such folder", 2)
         if not data:
-            raise Refuse(f"--model {path}: say which text with --data (hub name, file or folder)", 2)
+            raise Refuse(f"--model {path}: say which text with --data (hub, file or folder)", 2)
         self.args, self.path, self.ctx, self.device = args, path, args.ctx, args.device
         self.extra = dict(trust_remote_code=args.trust_remote_code)
         with hub_errors("model", path):
@@ -632,18 +650,20 @@ class LanguageModel:
     def settings(self, layer):
         args = self.args
         architecture = (self.config.architectures or ["unknown"])[0]
-        model = dict(name=args.model, path=self.path, revision=self.revision, architecture=architecture,
-                     n_layers=self.n_layers, dtype=args.model_dtype)
+        model = dict(name=args.model, path=self.path, revision=self.revision,
+                     architecture=architecture, n_layers=self.n_layers, dtype=args.model_dtype)
         return dict(source="model", model=model, layer=layer, hook=args.hook,
                     hook_name=f"blocks.{layer}.hook_{args.hook}", d_in=self.d_in, ctx=self.ctx,
-                    pack=args.pack, data=self.text.description, val_tokens=args.val_tokens or 131_072)
+                    pack=args.pack, data=self.text.description,
+                    val_tokens=args.val_tokens or 131_072)
 
     def load(self):
         """Load the weights and check what the hooks mean; returns what is known only then."""
-        found = list(islice(self.stream((0, [], 0)), 8))  # wrong data are said before weights are fetched
+        # before the weights are fetched, as the data may be wrong
+        found = list(islice(self.stream((0, [], 0)), 8))
         if not found:
-            raise Refuse(f"--data {self.text.name}: the text is shorter than one context of {self.ctx} "
-                         "tokens: give more text, or a smaller --ctx")
+            raise Refuse(f"--data {self.text.name}: the text is shorter than one context of "
+                         f"{self.ctx} tokens: give more text, or a smaller --ctx")
         with hub_errors("model", self.path):
             model = language_model(self.path, getattr(torch, self.args.model_dtype), **self.extra)
         self.n_embedded = model.get_input_embeddings().weight.shape[0]
@@ -656,51 +676,52 @@ class LanguageModel:
         return {"n_parameters": model.num_parameters()}
 
     @torch.no_grad()
-    def check_meaning(self, tokens):
-        """Refuse a model whose hooks don't mean what their names say, shown on tokens [1, n]."""
-        name, layers = self.args.model, self.layers
-        seen = {}                                         # module -> (its first input, its output)
+    def watch(self, tokens):
+        """({module: (its input, its output)}, hidden states) of a forward pass on tokens [1, n]."""
+        seen = {}
 
         def record(module, args, kwargs, output):
             given = args[0] if args else kwargs.get("hidden_states")
             output = output[0] if isinstance(output, tuple) else output
-            # cloned: Falcon adds to it in place
+            # cloned, as Falcon adds to it in place
             seen[module] = given, output.clone() if torch.is_tensor(output) else None
 
+        with hooks(self.model.modules(), record, with_kwargs=True):
+            out = self.model(tokens, use_cache=False, output_hidden_states=True)
+        return seen, out.hidden_states or ()
+
+    def check_meaning(self, tokens):
+        """Refuse a model whose hooks don't mean what their names say, shown on tokens [1, n]."""
+        name, hook, half = self.args.model, self.args.hook, tokens.shape[1] // 2
+        seen, hidden = self.watch(tokens)
         inside = {module for block in self.blocks for module in block.modules()}
-        outside = [module for module in self.model.modules() if module not in inside]
-        with hooks([*inside, *outside], record, with_kwargs=True):
-            hidden = self.model(tokens, use_cache=False, output_hidden_states=True).hidden_states
-        before = {block: seen[block] for block in self.blocks if block in seen}
-        if not hidden:
-            raise Refuse(f"{name}: its code returns no hidden states to compare with what the hooks see")
-        for layer in layers:
-            given, out = before.get(self.blocks[layer], (None, None))
+        # the last hidden state is normed: there the stream is what the norm was given
+        streams = [*hidden, *(given for module, (given, _) in seen.items() if module not in inside)]
+        for layer in self.layers:
+            given, out = seen.get(self.blocks[layer], (None, None))
             shape = [*tokens.shape, self.d_in]
-            if not torch.is_tensor(out) or list(out.shape) != shape:
-                raise Refuse(f"{name}: layer {layer} gives {list(getattr(out, 'shape', []))}, not the "
-                             f"residual stream {shape}: its activations can't be cached")
-            # the last hidden state is normed: there the stream is what the norm was given
-            streams = [*hidden, *(seen[m][0] for m in outside if m in seen)]
-            if not any(torch.is_tensor(s) and s.shape == out.shape and close(s, out, out) for s in streams):
-                raise Refuse(f"{name}: the output of layer {layer} is not one of its hidden states: "
-                             "its residual stream can't be hooked")
-            if self.args.hook != "resid_post":
-                parts = [seen[hook_point(self.blocks[layer], hook, name)][1] for hook in HOOKS[1:]]
-                if not torch.is_tensor(given) or not close(sum(parts), out - given, out):
-                    raise Refuse(f"--hook {self.args.hook}: in {name} what attention and MLP give does not "
-                                 "add up to what the layer adds to the stream: only resid_post is known")
-        half = tokens.shape[1] // 2
+            if out is None or list(out.shape) != shape:
+                raise Refuse(f"{name}: layer {layer} gives {list(getattr(out, 'shape', []))}, "
+                             f"not the residual stream {shape}: its activations can't be cached")
+            if not any(close(stream, out, out) for stream in streams):
+                raise Refuse(f"{name}: the output of layer {layer} is not one of the model's "
+                             "hidden states: its residual stream can't be hooked")
+            if hook != "resid_post":
+                points = [hook_point(self.blocks[layer], each, name) for each in HOOKS[1:]]
+                if not close(seen[points[0]][1] + seen[points[1]][1], out - given, out):
+                    raise Refuse(f"--hook {hook}: in {name} what attention and MLP give does not "
+                                 "add up to what a layer adds: only resid_post is known")
+
+        # other tokens in the second half may change nothing in the first
         other = torch.cat([tokens[:, :half], (tokens[:, half:] + 1) % self.n_embedded], 1)
-        with hooks(self.blocks, record, with_kwargs=True):
-            self.model(other, use_cache=False)
-        for layer in layers:
-            first, again = (x[1][:, :half] for x in (before[self.blocks[layer]], seen[self.blocks[layer]]))
-            if not close(first, again, first):
-                raise Refuse(f"{name} is not causal: a token's activations depend on what comes after it")
+        again, _ = self.watch(other)
+        for layer in self.layers:
+            first, then = (run[self.blocks[layer]][1][:, :half] for run in (seen, again))
+            if not close(then, first, first):
+                raise Refuse(f"{name} is not causal: later tokens change a token's activations")
 
     def held_out(self):
-        """({file: tensors}, where): the held-out contexts, and where in the text the training part starts.
+        """({file: tensors}, where): the held-out contexts, and where training text starts.
 
         Without files val.*, a tenth of what there is at most.
         """
@@ -715,8 +736,9 @@ class LanguageModel:
             found = found[:max(1, len(found) // 10)]
             where = found[-1][1][0] + 1, [], 0            # the document after the last one used
         if not found or next(self.stream(where), None) is None:
-            raise Refuse(f"--data {self.text.name}: the text is too short for one context of {self.ctx} tokens "
-                         "to hold out and one of other documents: give more text, or a smaller --ctx")
+            raise Refuse(f"--data {self.text.name}: the text is too short for one context of "
+                         f"{self.ctx} tokens to hold out and one of other documents: give more "
+                         "text, or a smaller --ctx")
         tokens, mask, _ = self.block([context for context, _ in found])
         return {"val": dict(tokens=tokens, mask=mask)}, where
 
@@ -724,17 +746,20 @@ class LanguageModel:
         return contexts(self.text.train(), self.tokenizer, self.ctx, self.args.pack, where, group)
 
     def block(self, found):
-        """Contexts as tokens [n, ctx] int32, mask [n, ctx] of those that are rows, and how many are padding."""
-        tokens = torch.zeros(len(found), self.ctx, dtype=torch.int32)     # causal: padding needs no mask
+        """Contexts as tokens [n, ctx] int32, the mask [n, ctx] of those that are rows, and the
+        number of padding tokens."""
+        # padding stands last, so a causal model needs no mask
+        tokens = torch.zeros(len(found), self.ctx, dtype=torch.int32)
         text = torch.zeros(tokens.shape, dtype=torch.bool)
         for i, context in enumerate(found):
             tokens[i, :len(context)] = torch.tensor(context, dtype=torch.int32)
             text[i, :len(context)] = True
         unknown = int(tokens.max())
         if unknown >= self.n_embedded:
-            raise Refuse(f"{self.args.model}: the tokenizer's {self.tokenizer.decode([unknown])!r} is token "
-                         f"{unknown}, the model has {self.n_embedded}: resize its embedding, or remove that "
-                         "token from the text")
+            token = self.tokenizer.decode([unknown])
+            raise Refuse(f"{self.args.model}: the tokenizer's {token!r} is token {unknown}, the "
+                         f"model has {self.n_embedded}: resize its embedding, or remove that token "
+                         "from the text")
         return tokens, text & ~torch.isin(tokens, self.special), int((~text).sum())
 
     def norm_limits(self, val, layers):
@@ -754,7 +779,8 @@ class LanguageModel:
     def activations(self, tokens, layers):
         """[n * ctx, d_in] for each layer, on the device, in the dtype of the cache."""
         dtype = getattr(torch, self.args.dtype)
-        acts = [torch.empty(tokens.numel(), self.d_in, dtype=dtype, device=self.device) for _ in layers]
+        size = tokens.numel(), self.d_in
+        acts = [torch.empty(size, dtype=dtype, device=self.device) for _ in layers]
         at = 0
 
         def keep(module, args, output):
@@ -792,17 +818,19 @@ def hooks(modules, hook, **kwargs):
 
 def close(a, b, stream):
     """Whether a and b are equal, up to the rounding of a `stream` that they were added to."""
+    if not torch.is_tensor(a) or a.shape != b.shape:
+        return False
     rounding = 8 * torch.finfo(stream.dtype).eps * stream.float().norm()
     return bool((a - b).float().norm() <= 0.001 * b.float().norm() + rounding)
 
 
-# ---- activations to shuffled shards --------------------------------------------------------------------
+# ---- activations to shuffled shards --------------------------------------------------------------
 #
-# The contexts are run in parts of about --rows-per-shard rows. Each row of a part is sent to a shard that
-# is drawn at random; a part's rows are written to scratch/ in the order of shards. Then shard i gathers
-# the i-th slice of all parts and is permuted: an exact shuffle of the whole cache with one part in memory.
-# Parts and shards depend on their number alone, so processes (torchrun) take them in turn, and what is
-# there when a killed run goes on is kept.
+# The contexts are run in parts of about --rows-per-shard rows. Each row of a part is sent to a
+# shard drawn at random; its rows go to scratch/ in the order of shards. Then shard i gathers the
+# i-th slice of all parts and is permuted: an exact shuffle of the whole cache with one part in
+# memory. Parts and shards depend on their number alone, so the processes of torchrun take them in
+# turn, and a run that was killed goes on with what is there.
 
 
 class Cache:
@@ -813,12 +841,13 @@ class Cache:
         self.settings = {"format": FORMAT, **settings, "dtype": args.dtype, "tokens": args.tokens,
                          "rows_per_shard": args.rows_per_shard, "seed": args.seed}
         self.settings = json.loads(json.dumps(self.settings))             # as it is read back
-        self.dtype, self.d_in, self.ctx = getattr(torch, args.dtype), settings["d_in"], settings["ctx"]
+        self.dtype = getattr(torch, args.dtype)
+        self.d_in, self.ctx = settings["d_in"], settings["ctx"]
         self.layer, self.seed = settings["layer"], args.seed
         self.n_contexts = max(1, args.tokens // self.ctx)
         self.per_part = max(1, args.rows_per_shard // self.ctx)           # contexts of a part
         self.n_slices = -(-self.n_contexts * self.ctx // args.rows_per_shard)
-        self.width = self.d_in * self.dtype.itemsize + COLUMNS * 4        # bytes of a row in scratch
+        self.width = self.d_in * self.dtype.itemsize + COLUMNS * 4  # bytes of a row in scratch
 
     def state(self):
         """"complete", "begun" or "absent"; Refuse if it was made with other settings."""
@@ -831,12 +860,13 @@ class Cache:
         if wrong and not self.meta["complete"] and not any(self.scratch.glob("part_*.safetensors")):
             return "absent"                               # nothing yet that is worth going on with
         for key in wrong:
-            raise Refuse(f"{self.folder} was made with {key} {there.get(key)}, not "
-                         f"{flat(self.settings)[key]}: give another --name, or delete that folder", 2)
+            wanted = flat(self.settings)[key]
+            raise Refuse(f"{self.folder} was made with {key} {there.get(key)}, not {wanted}: give "
+                         "another --name, or delete that folder", 2)
         for shard in self.meta["shards"]:
             path = self.folder / shard["file"]
             if not path.exists() or path.stat().st_size != shard["bytes"]:
-                raise Refuse(f"{path} is missing or cut short: delete {self.folder} and cache again")
+                raise Refuse(f"{path} is missing or cut short: delete {self.folder}, cache again")
         return "complete" if self.meta["complete"] else "begun"
 
     def begin(self, known, files, where, norm_limit):
@@ -855,11 +885,12 @@ class Cache:
     def check_disk(self):
         """Refuse if the disk can't hold the cache; scratch shrinks while the shards grow."""
         there = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        need = (self.n_contexts * self.ctx + 2 * self.settings["rows_per_shard"]) * self.width - there
+        rows = self.n_contexts * self.ctx + 2 * self.settings["rows_per_shard"]
+        need = rows * self.width - there
         free = shutil.disk_usage(self.folder).free
         if need > free:
-            raise Refuse(f"{self.folder} needs {need / 1e9:,.2f} GB, its disk has {free / 1e9:,.2f} GB free: "
-                         "make room, or ask for fewer --tokens", 4)
+            raise Refuse(f"{self.folder} needs {need / 1e9:,.2f} GB, its disk has "
+                         f"{free / 1e9:,.2f} GB free: make room, or ask for fewer --tokens", 4)
 
     def part(self, number):
         return self.scratch / f"part_{number:05d}.safetensors"
@@ -876,10 +907,12 @@ class Cache:
         norms, vector = row_norms(acts, index, self.meta["norm_limit"], self.layer)
         usual = norms <= self.meta["norm_limit"]
         kept, norms = index[usual].cpu(), norms[usual].double()
-        shard = torch.randint(self.n_slices, (len(kept),), generator=generator(self.seed, "shard", number))
+        draw = generator(self.seed, "shard", number)
+        shard = torch.randint(self.n_slices, (len(kept),), generator=draw)
         kept = kept[shard.argsort(stable=True)]
         counts = shard.bincount(minlength=self.n_slices)
-        columns = torch.stack([tokens.flatten()[kept], first + kept // self.ctx, kept % self.ctx], 1)
+        context, position = first + kept // self.ctx, kept % self.ctx
+        columns = torch.stack([tokens.flatten()[kept], context, position], 1)
         meta = {"contexts": len(tokens), "where": where, "rows": len(kept),
                 "norm": norms.sum().item(), "square": norms.square().sum().item(),
                 "dropped": {"bos": tokens.numel() - padding - len(index), "padding": padding,
@@ -888,10 +921,10 @@ class Cache:
         return functools.partial(self.write_part, number, rows, columns.int(), counts, vector, meta)
 
     def write_part(self, number, rows, columns, counts, vector, meta):
-        """Write a part: its rows, a slice for each shard, and then the file that says that they are there."""
+        """Write a part: its rows, a slice for each shard, and then the file that lists them."""
         path, hashes, begin = self.part(number).with_suffix(".raw"), [], 0
         path.parent.mkdir(exist_ok=True)
-        with disk_errors(path), open(path, "wb") as f:    # no fsync: lost rows are seen by their hash
+        with disk_errors(path), open(path, "wb") as f:  # no fsync: lost rows are seen by their hash
             for end in counts.cumsum(0).tolist():
                 hashed = xxhash.xxh3_64()
                 blocks = (rows(at, min(at + BLOCK, end)) for at in range(begin, end, BLOCK))
@@ -904,14 +937,16 @@ class Cache:
         write_tensors(self.part(number), tensors, meta)
 
     def finish(self, n_parts, rank, processes):
-        """Turn the parts into shards; the process of rank 0 lists them in meta.json and tidies up."""
+        """Turn the parts into shards; rank 0 lists them in meta.json and tidies up."""
         wait_for([self.part(number) for number in range(n_parts)])
         parts = [read_tensors(self.part(number)) for number in range(n_parts)]
-        total = {key: sum(meta[key] for _, meta in parts) for key in ("rows", "contexts", "norm", "square")}
+        total = Counter()
+        for _, meta in parts:
+            total.update({key: meta[key] for key in ("rows", "contexts", "norm", "square")})
         if not total["rows"]:
-            raise Refuse(f"{self.folder}: no rows, the text has only special tokens: give other text")
+            raise Refuse(f"{self.folder}: the text has only special tokens: give other text")
         mean = sum(tensors["vector"] for tensors, _ in parts) / total["rows"]
-        counts = torch.stack([tensors["counts"] for tensors, _ in parts])           # [parts, slices]
+        counts = torch.stack([tensors["counts"] for tensors, _ in parts])  # [parts, slices]
         hashes = torch.stack([tensors["hashes"] for tensors, _ in parts])
 
         # several slices to a shard if the text ended early; the last shards first, see cut()
@@ -920,26 +955,56 @@ class Cache:
         shards = [s for s in shards if counts[:, s].sum()]
         mine = [i for i in reversed(range(len(shards))) if i % processes == rank]
         mine = [i for i in mine if not self.entry(i).exists()]
-        gather = Gather(self, counts, hashes, mean.float(), shards)
-        with ThreadPoolExecutor(1) as pool:               # gathers a shard while another is written
-            ahead = [pool.submit(gather, i) for i in mine[:1]]
-            for n, i in enumerate(tqdm(mine, f"shuffling {self.folder.name}", unit="shard", disable=rank > 0)):
-                tensors, centred = ahead.pop().result()
-                ahead += [pool.submit(gather, later) for later in mine[n + 1:n + 2]]
-                self.write_shard(i, tensors, centred)
-                if rank == 0:
-                    self.cut(counts, shards)
+        largest = max(int(counts[:, s].sum()) for s in shards)
+        # kept, as new memory costs more than copying
+        buffers = [torch.empty(largest, self.d_in, dtype=self.dtype) for _ in range(2)]
+        for i in tqdm(mine, f"shuffling {self.folder.name}", unit="shard", disable=rank > 0):
+            columns = self.gather(counts[:, shards[i]], hashes[:, shards[i]], buffers[0],
+                                  counts[:, :shards[i].start].sum(1))
+            self.write_shard(i, columns, *buffers, mean.float())
+            if rank == 0:
+                self.cut(counts, shards)
         if rank == 0:
             wait_for([self.entry(i) for i in range(len(shards))])
             entries = [read_json(self.entry(i)) for i in range(len(shards))]
             self.write_meta(entries, total, mean, [meta["dropped"] for _, meta in parts])
 
-    def write_shard(self, i, tensors, centred):
-        file = f"train_{i:05d}.safetensors"
-        written = write_tensors(self.folder / file, tensors)
-        shard = {"file": file, "rows": len(tensors["acts"]), "checksum": written,
-                 "bytes": (self.folder / file).stat().st_size}
-        write_json(self.entry(i), {"shard": shard, "centred": centred})
+    def gather(self, counts, hashes, into, before):
+        """Read some slices of all parts into `into`; returns their columns [rows, 3].
+
+        counts, hashes [parts, slices] are of these slices; before [parts]: how many rows of a part
+        stand before them.
+        """
+        columns = torch.empty(int(counts.sum()), COLUMNS, dtype=torch.int32)
+        n = 0
+        for number, skip in enumerate(before.tolist()):
+            path = self.part(number).with_suffix(".raw")
+            with open(path, "rb") as f:
+                f.seek(skip * self.width)
+                for count, wanted in zip(counts[number].tolist(), hashes[number].tolist()):
+                    hashed = xxhash.xxh3_64()
+                    for block in into[n:n + count], columns[n:n + count]:
+                        f.readinto(as_bytes(block))
+                        hashed.update(as_bytes(block))
+                    if hashed.intdigest() >> 1 != wanted:
+                        raise Refuse(f"{path} is damaged (its checksum differs): delete "
+                                     f"{self.scratch} and run the same command again")
+                    n += count
+        return columns
+
+    def write_shard(self, i, columns, rows, shuffled, mean):
+        """Permute and write a shard, and then the file that says that it is there."""
+        n = len(columns)
+        order = torch.randperm(n, generator=generator(self.seed, "shuffle", i))
+        acts = torch.index_select(rows[:n], 0, order, out=shuffled[:n])
+        tokens, context, position = columns[order].T
+        tensors = {"acts": acts, "tokens": tokens, "context": context, "position": position.short()}
+        path = self.folder / f"train_{i:05d}.safetensors"
+        written = write_tensors(path, tensors)
+        spread = sum(torch.linalg.vector_norm(block.float() - mean, dim=1).double().sum().item()
+                     for block in acts.split(BLOCK))
+        shard = {"file": path.name, "rows": n, "bytes": path.stat().st_size, "checksum": written}
+        write_json(self.entry(i), {"shard": shard, "spread": spread})
 
     def cut(self, counts, shards):
         """Free the end of the parts that finished shards were made of."""
@@ -951,9 +1016,9 @@ class Cache:
                 os.truncate(path, rows * self.width)
 
     def write_meta(self, entries, total, mean, dropped):
-        """List the shards in meta.json, with the statistics of the rows; the cache is complete then."""
+        """List the shards in meta.json, with the rows' statistics: the cache is complete."""
         n, offset = total["rows"], mean.square().sum().item()
-        spread = sum(entry["centred"] for entry in entries) / n           # E||row - mean||
+        spread = sum(entry["spread"] for entry in entries) / n            # E||row - mean||
         if spread == 0:
             raise Refuse(f"{self.folder}: all rows are equal: give other text, or another layer")
         variance = max(total["square"] / n - offset, 1e-30)
@@ -961,59 +1026,14 @@ class Cache:
             "complete": True, "rows": n, "contexts": total["contexts"],
             "shards": [entry["shard"] for entry in entries],
             "dropped": {key: sum(d[key] for d in dropped) for key in dropped[0]},
-            "mean": mean.tolist(), "scale": self.d_in ** 0.5 / spread, "mean_norm": total["norm"] / n,
-            "gamma": (offset / variance) ** 0.5}          # length of the mean / spread about the mean
+            "mean": mean.tolist(), "scale": self.d_in ** 0.5 / spread,
+            "mean_norm": total["norm"] / n,
+            "gamma": (offset / variance) ** 0.5}  # length of the mean / spread about the mean
         write_json(self.folder / "meta.json", self.meta)
         shutil.rmtree(self.scratch)
         print(f"{self.folder}: {n:,} rows of {self.d_in} in {len(entries)} shards, mean norm "
-              f"{self.meta['mean_norm']:.3g}, gamma {self.meta['gamma']:.2f}, dropped {self.meta['dropped']}")
-
-
-class Gather:
-    """Calling it with a shard's number returns (its tensors, the sum of ||row - mean||).
-
-    It keeps its buffers, as new memory costs more than the copying: the tensors hold until the call
-    after the next one.
-    """
-
-    def __init__(self, cache, counts, hashes, mean, shards):
-        self.cache, self.counts, self.hashes, self.mean, self.shards = cache, counts, hashes, mean, shards
-        largest = max(int(counts[:, s].sum()) for s in shards)
-        self.raw = torch.empty(largest, cache.d_in, dtype=cache.dtype)
-        self.columns = torch.empty(largest, COLUMNS, dtype=torch.int32)
-        self.shuffled = itertools.cycle([torch.empty_like(self.raw), torch.empty_like(self.raw)])
-
-    def __call__(self, i):
-        n = 0
-        for number in range(len(self.counts)):
-            n = self.read(number, self.shards[i], n)
-        order = torch.randperm(n, generator=generator(self.cache.seed, "shuffle", i))
-        acts = torch.index_select(self.raw[:n], 0, order, out=next(self.shuffled)[:n])
-        columns = self.columns[:n][order].T
-        centred = sum(torch.linalg.vector_norm(rows.float() - self.mean, dim=1).double().sum().item()
-                      for rows in acts.split(BLOCK))
-        return {"acts": acts, "tokens": columns[0], "context": columns[1],
-                "position": columns[2].short()}, centred
-
-    def read(self, number, slices, n):
-        """Read a part's slices behind the first n rows; returns how many rows there are then."""
-        path = self.cache.part(number).with_suffix(".raw")
-        counts = self.counts[number].tolist()
-        try:
-            with open(path, "rb") as f:
-                f.seek(sum(counts[:slices.start]) * self.cache.width)
-                for count, wanted in zip(counts[slices], self.hashes[number, slices].tolist()):
-                    acts, of_rows = self.raw[n:n + count], self.columns[n:n + count]
-                    f.readinto(as_bytes(acts))
-                    f.readinto(as_bytes(of_rows))
-                    hashed = xxhash.xxh3_64(as_bytes(acts))
-                    hashed.update(as_bytes(of_rows))
-                    if hashed.intdigest() >> 1 != wanted:
-                        raise ValueError("its checksum differs")
-                    n += count
-        except (OSError, ValueError) as e:
-            raise Refuse(f"{path} is damaged ({e}): delete {path.parent} and run the same command again") from e
-        return n
+              f"{self.meta['mean_norm']:.3g}, gamma {self.meta['gamma']:.2f}, "
+              f"dropped {self.meta['dropped']}")
 
 
 COLUMNS = 3                  # tokens, context and position, as int32 beside each row in scratch
@@ -1033,8 +1053,8 @@ def row_norms(acts, index, limit, layer):
         torch.linalg.vector_norm(rows, dim=1, out=into)
         vector += (into <= limit).float() @ rows
     if not norms.isfinite().all():
-        raise Refuse(f"activations of layer {layer} are not finite as {acts.dtype}: try --dtype bfloat16 or "
-                     "float32, and --model-dtype float32")
+        raise Refuse(f"activations of layer {layer} are not finite as {acts.dtype}: try --dtype "
+                     "bfloat16 or float32, and --model-dtype float32")
     return norms, vector.cpu()
 
 
@@ -1082,7 +1102,7 @@ def disk_errors(path):
     try:
         yield
     except OSError as e:
-        raise Refuse(f"cannot write {path}: {e.strerror}: make room, then run the same command again", 4) from e
+        raise Refuse(f"{path}: {e.strerror}: make room, then run the same command again", 4) from e
 
 
 def versions():
@@ -1091,13 +1111,13 @@ def versions():
     return {"python": platform.python_version(), **found}
 
 
-# ---- main -----------------------------------------------------------------------------------------------
+# ---- main ----------------------------------------------------------------------------------------
 
 
 def main():
     args = parse_args()
     rank, processes = ranks()
-    huggingface_hub.utils.logging.set_verbosity_error()   # of its retries; hub_errors says how they end
+    huggingface_hub.utils.logging.set_verbosity_error()  # of retries; hub_errors says how they end
     transformers.utils.logging.disable_progress_bar()
     source = Synthetic(args) if args.model == "synthetic" else LanguageModel(args)
     caches = [Cache(folder, source.settings(layer), args)

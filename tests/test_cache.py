@@ -549,7 +549,7 @@ BAD = [
     (2, "no such file or folder", ["--data", "nothing.jsonl"]),
     (3, "shorter than one context", ["--data", "short.jsonl"]),
     (3, "shorter than one context", ["--data", "empty.txt"]),
-    (2, "want .txt, .jsonl", ["--data", "empty_folder"]),
+    (2, "want a .txt, .jsonl", ["--data", "empty_folder"]),
     (3, "bad.jsonl, line 2: not JSON", ["--data", "bad.jsonl"]),
     (3, "latin1.jsonl, line 3: not UTF-8 (byte 0xe9)", ["--data", "latin1.jsonl"]),
     (3, "half.jsonl, line 2: holds the character U+D83D", ["--data", "half.jsonl"]),
