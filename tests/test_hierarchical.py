@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from sae import Refuse, generator, unit
+from sae import Refuse, generator, load_variant, unit
 from toys import absorption, build, cosines, evaluate, gini, hierarchy, mixture, steps, train
 
 MUTANTS = [
@@ -26,6 +26,13 @@ X = mixture()[0]
 TRAIN, HELD_OUT = X[:-8192], X[-8192:]
 
 
+def own(number):
+    """The study's own settings where toys.TOY has others: here no latent falls silent by itself."""
+    found = load_variant(f"{R}{number}").settings()
+    names = ("revive_every", "revive_silent", "merge_threshold")
+    return {name: found[name] for name in names if name in found}
+
+
 @functools.cache
 def run(number, **settings):
     """A trained SAE; and for each step (L0, L0 wanted, weight of the sparsity penalty)."""
@@ -34,7 +41,8 @@ def run(number, **settings):
     def each(sae, out, terms):
         weight = float(sae.sparsity_scale) if sae.activation == "relu" else 0.0
         log.append((float((out.acts > 0).sum() / len(out.acts)), sae.wanted_l0(), weight))
-    return train(f"{R}{number}", TRAIN, STEPS, each=each, **settings), torch.tensor(log)
+    sae = train(f"{R}{number}", TRAIN, STEPS, each=each, **{**own(number), **settings})
+    return sae, torch.tensor(log)
 
 
 @functools.cache
@@ -97,7 +105,7 @@ def test_the_window_is_a_mean_over_its_rows():
 @pytest.mark.parametrize("activation", ["relu", "batch_topk"])
 def test_after_a_bad_start_resampling_leaves_no_latent_dead_and_explains_more(activation):
     found = []
-    for settings in ({}, {"revive_every": 0.0}):
+    for settings in (own(2), {"revive_every": 0.0}):
         sae, opt = build(f"{R}2", TRAIN, STEPS, activation=activation, aux_weight=0.0, **settings)
         with torch.no_grad():
             sae.b_enc[32:] -= 30                           # half of the latents never fire
@@ -136,7 +144,7 @@ def test_equal_rates_are_the_opposite_of_a_hierarchy():
     x, on, directions, parent = hierarchy(50_000)
     found = []
     for power in (0.5, 0.0):
-        sae = train(f"{R}3", x[:-8192], 1500, d_sae=24, l0=1.75, latent_l1_power=power)
+        sae = train(f"{R}3", x[:-8192], 1500, d_sae=24, l0=1.75, latent_l1_power=power, **own(3))
         assert evaluate(sae, x[-8192:])[1] == pytest.approx(1.75, rel=0.05)
         found.append(absorption(sae, x[-8192:], on[-8192:], directions, parent))
     assert found[0] > found[1] + 0.05
@@ -196,7 +204,7 @@ def doubles(sae):
 
 def doubled(**settings):
     """A start at which each of 32 latents is there twice, nearly."""
-    sae, opt = build(f"{R}5", TRAIN, 500, merge_threshold=0.9, **settings)
+    sae, opt = build(f"{R}5", TRAIN, 500, **{**own(5), **settings})
     with torch.no_grad():
         sae.W_enc[:, 32:], sae.b_enc[32:] = sae.W_enc[:, :32], sae.b_enc[:32]
         noise = torch.randn(32, 32, generator=generator("noise"))
@@ -226,7 +234,7 @@ def test_merging_counts_and_restarts_the_freed_at_bad_rows():
 
 
 def test_merging_averages_by_rate_and_touches_nobody_else():
-    sae, opt = build(f"{R}5", TRAIN, 100, merge_threshold=0.9)
+    sae, opt = build(f"{R}5", TRAIN, 100, **own(5))
     steps(sae, opt, TRAIN, stop=1)
     with torch.no_grad():
         sae.W_dec.copy_(unit(torch.randn(64, 32, generator=generator("rows"))))
@@ -245,7 +253,7 @@ def test_merging_averages_by_rate_and_touches_nobody_else():
 
 
 def test_in_a_chain_of_near_latents_nobody_is_merged_into_one_that_is_freed():
-    sae, _ = build(f"{R}5", TRAIN, 100, merge_threshold=0.9)
+    sae, _ = build(f"{R}5", TRAIN, 100, **own(5))
     angle = torch.tensor([0.0, 0.4, 0.8])                  # neighbours: cosine 0.92, the ends 0.70
     with torch.no_grad():
         sae.W_dec.copy_(torch.eye(32).repeat(2, 1))
