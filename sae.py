@@ -1207,7 +1207,10 @@ MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".py", ".gguf"
 
 def model_checksum(folder):
     """Of all that makes the language model in a folder."""
-    return files_checksum(sorted(p for p in Path(folder).iterdir() if p.suffix in MODEL_FILES))
+    folder = Path(folder)
+    if folder.is_file():                                   # a .gguf file
+        return files_checksum([folder])
+    return files_checksum(sorted(p for p in folder.iterdir() if p.suffix in MODEL_FILES))
 
 
 # ---- command lines -------------------------------------------------------------------------------
