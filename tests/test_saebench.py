@@ -384,7 +384,8 @@ def test_absorption_is_saebenchs_own(world, bench_model, tmp_path, monkeypatch, 
 
 def test_planted_absorption_is_found_and_the_repaired_sae_is_free_of_it(world):
     runs = [make_run(f"repaired-{on}", letter_sae(world.toy, on)) for on in (False, True)]
-    planted, repaired = results("absorption", "toy", world.model, runs, max_k_value=3)
+    planted, repaired = results("absorption", "toy", world.model, runs, max_k_value=3,
+                                k_sparse_probe_batch_size=16)
     assert planted["metrics"]["mean_full_absorption_score"] > 0.2
     assert planted["metrics"]["mean_absorption_fraction_score"] > 0.2
     assert repaired["metrics"]["mean_full_absorption_score"] < 0.01
@@ -547,7 +548,7 @@ def test_the_model_reads_and_an_sae_encodes_each_text_once(world, monkeypatch):
         list(ev.EVALS[name].make(acts, world.model, runs, ev.EVALS[name].settings(acts)))
     assert len(read) == len(set(read)) > 300
     real = sum(sum(t > 2 for t in text) for text in read)
-    assert sum(encoded.values()) == 2 * (real + 2)        # SCR and TPP encode a row of zeros too
+    assert sum(encoded.values()) == 2 * (real + 3)        # and rows of zeros, in SCR and TPP
 
 
 def test_only_load_dataset_is_replaced_and_only_inside(world):
