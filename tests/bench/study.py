@@ -40,21 +40,26 @@ SWEEP = {REAL: "22,72", TOY: "3,8"}      # neighbours must be less than a factor
 
 def commands(part):
     """Yield the commands of a part as lists of words: stage and arguments."""
+    acts = TOY if part == "synthetic" else REAL
     if part == "synthetic":
-        yield ["01_cache_acts.py", "--model", "synthetic", "--tokens", "500_000"]
-        yield from train(TOY, SWEPT, f"l0={SWEEP[TOY]}")
-        yield from train(TOY, YARDSTICKS + IDEAS, f"l0={L0[TOY]}")
-        yield ["03_eval.py", f"runs/*-{TOY}-*", "--eval", "core", "--controls"]
-        return
+        yield ["01_cache_acts.py", "--model", "synthetic", "--tokens", "250_000"]
     if part == "yardsticks":
-        yield ["01_cache_acts.py", "--model", "models/smollm2-135m", "--layer", "10", "--ctx", "128",
-               "--data", "texts/smollm2", "--tokens", "1_000_000", "--val-tokens", "8_192"]
-        yield from train(REAL, YARDSTICKS, f"l0={L0[REAL]}")
-        yield from train(REAL, SWEPT, f"l0={SWEEP[REAL]}")
-    else:
-        yield from train(REAL, IDEAS, f"l0={L0[REAL]}")
-    yield ["03_eval.py", f"runs/*-{REAL}-*", "--eval", "core", "--controls"]
-    yield ["03_eval.py", f"runs/*-{REAL}-*", "--eval", "sparse_probing", "absorption", "--controls"]
+        yield ["01_cache_acts.py", "--model", "models/smollm2-135m", "--layer", "10",
+               "--ctx", "128", "--data", "texts/smollm2", "--tokens", "1_000_000",
+               "--val-tokens", "4_096"]
+    if part != "ideas":
+        yield from train(acts, YARDSTICKS, f"l0={L0[acts]}")
+        yield from train(acts, SWEPT, f"l0={SWEEP[acts]}")
+        yield from evaluate(acts)
+    if part != "yardsticks":
+        yield from train(acts, IDEAS, f"l0={L0[acts]}")
+        yield from evaluate(acts)
+
+
+def evaluate(acts):
+    """Yield the commands that evaluate all runs of a cache and its controls."""
+    names = ["core"] if acts == TOY else ["core", "sparse_probing", "absorption"]
+    yield ["03_eval.py", f"runs/*-{acts}-*", "--eval", *names, "--controls"]
 
 
 def train(acts, variants, l0):
@@ -111,9 +116,9 @@ def describe(data, acts, study):
     """The lines of a study's table, or of the summary of all runs of a cache."""
     if study == "summary":
         wanted = len(SEEDS[acts]) * (len(YARDSTICKS + IDEAS) + 2 * len(SWEPT))
-        lines = [f"{len(data.runs)} of {wanted} runs are trained, {len(data.valid)} are evaluated and "
-                 "valid.", "", *(f"* {note}" for note in plot.notes(data, acts))]
-        return lines
+        counts = (f"Of {wanted} runs {sum(data.runs.status == 'done')} are trained, and "
+                  f"{len(data.valid)} are evaluated and valid.")
+        return [counts, "", *(f"* {note}" for note in plot.notes(data, acts))]
     rows = []
     for name, scored, members, told in plot.entries(data, acts):
         is_control = members.control.any()
