@@ -10,6 +10,9 @@ part, others need not. So the rule decides what the idea can do:
     coactivation  the note's: mean of acts_i acts_j; blind to a parent off when its child is on
     decoder       cosine of the decoders
     random        the control
+
+Found (default data, seed 0): the penalty is 1 to 6 % of the error, the selected pairs' mean cosine
+0.06 with it and 0.25 without, explained variance 0.838 and 0.863; at ortho_weight=50 it is 0.817.
 """
 import torch
 

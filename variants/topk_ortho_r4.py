@@ -8,4 +8,5 @@ from variants.topk_ortho_r3 import Variant as Base
 
 
 class Variant(Prune, Base):
+    prune_threshold = 0.6         # the note's 0.8: under the penalty hardly any pair is that near
     off = {"prune_every": 0.0}

@@ -11,7 +11,7 @@ class Variant(Base):
     interference_weight = 0.03
     plateau_factor = 0.5      # on the learning rate, at each plateau
     plateau_patience = 0.1
-    plateau_gain = 0.01
+    plateau_gain = 0.05
     off = {"interference_weight": 0.1, "plateau_factor": 1.0}
     counts = ("plateau_lr",)  # factor on the learning rate now
 
