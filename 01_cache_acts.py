@@ -1140,6 +1140,10 @@ def main():
 def fill(source, caches, rank, processes):
     """Run the text through the model, once for all caches, and finish them."""
     known = source.load()
+    # meanwhile rank 0 may have finished, if all parts were there
+    caches = [cache for cache in caches if cache.state() != "complete"]
+    if not caches:
+        return
     fresh = [cache for cache in caches if cache.state() == "absent"]
     if fresh:
         files, where = source.held_out()
