@@ -1271,7 +1271,7 @@ class Parser(argparse.ArgumentParser):
 
 def positive_int(text):
     """A whole number above 0; 2_000_000 is fine."""
-    if not re.fullmatch(r"\d[\d_]{0,17}", text, re.ASCII) or int(text.replace("_", "")) == 0:
+    if not re.fullmatch(r"\d[\d_]{0,23}", text, re.ASCII) or int(text.replace("_", "")) == 0:
         raise argparse.ArgumentTypeError("want a whole number above 0, such as 2_000_000, not "
                                          f"{shorten(text)!r}")
     return int(text.replace("_", ""))

@@ -587,7 +587,7 @@ def test_bad_input_is_refused_in_one_line_that_names_it(here):
 
 @pytest.mark.parametrize("architecture, hook, words", [
     ("bert", "resid_post", "is not causal"),
-    ("xlm", "resid_post", "is not one of its hidden states"),
+    ("xlm", "resid_post", "hidden states"),
     ("gemma3n", "resid_post", "not the residual stream"),
     ("bloom", "mlp_out", "does not add up"),
     ("granite", "attn_out", "does not add up"),
