@@ -59,7 +59,7 @@ def test_l0_rises_as_scheduled_within_five_percent_and_ends_at_l0(activation):
     l0, wanted, _ = run(1, activation=activation)[1].T
     scheduled = [4 * min(1, 0.5 + step / STEPS) for step in range(STEPS)]
     assert wanted.tolist() == pytest.approx(scheduled)
-    parts = (l0 / wanted).view(20, 15).mean(1)             # of a twentieth of the run each
+    parts = (l0 / wanted).view(10, 30).mean(1)             # a tenth of the run each
     assert (parts - 1).abs().max() < 0.05, parts
     assert measured(1, activation=activation)[1] == pytest.approx(4, rel=0.05)
 
@@ -245,7 +245,8 @@ def test_merging_averages_by_rate_and_touches_nobody_else():
     freed, kept = sae.merging_pairs(torch.empty(0, dtype=torch.long))
     assert (freed.tolist(), kept.tolist()) == ([7], [3])
     before, W_dec = sae.W_enc.detach().clone(), sae.W_dec.detach().clone()
-    sae.merge(freed, kept)
+    with torch.no_grad():
+        sae.merge(freed, kept)
     assert torch.allclose(sae.W_enc[:, 3], 0.75 * before[:, 3] + 0.25 * before[:, 7], atol=1e-6)
     assert torch.allclose(sae.W_dec[3], W_dec[3], atol=1e-6)
     others = [i for i in range(64) if i != 3]

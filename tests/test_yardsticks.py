@@ -59,6 +59,16 @@ def test_penalties_hold_l0_within_five_percent(name):
     assert measured(name)[1] == pytest.approx(4, rel=0.05)
 
 
+def test_gated_holds_l0_throughout_by_the_gates_own_acts():
+    l0 = []
+
+    def each(sae, out, terms):
+        l0.append((out.acts > 0).sum(1).float().mean())
+    train("gated", TRAIN, 150, each=each)
+    parts = torch.stack(l0).view(5, 30).mean(1)
+    assert (parts[1:] / 4 - 1).abs().max() < 0.05, parts
+
+
 def test_topk_has_exactly_k_active_latents_in_every_row():
     assert ((measured("topk")[2] > 0).sum(1) == 4).all()
 
