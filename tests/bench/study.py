@@ -25,7 +25,7 @@ from sae import variant_names
 
 STUDIES = Path(__file__).with_name("STUDIES.md")
 YARDSTICKS = ["baseline", "topk", "batch_topk", "jumprelu", "gated", "p_anneal", "matryoshka",
-              "fixed_ortho", "ortsae"]
+              "fixed_ortho", "ortsae", "revive"]         # the last: the row before zscore_r1
 IDEAS = sorted((name for name in variant_names() if re.search(r"_r\d+$", name)), key=plot.natural)
 SWEPT = YARDSTICKS[:3]       # what the others are compared with at their own L0
 REAL, TOY = "smollm2-135m_l10", "synthetic"              # folders under acts/
@@ -124,7 +124,9 @@ def describe(data, acts, study):
         is_control = members.control.any()
         if study == ("yardsticks" if is_control else members.study.iloc[0]):
             rows.append(row(data, acts, name, scored, members, told))
-    return plot.markdown(pd.DataFrame(rows).fillna("")) if rows else ["No run yet."]
+    if not rows:
+        return ["No run yet."]
+    return plot.markdown(pd.DataFrame(rows, columns=list(max(rows, key=len))).fillna(""))
 
 
 def row(data, acts, name, scored, members, told):
