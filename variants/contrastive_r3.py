@@ -6,6 +6,9 @@
 Why: a rare latent pays less for firing than a much used one, so that the work is shared. The
 note's run itself had one weight for all that falls from 0.5 to 0.01; the controller of L0 undoes
 what is common to all.
+
+Found (toy mixture, ReLU, L0 4, 300 steps, seeds 0 and 1): Gini of the rates 0.08 and 0.10 instead
+of 0.20 and 0.20, explained variance 0.533 and 0.534 instead of 0.545 and 0.538.
 """
 from variants.contrastive_r2 import Variant as Base
 from variants.latent_l1 import Variant as LatentL1

@@ -6,6 +6,10 @@ from each encoder column what the columns before it, the more used ones, listen 
 kept. The note orthogonalises the activations of a batch, which would make a row's encoding depend
 on the rows beside it: no switch for that. Computed by the Cholesky factor of each block's Gram
 matrix, which gives the same at once.
+
+Found (toy mixture, ReLU, L0 4, 300 steps, seeds 0 and 1): mean |cosine| of the learned encoder
+columns of latents that fire together 0.114 and 0.113 instead of 0.123 and 0.122, explained
+variance 0.536 and 0.542 instead of 0.540 and 0.541.
 """
 import torch
 

@@ -5,6 +5,8 @@ were silent for revive_silent of it restart in the directions of this batch's re
 drawn by their squared error as in Bricken, at most one a row. They fire at the wanted rate from
 the start, their encoder has the others' mean norm (Bricken's 0.2 of it does not grow in a short
 run).
+
+Idle on the default data: nothing dies.
 """
 import torch
 
