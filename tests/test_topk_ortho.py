@@ -106,6 +106,13 @@ def test_only_the_best_pairs_of_firing_latents_pay_and_each_once():
         assert sae.stats["pair_over"] == over
 
 
+def test_by_default_a_thousandth_of_all_pairs_pays():
+    sae = load_variant("topk_ortho_r1")(32, 300, d_sae=256, l0=16.0)
+    sae.init_from_data(rows("trees"))
+    sae.ortho(sae(rows("trees")[:2048]))
+    assert len(sae.pairs[0]) == round(0.001 * 256 * 255 / 2)
+
+
 def true_share(sae, rule, seed):
     """Share of the pairs selected in eight batches that stand for a feature and its parent. A
     latent stands for the feature whose firing it tells best."""
