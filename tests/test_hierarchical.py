@@ -126,7 +126,7 @@ def test_after_a_bad_start_resampling_leaves_no_latent_dead_and_explains_more(ac
 def test_adaptive_targets_narrow_the_spread_of_rates_at_the_same_l0(activation):
     on = measured(3, activation=activation)
     off = measured(3, activation=activation, latent_l1_power=0.0)
-    assert gini((on[2] > 0).float().mean(0)) < 0.92 * gini((off[2] > 0).float().mean(0))
+    assert gini((on[2] > 0).float().mean(0)) < 0.95 * gini((off[2] > 0).float().mean(0))
     assert on[1] == pytest.approx(off[1], rel=0.05)
 
 
