@@ -13,6 +13,7 @@ from variants.latent_l1 import Variant as LatentL1
 
 class Variant(LatentL1, Base):
     target_memory = 0.05          # fraction of the run over which an L1 weight moves
+    latent_l1_weight = 0.1        # topk, batch_topk; latent_l1's 0.03 hardly acts here
     off = {"latent_l1_power": 0.0}
 
     def build(self):
