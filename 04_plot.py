@@ -340,8 +340,8 @@ def name_groups(runs):
 def twins(run, others):
     """The runs of `others` that `run` may be compared with, by L0; or in words why there are none.
 
-    others: valid runs of one variant. Of the same data, seed, length and width, and of these the
-    ones whose settings, apart from l0, differ least: they are one curve over L0.
+    others: valid runs of one variant. Of those of the same data, seed, length and width the one
+    with the least different settings and the nearest L0, and all that differ from it in l0 alone.
     """
     same = others[(others.seed == run["seed"]) & (others.steps == run["steps"])
                   & (others.acts_checksum == run["acts_checksum"])]
@@ -351,7 +351,10 @@ def twins(run, others):
     if same.empty:
         return "another width"
     unlike = same.settings.map(lambda settings: count_unlike(settings, run["settings"]))
-    return same[unlike == unlike.min()].sort_values("l0")
+    alike = same[unlike == unlike.min()]
+    nearest = alike.loc[(alike.l0 / run.get("l0", math.nan) - 1).abs().fillna(0).idxmin()]
+    curve = alike.settings.map(lambda settings: count_unlike(settings, nearest.settings) == 0)
+    return alike[curve].sort_values("l0")
 
 
 def count_unlike(a, b):
@@ -680,8 +683,8 @@ MARKERS = "osD^vP*X"
 STYLE = {"figure.dpi": 100, "savefig.dpi": 130, "font.size": 9, "axes.titlesize": 9,
          "axes.labelsize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-         "grid.color": "#E5E5E5", "axes.axisbelow": True, "legend.frameon": False,
-         "legend.fontsize": 7, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5}
+         "grid.color": "#E5E5E5", "axes.axisbelow": True, "legend.framealpha": 0.7,
+         "legend.edgecolor": "none", "legend.fontsize": 7, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5}
 MANY = 12                    # groups that can be told apart in a panel
 
 LABELS = {                   # what stands beside an axis; METRICS has the others
@@ -937,7 +940,7 @@ def final_losses(data):
     for axis, title, runs, _ in cells:
         table = runs.groupby("group", sort=False)[terms].mean().fillna(0).set_axis(names, axis=1)
         table = table.loc[:, table.any()]
-        table.plot.bar(stacked=True, ax=axis, width=0.65, color=COLOURS, legend=False)
+        table.plot.bar(stacked=True, ax=axis, width=0.65, color=COLOURS, legend=False, rot=0)
         name_runs(axis, title, table.index)
         axis.set_ylabel("final loss (fractions of E||x||² / d_in)")
         legend_outside(axis)
@@ -952,11 +955,12 @@ def heat(metric, words):
         table = runs.merge(curves, on="run").pivot_table("y", ["acts", "order", "group"], "x")
         if table.empty:
             return None
-        table.index = [" ".join((acts, group)) for acts, _, group in table.index]
+        several = data.runs.acts.nunique() > 1
+        table.index = [f"{acts} {group}" if several else group for acts, _, group in table.index]
         figure, axis = plt.subplots(figsize=(4 + 0.36 * table.shape[1], 1.4 + 0.2 * len(table)),
                                     layout="constrained")
         sns.heatmap(table, vmin=0, cmap="cividis", annot=True, fmt=".2f", annot_kws={"size": 5.5},
-                    yticklabels=True, cbar_kws={"shrink": 0.5}, ax=axis)
+                    yticklabels=True, cbar_kws={"shrink": 0.5, "aspect": 40}, ax=axis)
         axis.set(title=words, xlabel="", ylabel="")
         return figure
     return draw

@@ -176,6 +176,13 @@ def test_a_curve_over_l0_is_of_runs_that_differ_in_nothing_else(tmp_path):
     assert verdicts(tmp_path) == {"topk": "cannot tell (its L0 differs)"}
 
 
+def test_runs_that_differ_in_another_setting_are_not_interpolated_between(tmp_path):
+    plant(tmp_path, "baseline", [0.0] * 3, l0=15.4, sets={"lr": 0.01})
+    plant(tmp_path, "baseline", [-0.2] * 3, l0=16.2, sets={"lr": 0.1})
+    plant(tmp_path, "topk", SMALL[:3])
+    assert judge(tmp_path)["topk"]["mean"] == pytest.approx(0.2, abs=0.002)      # the nearest L0's
+
+
 # ---- with whom -----------------------------------------------------------------------------------
 
 
