@@ -2259,6 +2259,9 @@ EVALS = {                                  # in the order in which they run
 }
 
 
+DEFAULT = ["core", "geometry", "stability", "sparse_probing", "features"]      # what takes minutes
+
+
 def identity(name, run, acts):
     """What a result belongs to; one that differs in any of these is made again."""
     return {"name": name, "version": VERSION, "run": run.name, "control": run.is_control,
@@ -2425,6 +2428,8 @@ def evaluate_cache(acts, folders, args, names, device, failures):
         for name in names:
             if is_synthetic and not EVALS[name].of_synthetic:
                 continue
+            if not args.eval and name == "sparse_probing" and acts.meta["model"]["name"] != "tiny":
+                continue                   # its data sets are large, and on the hub
             todo = missing(name, acts, runs, args.force)
             if todo and EVALS[name].reads_model and not (is_synthetic or model):
                 model = LanguageModel(acts, device)
@@ -2441,8 +2446,8 @@ def evaluate_cache(acts, folders, args, names, device, failures):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="*", help="folders (default: all under runs/)")
-    parser.add_argument("--eval", nargs="+", choices=EVALS, default=list(EVALS), metavar="NAME",
-                        help=f"which (default: all that fit the model): {', '.join(EVALS)}")
+    parser.add_argument("--eval", nargs="+", choices=[*EVALS, "all"], metavar="NAME",
+                        help=f"which (default: {' '.join(DEFAULT)}): {', '.join(EVALS)}, all")
     parser.add_argument("--controls", action="store_true",
                         help="also SAEs that have learned nothing, as wide and sparse as the runs")
     parser.add_argument("--force", action="store_true", help="evaluate again what is there already")
@@ -2451,7 +2456,8 @@ def main():
     device, failures = pick_device(args.device), []
 
     # what needs a package that is not installed is left out
-    names = [name for name in EVALS if name in args.eval]
+    asked = EVALS if args.eval == ["all"] else args.eval or DEFAULT
+    names = [name for name in EVALS if name in asked]
     lacking = [name for name in names if not importlib.util.find_spec(EVALS[name].package)]
     if lacking:
         packages = sorted({EVALS[name].package for name in lacking})
