@@ -62,8 +62,8 @@ def parse_args():
     p.add_argument("--column", default="text", help="column of the data that holds the text")
     p.add_argument("--split", default="train", help="split of the data")
     p.add_argument("--config", help="configuration of a hub data set that has several")
-    p.add_argument("--tokens", type=positive_int, default=500_000,
-                   help="tokens to run through the model; rows of synthetic (default: 500_000)")
+    p.add_argument("--tokens", type=positive_int, default=300_000,
+                   help="tokens to run through the model; rows of synthetic (default: 300_000)")
     p.add_argument("--val-tokens", type=positive_int,
                    help="held-out tokens (default: 131_072; at most a tenth of the same text)")
     p.add_argument("--ctx", type=positive_int, default=128, help="tokens in a context")
