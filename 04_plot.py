@@ -684,7 +684,8 @@ STYLE = {"figure.dpi": 100, "savefig.dpi": 130, "font.size": 9, "axes.titlesize"
          "axes.labelsize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.color": "#E5E5E5", "axes.axisbelow": True, "legend.framealpha": 0.7,
-         "legend.edgecolor": "none", "legend.fontsize": 7, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5}
+         "legend.edgecolor": "none", "legend.fontsize": 7, "xtick.labelsize": 7.5,
+         "ytick.labelsize": 7.5}
 MANY = 12                    # groups that can be told apart in a panel
 
 LABELS = {                   # what stands beside an axis; METRICS has the others
