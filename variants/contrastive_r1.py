@@ -10,7 +10,7 @@ jl_dim - 1 / d_in) (`jl_error` in the log). Each step has its own projection, so
 is missed for good. The note's own form, con_rule=note, believes the projection and takes the mean
 over all pairs of rate_i rate_j relu(|cos(d_i P, d_j P)| - tau)^2, which is too small to act.
 
-Found on the default data (120 steps, seed 0): pairs of latents with a |cosine| above 0.5 1
+Found on the embedded model (120 steps, seed 0): pairs of latents with a |cosine| above 0.5: 1
 instead of 350, mean largest |cosine| of a latent 0.39 instead of 0.44, explained variance 0.7885
 instead of 0.7890. One projection finds a fifth of the near pairs. Toy mixture (ReLU, L0 4, 300
 steps, seeds 0 and 1): mean largest |cosine| of a used latent 0.42 and 0.42 instead of 0.48 and

@@ -10,8 +10,8 @@ as much as its value does. The temperature falls geometrically over the first fi
 that hardly anyone loses at first and L0 can settle afterwards. The gates are learned and start at
 a factor of 1.
 
-On the default data (in contrastive_r10) 10.6 latents a row fall silent beside a winner, and the
-gates' standard deviation is 0.12.
+On the embedded model (in contrastive_r10, 479 steps) 10.6 latents a row fall silent beside a
+winner, and the gates' standard deviation is 0.12.
 """
 import torch
 from torch import nn
