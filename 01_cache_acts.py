@@ -655,7 +655,7 @@ class LanguageModel:
         return dict(source="model", model=model, layer=layer, hook=args.hook,
                     hook_name=f"blocks.{layer}.hook_{args.hook}", d_in=self.d_in, ctx=self.ctx,
                     pack=args.pack, data=self.text.description,
-                    val_tokens=args.val_tokens or 131_072)
+                    val_tokens=args.val_tokens or 32_768)
 
     def load(self):
         """Load the weights and check what the hooks mean; returns what is known only then."""
@@ -725,7 +725,7 @@ class LanguageModel:
 
         Without files val.*, a tenth of what there is at most.
         """
-        n = max(1, (self.args.val_tokens or 131_072) // self.ctx)
+        n = max(1, (self.args.val_tokens or 32_768) // self.ctx)
         where = 0, [], 0
         if self.text.held_out_files:
             stream = contexts(self.text.held_out(), self.tokenizer, self.ctx, self.args.pack)
