@@ -65,7 +65,7 @@ def parse_args():
     p.add_argument("--tokens", type=positive_int, default=300_000,
                    help="tokens to run through the model; rows of synthetic (default: 300_000)")
     p.add_argument("--val-tokens", type=positive_int,
-                   help="held-out tokens (default: 131_072; at most a tenth of the same text)")
+                   help="held-out tokens (default: 32_768; at most a tenth of the same text)")
     p.add_argument("--ctx", type=positive_int, default=128, help="tokens in a context")
     p.add_argument("--no-pack", dest="pack", action="store_false",
                    help="one document a context, instead of one after another")
