@@ -11,7 +11,7 @@ class Variant(Base):
     importance_protects = 0.5     # this share of the latents, the most important, may not be pruned
     importance_memory = 0.02      # fraction of the run that importance is averaged over
     off = {"importance_protects": 0.0}
-    counts = ("spared",)          # important latents that would have been pruned, so far
+    counts = ("spared",)          # important doubles at each check, summed over the checks
 
     def build(self):
         super().build()
