@@ -312,7 +312,7 @@ def test_r7_the_penalty_rises_from_a_tenth_to_all_of_it_by_half_of_the_run():
 
 def test_r7_reconstructs_better_early_and_ends_as_orthogonal():
     assert mean_of(run(7)[1], "recon", 0, 100) < mean_of(run(6)[1], "recon", 0, 100)
-    assert float(run(7)[0].ortho()) < 1.2 * float(run(6)[0].ortho())
+    assert run(7)[0].ortho().item() < 1.2 * run(6)[0].ortho().item()
 
 
 @pytest.mark.parametrize("number", [7, 8, 9, 10])
