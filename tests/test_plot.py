@@ -222,7 +222,9 @@ FROM_THE_NOTES = """absorption_scores feature_splits final_losses letter_absorpt
     controls""".split()
 
 
-def test_everything_that_the_notes_name_is_drawn_and_on_the_page(root, call_main, capsys):
+def test_everything_that_the_notes_name_is_drawn_and_on_the_page(root, call_main, capsys,
+                                                                 monkeypatch):
+    monkeypatch.setitem(plot.STYLE, "savefig.dpi", 30)       # it is the drawing that takes time
     rng = np.random.default_rng(0)
     pairs = {"pair_cos": 0.2, "pair_over": 0.1}
     for seed in range(2):
