@@ -11,8 +11,9 @@ part, others need not. So the rule decides what the idea can do:
     decoder       cosine of the decoders
     random        the control
 
-Found (default data, seed 0): the penalty is 1 to 6 % of the error, the selected pairs' mean cosine
-0.06 with it and 0.25 without, explained variance 0.838 and 0.863; at ortho_weight=50 it is 0.817.
+Found (1,000,000 tokens of the embedded model, 479 steps, seed 0): the penalty is 1 to 6 % of the
+error, the pairs' mean cosine 0.06 with it and 0.25 without, explained variance 0.838 and 0.863; at
+ortho_weight=50 it is 0.817. In 146 steps: 2 to 5 % of the error, mean cosine 0.01.
 """
 import torch
 
