@@ -629,12 +629,12 @@ class LanguageModel:
         self.args, self.path, self.ctx, self.device = args, path, args.ctx, args.device
         self.extra = dict(trust_remote_code=args.trust_remote_code)
         with hub_errors("model", path):
-            self.config = model_config(path, **self.extra)
-            self.revision = getattr(self.config, "_commit_hash", None)
             if Path(path).exists():
                 self.revision = model_checksum(path)
-            else:
-                self.extra["revision"] = self.revision    # of all that is fetched from now on
+            else:                                         # of all that is fetched from now on
+                file = huggingface_hub.hf_hub_download(path, "config.json")
+                self.revision = self.extra["revision"] = Path(file).parent.name
+            self.config = model_config(path, **self.extra)
             self.tokenizer = model_tokenizer(path, **self.extra)
         sizes = self.config.get_text_config()
         self.d_in, self.n_layers = sizes.hidden_size, sizes.num_hidden_layers

@@ -1121,7 +1121,7 @@ def language_model(path, dtype, **extra):
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf, **extra).eval()
     except OSError as e:
-        if "safetensors" not in str(e):
+        if not re.search("no file named .*safetensors|not appear to have a file named", str(e)):
             raise
         raise Refuse(f"model {path} has no weights in safetensors files: pickle files can run code and are "
                      "read only with --trust-remote-code; or save them as safetensors") from e

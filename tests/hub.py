@@ -77,7 +77,8 @@ class Answer(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if path.startswith("/large/"):                                      # an address that was given to who may read it
             kind, org, name, commit, path = path.removeprefix("/large/").split("/", 4)
-            return self.content(self.server.history[f"{kind}/{org}/{name}", commit][path])
+            data = self.server.history[f"{kind}/{org}/{name}", commit][path]
+            return self.content(data, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'})
         asked = API.fullmatch(path) or FILE.fullmatch(path)
         if not asked:
             return self.refuse(404, "", "Sorry, we can't find the page you are looking for.")

@@ -33,9 +33,10 @@ def call(monkeypatch, *args):
     return train_py.main()
 
 
-def script(here, *args, **popen):
-    return subprocess.Popen([sys.executable, ROOT / "02_train.py", *args], cwd=here, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+def script(here, *args):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}        # as conftest.py: bits depend on it
+    return subprocess.Popen([sys.executable, ROOT / "02_train.py", *args], cwd=here, text=True, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def weights(run):
