@@ -404,16 +404,8 @@ def train(runs, acts, plan, batch_size, device, checkpoint_every):
         for step in range(max(first, begin), end):
             log_now = (step + 1) % log_every == 0 or step + 1 == steps
             common = slice((step - begin) * batch_size, (step - begin + 1) * batch_size)
-            shared = None
-            for run in [r for r in runs if not r.failure and r.next_step == step]:
-                sae = run.sae
-                sae.step, sae.position, sae.shard = step, common.start, i
-                chosen = choose(run, len(rows), step)
-                if chosen == common and shared is None:
-                    shared = sae.normalise(rows[common])
-                if chosen is not None:
-                    x = shared if chosen == common else sae.normalise(rows[chosen])
-                    attempt(run, run.train_on, x, log_now)
+            due = [run for run in runs if not run.failure and run.next_step == step]
+            take_step(due, rows, common, i, log_now)
             alive = [run for run in runs if not run.failure]
             if not alive:
                 return
@@ -430,9 +422,23 @@ def train(runs, acts, plan, batch_size, device, checkpoint_every):
         run.finish()
 
 
-def choose(run, n_rows, step):
+def take_step(runs, rows, common, shard, log_now):
+    """One step of each run on its batch of `rows`, for most runs the slice `common`."""
+    shared = None
+    for run in runs:
+        sae = run.sae
+        sae.step, sae.position, sae.shard = run.next_step, common.start, shard
+        chosen = choose(run, len(rows))
+        if chosen == common and shared is None:
+            shared = sae.normalise(rows[common])
+        if chosen is not None:
+            x = shared if chosen == common else sae.normalise(rows[chosen])
+            attempt(run, run.train_on, x, log_now)
+
+
+def choose(run, n_rows):
     """What choose_batch() returned: a slice, or indices as a tensor; None if it failed."""
-    found, rng = [], generator(run.seed, step, "batch")
+    found, rng = [], generator(run.seed, run.next_step, "batch")
     attempt(run, lambda: found.append(run.sae.choose_batch(n_rows, rng)))
     return found[0] if found else None
 
