@@ -13,19 +13,21 @@ import importlib
 import importlib.util
 import inspect
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # as in 02_train.py
 
 ROOT = Path(__file__).resolve().parents[2]
+KINDS = "relu", "topk", "batch_topk", "jumprelu"
 CASES = {  # name: (activation, d_in, d_sae, l0, batch)
-    **{kind: (kind, 128, 1024, 16.0, 2048) for kind in ("relu", "topk", "batch_topk", "jumprelu")},
-    **{f"{kind}-wide": (kind, 512, 8192, 32.0, 2048) for kind in ("relu", "topk", "batch_topk", "jumprelu")},
+    **{kind: (kind, 128, 1024, 16.0, 2048) for kind in KINDS},
+    **{f"{kind}-wide": (kind, 512, 8192, 32.0, 2048) for kind in KINDS},
 }
 STEPS = 5                    # of a turn
 
@@ -63,16 +65,19 @@ def ours(root, case):
 
 def dictionary_learning(_, case):
     """step() of dictionary_learning's trainer on the same rows, scaled as its own pipeline does."""
-    from dictionary_learning.dictionary import AutoEncoder, AutoEncoderTopK
-    from dictionary_learning.trainers.batch_top_k import BatchTopKSAE, BatchTopKTrainer
+    stand_in = types.ModuleType("nnsight")       # only its buffer needs it, which takes no part
+    stand_in.LanguageModel = None
+    sys.modules.setdefault("nnsight", stand_in)
+    sys.modules.setdefault("zstandard", types.ModuleType("zstandard"))
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.standard import StandardTrainer
     from dictionary_learning.trainers.top_k import TopKTrainer
     activation, d_in, d_sae, l0, batch = CASES[case]
     x = rows(4 * batch, d_in) / d_in ** 0.5
     both = dict(steps=2000, activation_dim=d_in, dict_size=d_sae, layer=0, lm_name="", device="cpu", lr=1e-3)
-    kinds = {"topk": (TopKTrainer, {"k": int(l0), "dict_class": AutoEncoderTopK}),
-             "batch_topk": (BatchTopKTrainer, {"k": int(l0), "dict_class": BatchTopKSAE}),
-             "relu": (StandardTrainer, {"dict_class": AutoEncoder, "l1_penalty": 0.1})}
+    kinds = {"topk": (TopKTrainer, {"k": int(l0)}),
+             "batch_topk": (BatchTopKTrainer, {"k": int(l0)}),
+             "relu": (StandardTrainer, {"l1_penalty": 0.1})}
     trainer_class, more = kinds[activation]
     wanted = inspect.signature(trainer_class.__init__).parameters
     given = {**both, **more, "warmup_steps": 0, "sparsity_warmup_steps": None, "decay_start": None}
@@ -88,14 +93,20 @@ def work(kind, root, case):
     torch.use_deterministic_algorithms(kind == "ours")
     torch.utils.deterministic.fill_uninitialized_memory = False
     step, n = globals()[kind](root, case), 0
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")           # the peak counts from here on
+    before = peak_memory()
     for _ in sys.stdin:
         started = time.perf_counter()
         for _ in range(STEPS):
             step(n)
             n += 1
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        print((time.perf_counter() - started) / STEPS, used / 1024, flush=True)
+        print((time.perf_counter() - started) / STEPS, peak_memory() - before, flush=True)
+
+
+def peak_memory():
+    """The most memory that this process has had, in MiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def main():
