@@ -30,16 +30,22 @@ def apply(mutant):
 
 
 def noticed_by(mutant, file):
-    """The first test of `file` that fails under `mutant`, or ''."""
-    run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(file)],
-                         env={**os.environ, "MUTANT": mutant}, capture_output=True, text=True)
+    """The first test of `file` that fails under `mutant`, or ''; those named after it come first."""
+    row = re.sub(r".*_(r\d+)$", r"_\1_", mutant.partition(":")[0])
+    return first_failure(mutant, file, row) or first_failure(mutant, file, f"not {row}")
+
+
+def first_failure(mutant, file, which):
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(file), "-k", which]
+    environment = {**os.environ, "MUTANT": mutant}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     failed = re.search(r"^(?:FAILED|ERROR) \S+?::(\S+)", run.stdout, re.MULTILINE)
     return failed[1] if failed else ""
 
 
 def main():
     wanted = sys.argv[1:] or [""]
-    sys.path.insert(0, str(TESTS))
+    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
     blanks = 0
     for file in sorted(TESTS.glob("test_*.py")):
         if not any(word in file.stem for word in wanted) or "MUTANTS" not in file.read_text():
