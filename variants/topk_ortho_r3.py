@@ -25,7 +25,7 @@ class Variant(Base):
     def select_pairs(self, score):
         if not self.pairs_std:
             return super().select_pairs(score)
-        known = score[score > -torch.inf]
+        known = score[score > -torch.inf].float()
         if len(known) > 1:
             threshold = known.mean() + self.pairs_std * known.std()
             self.pair_threshold.lerp_(threshold, self.memory(self.pairs_memory))
