@@ -30,13 +30,24 @@ def apply(mutant):
 
 
 def noticed_by(mutant, file):
-    """The first test of `file` that fails under `mutant`, or ''; those named after it come first."""
+    """The first test of `file` that fails under `mutant`, or ''; those of its row come first."""
     row = re.sub(r".*_(r\d+)$", r"_\1_", mutant.partition(":")[0])
     return first_failure(mutant, file, row) or first_failure(mutant, file, f"not {row}")
 
 
 def first_failure(mutant, file, which):
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(file), "-k", which]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(file),
+        "-k",
+        which,
+    ]
     environment = {**os.environ, "MUTANT": mutant}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     failed = re.search(r"^(?:FAILED|ERROR) \S+?::(\S+)", run.stdout, re.MULTILINE)

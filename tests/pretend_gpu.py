@@ -5,12 +5,13 @@
 A tensor on it is a wrapper around a CPU tensor that says `cuda` and refuses what a GPU's refuses.
 What it shows: that code moves its tensors to the GPU and back, makes new ones where the others are,
 draws random numbers from a generator there, and how many operators a step starts there. What it
-can't show: speed, CUDA's own kernels and their rounding, streams. `pytest -m gpu` is for a real one.
+can't show: speed, CUDA's own kernels, rounding and streams. `pytest -m gpu` is for a real one.
 
 Two modes stand between Python and PyTorch: Calls replaces `cuda` in what is called by a device type
 that no machine has, since PyTorch would look for a GPU; Operators runs each operator on what is
 wrapped.
 """
+
 import contextlib
 import re
 import threading

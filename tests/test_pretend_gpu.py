@@ -18,10 +18,14 @@ def test_it_refuses_what_a_gpu_refuses():
         x = torch.rand(2, 3)
         there = x.to("cuda")
         assert there.is_cuda and not x.is_cuda and torch.equal((there + 1).cpu(), x + 1)
-        assert {t.device for t in (there @ there.T, torch.zeros(2, device="cuda"), there.new_ones(3))} == {HERE}
+        assert {
+            t.device for t in (there @ there.T, torch.zeros(2, device="cuda"), there.new_ones(3))
+        } == {HERE}
         for wrong in (lambda: x + there, lambda: there @ x.T, lambda: x[there > 0], there.numpy,
                       lambda: torch.rand(2, generator=torch.Generator(), device="cuda")):
-            with pytest.raises((RuntimeError, TypeError), match="same device|generator|convert cuda"):
+            with pytest.raises(
+                (RuntimeError, TypeError), match="same device|generator|convert cuda"
+            ):
                 wrong()
     assert torch.rand(2).device.type == "cpu"
 
@@ -42,7 +46,9 @@ def test_every_variant_trains_there_as_on_the_cpu(name):
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=wide)
 
 
-@pytest.mark.parametrize("activation, most", [("relu", 110), ("topk", 80), ("batch_topk", 85), ("jumprelu", 155)])
+@pytest.mark.parametrize(
+    "activation, most", [("relu", 110), ("topk", 80), ("batch_topk", 85), ("jumprelu", 155)]
+)
 def test_a_step_starts_few_kernels_and_no_more_in_a_wide_dictionary(activation, most):
     counts = []
     for d_sae in (256, 2304):
@@ -53,7 +59,9 @@ def test_a_step_starts_few_kernels_and_no_more_in_a_wide_dictionary(activation, 
             steps(sae, opt, X.to("cuda"), stop=3)
             launched.clear()
             steps(sae, opt, X.to("cuda"), start=3, stop=4)
-        assert not any("kthvalue" in name or "bincount" in name for name in launched)    # slow, or they wait for the GPU
+        assert not any(
+            "kthvalue" in name or "bincount" in name for name in launched
+        )  # slow, or they wait for the GPU
         counts.append(len(launched))
     assert counts[0] == counts[1] < most
 
@@ -63,7 +71,19 @@ def test_stage_2_runs_there(tmp_path, monkeypatch):
     write_cache(tmp_path / "acts" / "tiny", mixture(n_rows=20_000)[0])
     final = {}
     for device in ("cpu", "cuda"):
-        words = ["--variant", "baseline", "batch_topk", "--seed", "0", "--device", device, "--set", "d_sae=64", "l0=4", "batch_size=256"]
+        words = [
+            "--variant",
+            "baseline",
+            "batch_topk",
+            "--seed",
+            "0",
+            "--device",
+            device,
+            "--set",
+            "d_sae=64",
+            "l0=4",
+            "batch_size=256",
+        ]
         monkeypatch.setattr(sys, "argv", ["02_train.py", *words])
         with pretended():
             assert train_py.main() == 0

@@ -35,8 +35,14 @@ def call(monkeypatch, *args):
 
 def script(here, *args):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}        # as conftest.py: bits depend on it
-    return subprocess.Popen([sys.executable, ROOT / "02_train.py", *args], cwd=here, text=True, env=env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, ROOT / "02_train.py", *args],
+        cwd=here,
+        text=True,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def weights(run):
@@ -50,7 +56,11 @@ def equal(a, b):
 def test_one_pass_serves_all_runs_and_company_changes_none(here, monkeypatch):
     reads = []
     plain = Acts.shard
-    monkeypatch.setattr(Acts, "shard", lambda acts, i, buffer=None: (reads.append(buffer is not None), plain(acts, i, buffer))[1])
+    monkeypatch.setattr(
+        Acts,
+        "shard",
+        lambda acts, i, buffer=None: (reads.append(buffer is not None), plain(acts, i, buffer))[1],
+    )
     assert call(monkeypatch, "--variant", "baseline", "topk", "--seed", "0", "1", *SMALL) == 0
     assert sum(reads) == 2                           # each shard once for four runs
     names = sorted(p.name for p in Path("runs").iterdir())
@@ -65,16 +75,28 @@ def test_a_run_folder_says_what_ran(here, monkeypatch):
     call(monkeypatch, "--variant", "contrastive_r3", "--seed", "3", *SMALL)
     folder, = Path("runs").iterdir()
     config = read_json(folder / "config.json")
-    assert config["status"] == "done" and config["variant"] == "contrastive_r3" and config["seed"] == 3
-    assert config["parent"] == "contrastive_r2" and config["paired"] is True and config["path"] == "dense"
-    assert config["settings"]["l0"] == 4.0 and config["settings"]["lr"] == 3e-3 and config["steps"] == 62
+    assert config["status"] == "done"
+    assert config["variant"] == "contrastive_r3"
+    assert config["seed"] == 3
+    assert config["parent"] == "contrastive_r2"
+    assert config["paired"] is True
+    assert config["path"] == "dense"
+    assert config["settings"]["l0"] == 4.0
+    assert config["settings"]["lr"] == 3e-3
+    assert config["steps"] == 62
     assert config["acts_checksum"] == Acts("acts/tiny").checksum
     assert config["sae_checksum"] == read_tensors(folder / "sae.safetensors")[1]["checksum"]
     assert config["start_checksum"] == read_tensors(folder / "start.safetensors")[1]["checksum"]
     source = (folder / "code.py").read_text()
-    assert source.index("class SAE") < source.index("contrastive_r1 =") < source.index("contrastive_r3 =")
+    assert (
+        source.index("class SAE")
+        < source.index("contrastive_r1 =")
+        < source.index("contrastive_r3 =")
+    )
     log = read_log(folder, config)
-    assert log[-1]["step"] == 62 and log[-1] == config["final"] and 0 < log[-1]["explained_variance"] < 1
+    assert log[-1]["step"] == 62
+    assert log[-1] == config["final"]
+    assert 0 < log[-1]["explained_variance"] < 1
     assert {"loss_recon", "ratio_sparsity", "l0", "l1", "dead", "lr", "tokens_per_s"} <= set(log[0])
     assert not (folder / "checkpoint.safetensors").exists()
 
@@ -89,7 +111,19 @@ def test_the_sae_applies_to_raw_activations(here, monkeypatch):
 
 
 def test_seeds_settings_and_sweeps_make_the_runs(here, monkeypatch):
-    call(monkeypatch, "--variant", "topk", "--seed", "0", "1", "--sweep", "l0=2,4", "--set", "d_sae=64", "batch_size=256")
+    call(
+        monkeypatch,
+        "--variant",
+        "topk",
+        "--seed",
+        "0",
+        "1",
+        "--sweep",
+        "l0=2,4",
+        "--set",
+        "d_sae=64",
+        "batch_size=256",
+    )
     assert sorted(p.name for p in Path("runs").iterdir()) == [
         f"topk-batch_size=256-d_sae=64-l0={l0}-s{seed}" for l0 in ("2.0", "4.0") for seed in (0, 1)]
 
@@ -121,10 +155,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(here, monkeypatch, how):
     first.send_signal(how)
     _, said = first.communicate()
     assert first.returncode == {signal.SIGKILL: -9}.get(how, 130)
-    assert how == signal.SIGKILL or said.splitlines()[-1].startswith("interrupted: the same command goes on")
+    assert how == signal.SIGKILL or said.splitlines()[-1].startswith(
+        "interrupted: the same command goes on"
+    )
     assert read_json(next(here.glob("runs/base*/config.json")))["status"] == "training"
     assert call(monkeypatch, "--resume") == 0
-    stopped = {p.name: (weights(p.name), read_log(p, read_json(p / "config.json"))) for p in Path("runs").iterdir()}
+    stopped = {
+        p.name: (weights(p.name), read_log(p, read_json(p / "config.json")))
+        for p in Path("runs").iterdir()
+    }
     shutil.rmtree("runs")
     assert call(monkeypatch, *args) == 0
     for name, (found, log) in stopped.items():
@@ -163,22 +202,45 @@ class Variant(SAE):
 """
 
 
-@pytest.mark.parametrize("body, says", [
-    ("def decode(self, acts): return acts @ self.W_dec[:, :5]", "decode() returned [256, 5], want [256, 32]"),
-    ("def activate(self, pre): return pre", "activate() returned negative activations"),
-    ("def pre_acts(self, x): return super().pre_acts(x) * float('nan')", "pre_acts() returned numbers that are not finite"),
-    ("def penalties(self, out): return {'aux': out.x}", "penalties() returned 'aux'"),
-    ("def after_step(self, opt, out): self.no_such_thing", "AttributeError in after_step() (broken.py:5)"),
-    ("def choose_batch(self, n_rows, rng): return self.nothing", "AttributeError in choose_batch()"),
-    ("def accept(self, loss): return False", "10 steps in a row")])
-def test_a_broken_variant_is_named_and_the_others_go_on(here, monkeypatch, capsys, tmp_path, body, says):
+@pytest.mark.parametrize(
+    "body, says",
+    [
+        (
+            "def decode(self, acts): return acts @ self.W_dec[:, :5]",
+            "decode() returned [256, 5], want [256, 32]",
+        ),
+        ("def activate(self, pre): return pre", "activate() returned negative activations"),
+        (
+            "def pre_acts(self, x): return super().pre_acts(x) * float('nan')",
+            "pre_acts() returned numbers that are not finite",
+        ),
+        ("def penalties(self, out): return {'aux': out.x}", "penalties() returned 'aux'"),
+        (
+            "def after_step(self, opt, out): self.no_such_thing",
+            "AttributeError in after_step() (broken.py:5)",
+        ),
+        (
+            "def choose_batch(self, n_rows, rng): return self.nothing",
+            "AttributeError in choose_batch()",
+        ),
+        ("def accept(self, loss): return False", "10 steps in a row"),
+    ],
+)
+def test_a_broken_variant_is_named_and_the_others_go_on(
+    here, monkeypatch, capsys, tmp_path, body, says
+):
     package = tmp_path / "variants"
     package.mkdir()
     (package / "broken.py").write_text(BROKEN.format(body))
     import variants
     monkeypatch.setattr(variants, "__path__", [*variants.__path__, str(package)])
-    monkeypatch.setattr(train_py, "load_variant", lambda name: importlib.import_module("variants." + name).Variant
-                        if name == "broken" else load(name))
+    monkeypatch.setattr(
+        train_py,
+        "load_variant",
+        lambda name: (
+            importlib.import_module("variants." + name).Variant if name == "broken" else load(name)
+        ),
+    )
     monkeypatch.setattr(train_py, "docstring_line", lambda name: name)
     monkeypatch.setattr(train_py, "parent_of", lambda name: "baseline")
     monkeypatch.setattr(train_py, "find_variants", lambda names: names)
@@ -189,7 +251,9 @@ def test_a_broken_variant_is_named_and_the_others_go_on(here, monkeypatch, capsy
         sys.modules.pop("variants.broken", None)
     printed = capsys.readouterr()
     assert says in printed.err and "FAILED" in printed.out
-    status = {p.name.split("-")[0]: read_json(p / "config.json")["status"] for p in Path("runs").iterdir()}
+    status = {
+        p.name.split("-")[0]: read_json(p / "config.json")["status"] for p in Path("runs").iterdir()
+    }
     assert status == {"broken": "failed", "topk": "done"}
 
 
@@ -207,8 +271,22 @@ def test_a_run_whose_code_changed_is_not_evaluated(here, monkeypatch):
 
 
 def test_a_void_run_is_marked(here, monkeypatch, capsys):
-    assert call(monkeypatch, "--variant", "baseline", "--seed", "0", "--set", "d_sae=64", "l0=4", "batch_size=256",
-                "sparsity_start=0.0001", "sparsity_warmup=1") == 5
+    assert (
+        call(
+            monkeypatch,
+            "--variant",
+            "baseline",
+            "--seed",
+            "0",
+            "--set",
+            "d_sae=64",
+            "l0=4",
+            "batch_size=256",
+            "sparsity_start=0.0001",
+            "sparsity_warmup=1",
+        )
+        == 5
+    )
     config = read_json(next(Path("runs").iterdir()) / "config.json")
     assert config["void"] and "VOID" in capsys.readouterr().out
 
@@ -224,10 +302,14 @@ def test_a_void_run_is_marked(here, monkeypatch, capsys):
     (["--variant", "topk", "--set", "l0=2", "--sweep", "l0=3,4"], 2, "--set gives it too"),
     (["--sweep", "batch_size=128,256"], 2, "share their batches"),
     (["--resume"], 3, "no interrupted run")])
-def test_wrong_flags_end_in_one_line_before_anything_is_written(here, monkeypatch, args, code, says):
+def test_wrong_flags_end_in_one_line_before_anything_is_written(
+    here, monkeypatch, args, code, says
+):
     with pytest.raises(Refuse, match=says) as refused:
         call(monkeypatch, *args)
-    assert refused.value.code == code and "\n" not in str(refused.value) and not Path("runs").exists()
+    assert refused.value.code == code
+    assert "\n" not in str(refused.value)
+    assert not Path("runs").exists()
 
 
 def test_processes_divide_the_runs_and_give_the_bits_of_one(here, monkeypatch):
@@ -247,9 +329,28 @@ def test_processes_divide_the_runs_and_give_the_bits_of_one(here, monkeypatch):
 
 @pytest.mark.slow
 def test_torchrun_divides_the_labour(here):
-    args = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "02_train.py"), "--device", "cpu",
-            "--variant", "baseline", "topk", "--seed", "0", *SMALL]
-    done = subprocess.run([sys.executable, *args], cwd=here, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    args = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "02_train.py"),
+        "--device",
+        "cpu",
+        "--variant",
+        "baseline",
+        "topk",
+        "--seed",
+        "0",
+        *SMALL,
+    ]
+    done = subprocess.run(
+        [sys.executable, *args],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert [read_json(p)["status"] for p in here.glob("runs/*/config.json")] == ["done", "done"]
 
@@ -278,4 +379,6 @@ def test_the_list_shows_every_variants_lineage(here, monkeypatch, capsys):
 
 
 def test_a_study_is_its_rows_in_order():
-    assert train_py.find_variants(["contrastive", "topk"]) == [f"contrastive_r{n}" for n in range(1, 11)] + ["topk"]
+    assert train_py.find_variants(["contrastive", "topk"]) == [
+        f"contrastive_r{n}" for n in range(1, 11)
+    ] + ["topk"]

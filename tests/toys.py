@@ -16,14 +16,14 @@ D_IN = 32
 
 # Settings of a variant (and its children) whose own numbers don't fit 64 latents and 300 steps.
 TOY = {
-    "hierarchical_r2": {"revive_every": 0.45, "revive_silent": 0.0},     # none dies: all restart once
+    "hierarchical_r2": {"revive_every": 0.45, "revive_silent": 0.0},  # none dies: all restart once
     "hierarchical_r5": {"merge_threshold": 0.5},
     "prune": {"prune_threshold": 0.5},
-    "contrastive_r7": {"n_groups": 8},                 # of which 2 hold 16 latents, at L0 4
-    "hierarchical_r4": {"l1_target": 0.45},            # what L0 4 allows there
+    "contrastive_r7": {"n_groups": 8},  # of which 2 hold 16 latents, at L0 4
+    "hierarchical_r4": {"l1_target": 0.45},  # what L0 4 allows there
     "topk_ortho_r1": {"pair_fraction": 0.02},
     "topk_ortho_r7": {"inhibition_radius": 4},
-    "topk_ortho_r9": {"reallocate_below": 0.9},        # all latents fire about equally often
+    "topk_ortho_r9": {"reallocate_below": 0.9},  # all latents fire about equally often
 }
 
 
@@ -158,16 +158,36 @@ def write_cache(folder, x, rows_per_shard=8192, val=4096):
     shards, kept = [], x[:len(x) - val]
     for i, rows in enumerate(kept.split(rows_per_shard)):
         n = len(rows)
-        tensors = {"acts": rows.bfloat16(), "tokens": torch.zeros(n, dtype=torch.int32),
-                   "context": torch.arange(n, dtype=torch.int32), "position": torch.zeros(n, dtype=torch.int16)}
+        tensors = {
+            "acts": rows.bfloat16(),
+            "tokens": torch.zeros(n, dtype=torch.int32),
+            "context": torch.arange(n, dtype=torch.int32),
+            "position": torch.zeros(n, dtype=torch.int16),
+        }
         name = f"train_{i:05d}.safetensors"
         shards.append({"file": name, "rows": n, "checksum": write_tensors(folder / name, tensors)})
     said = write_tensors(folder / "val.safetensors", {"acts": x[len(x) - val:].contiguous()})
     mean = kept.double().mean(0)
-    write_json(folder / "meta.json", {
-        "format": FORMAT, "complete": True, "source": "synthetic", "model": {"name": "toy"}, "layer": 0,
-        "hook": "resid_post", "hook_name": "none", "d_in": x.shape[1], "dtype": "bfloat16", "rows": len(kept),
-        "rows_per_shard": rows_per_shard, "shards": shards, "val": {"file": "val.safetensors", "checksum": said},
-        "mean": mean.tolist(), "scale": float(x.shape[1] ** 0.5 / (kept - mean).norm(dim=1).mean()),
-        "mean_norm": float(kept.norm(dim=1).mean()), "norm_limit": float(10 * kept.norm(dim=1).median())})
+    write_json(
+        folder / "meta.json",
+        {
+            "format": FORMAT,
+            "complete": True,
+            "source": "synthetic",
+            "model": {"name": "toy"},
+            "layer": 0,
+            "hook": "resid_post",
+            "hook_name": "none",
+            "d_in": x.shape[1],
+            "dtype": "bfloat16",
+            "rows": len(kept),
+            "rows_per_shard": rows_per_shard,
+            "shards": shards,
+            "val": {"file": "val.safetensors", "checksum": said},
+            "mean": mean.tolist(),
+            "scale": float(x.shape[1] ** 0.5 / (kept - mean).norm(dim=1).mean()),
+            "mean_norm": float(kept.norm(dim=1).mean()),
+            "norm_limit": float(10 * kept.norm(dim=1).median()),
+        },
+    )
     return folder

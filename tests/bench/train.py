@@ -74,7 +74,9 @@ def dictionary_learning(_, case):
     from dictionary_learning.trainers.top_k import TopKTrainer
     activation, d_in, d_sae, l0, batch = CASES[case]
     x = rows(4 * batch, d_in) / d_in ** 0.5
-    both = dict(steps=2000, activation_dim=d_in, dict_size=d_sae, layer=0, lm_name="", device="cpu", lr=1e-3)
+    both = dict(
+        steps=2000, activation_dim=d_in, dict_size=d_sae, layer=0, lm_name="", device="cpu", lr=1e-3
+    )
     kinds = {"topk": (TopKTrainer, {"k": int(l0)}),
              "batch_topk": (BatchTopKTrainer, {"k": int(l0)}),
              "relu": (StandardTrainer, {"l1_penalty": 0.1})}
@@ -110,7 +112,9 @@ def peak_memory():
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--old", help="another checkout to compare with")
     p.add_argument("--cases", nargs="+", default=list(CASES))
     p.add_argument("--turns", type=int, default=7)
@@ -126,9 +130,16 @@ def main():
         peers = dict(trainers)
         if importlib.util.find_spec("dictionary_learning") and not case.startswith("jumprelu"):
             peers["dictionary_learning"] = ("dictionary_learning", "-")
-        processes = {name: subprocess.Popen([sys.executable, __file__, "--worker", *what, case], text=True,
-                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-                     for name, what in peers.items()}
+        processes = {
+            name: subprocess.Popen(
+                [sys.executable, __file__, "--worker", *what, case],
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            for name, what in peers.items()
+        }
         times, memory = {name: [] for name in peers}, {}
         for turn in range(args.turns + 1):
             for name, process in processes.items():
@@ -138,9 +149,16 @@ def main():
                 times[name].append(seconds)
         for name in peers:
             ratios = [a / b for a, b in zip(times[name][1:], times["this"][1:])]
-            ms = f" ({statistics.median(times[name][1:]) * 1e3:.0f} ms here)" if name == "this" else ""
-            print(f"| {case} | {name}{ms} | {statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f} | "
-                  f"{memory[name]:.0f} |", flush=True)
+            ms = (
+                f" ({statistics.median(times[name][1:]) * 1e3:.0f} ms here)"
+                if name == "this"
+                else ""
+            )
+            print(
+                f"| {case} | {name}{ms} | {statistics.median(ratios):.2f} | {min(ratios):.2f} | "
+                f"{max(ratios):.2f} | {memory[name]:.0f} |",
+                flush=True,
+            )
         for process in processes.values():
             process.stdin.close()
             process.wait()
