@@ -492,7 +492,7 @@ def remarks(members, told):
     """What stands beside a group's verdict: its caveats, and seeds that are not in the verdict."""
     if members.control.any():
         return []                # they are made to trip the guards
-    said = Counter(word for words in members.caveats for word in set(words))
+    said = Counter(word for words in members.caveats for word in dict.fromkeys(words))
     if not told:
         said.update(words for words in members.problem if words)
     elif told["baseline"].used:
@@ -668,7 +668,7 @@ STYLE = {"figure.dpi": 100, "savefig.dpi": 130, "font.size": 9, "axes.titlesize"
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.color": "#E5E5E5", "axes.axisbelow": True, "legend.framealpha": 0.7,
          "legend.edgecolor": "none", "legend.fontsize": 7, "xtick.labelsize": 7.5,
-         "ytick.labelsize": 7.5, "axes.formatter.min_exponent": 3}
+         "ytick.labelsize": 7.5, "axes.formatter.min_exponent": 5}
 MANY = 15                    # variants of a panel whose lines differ in colour or dashes
 
 LABELS = {                   # what stands beside an axis; METRICS has the others
@@ -684,8 +684,8 @@ LABELS = {                   # what stands beside an axis; METRICS has the other
     "absorption.splits": "split features per letter",
     "forget.forget_added": "loss added on the topic to forget (nats)",
     "forget.retain_added": "loss added on other text (nats)",
-    "geometry.correlation": "correlation of two latents (mean |r|)",
-    "geometry.mean_abs_cosine": "cosine of decoder rows (mean |cos|)",
+    "geometry.correlation": "mean |correlation| of latents",
+    "geometry.mean_abs_cosine": "mean |cosine| of decoder rows",
     "geometry.effective_rank": "effective rank of the decoder",
     "geometry.mean_max_cosine": "cosine with nearest decoder row",
     "geometry.coherence": "largest cosine of decoder rows",
@@ -713,7 +713,7 @@ LABELS = {                   # what stands beside an axis; METRICS has the other
     "usage": "firing rate",
     "density.counts": "latents",
 }
-NULLS = {                    # the same figure of what has learned nothing, drawn in grey
+NULLS = {                    # the same figure without an SAE: by chance, or of the model, in grey
     "geometry.correlation": "geometry.null.correlation",
     "geometry.mean_abs_cosine": "geometry.null.mean_abs_cosine",
     "geometry.effective_rank": "geometry.null.effective_rank",
@@ -801,9 +801,7 @@ def name_runs(axis, title, names):
     """Put the runs' names on the x axis; in a study's panel r1, r2 ... are enough."""
     study = title.split(": ")[-1]
     short = [name.removeprefix(f"{study}_") for name in names]
-    axis.set_xticks(range(len(short)), short)
-    if max(map(len, short[1:]), default=0) > 4:
-        plt.setp(axis.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
+    axis.set_xticks(range(len(short)), short, rotation=40, ha="right", rotation_mode="anchor")
     axis.grid(axis="x", visible=False)
     axis.set_xlabel("")
 
@@ -818,6 +816,7 @@ def by_run(*metrics, beside=("baseline",)):
         if not shown:
             return None
         figure, cells = grid(panels(data.valid), shown)
+        legend = {}
         for axis, title, runs, metric in cells:
             draw_by_run(axis, runs, metric, joined=not title.endswith((" all runs", " yardsticks")))
             of_cache = data.valid[data.valid.acts.isin(runs.acts) & data.valid.group.isin(beside)]
@@ -826,7 +825,8 @@ def by_run(*metrics, beside=("baseline",)):
                              zorder=1)
             name_runs(axis, title, runs.group.unique())
             axis.set_ylabel(label(metric))
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+            legend |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3)
         return figure
     return draw
 
@@ -838,21 +838,23 @@ def draw_by_run(axis, runs, metric, joined):
                   linestyle="-" if joined else "none", err_kws={"lw": 1}, ax=axis)
     if NULLS.get(metric) in runs:
         level = runs.groupby("group", sort=False)[NULLS[metric]].mean()
-        axis.plot(range(len(level)), level, "_", color="#888888", ms=10, mew=1.5, label="chance")
+        what = "the model's own" if metric.startswith("probe") else "chance"
+        axis.plot(range(len(level)), level, "_", color="#888888", ms=10, mew=1.5, label=what)
 
 
 def lines(*metrics, scale="linear"):
     """Curves of the groups that have the first metric, and of the baseline; mean and sd."""
     def draw(data):
-        known = data.valid.assign(run=data.valid.folder.map(str))[["run", "acts", "group"]]
-        curves = known.merge(data.curves[data.curves.metric.isin({*metrics, *NULLS.values()})])
-        having = data.valid.folder.map(str).isin(curves.run[curves.metric == metrics[0]])
+        runs = data.valid.assign(run=data.valid.folder.map(str))
+        curves = data.curves[data.curves.metric.isin({*metrics, *NULLS.values()})]
+        curves = runs[["run", "group"]].merge(curves)
+        having = runs.run.isin(curves.run[curves.metric == metrics[0]])
         if not having.any():
             return None
         shown = [m for m in metrics if (curves.metric == m).any()]
-        figure, cells = grid(panels(data.valid[having | (data.valid.variant == "baseline")]), shown)
+        figure, cells = grid(panels(runs[having | (runs.variant == "baseline")]), shown)
         for axis, _, part, metric in cells:
-            mine = curves[curves.run.isin(part.folder.map(str))].astype({"x": float})
+            mine = curves[curves.run.isin(part.run)].astype({"x": float})
             draw_lines(axis, mine[mine.metric == metric], metric, scale)
             null = mine[mine.metric == NULLS.get(metric)]
             if len(null):

@@ -201,13 +201,17 @@ def test_the_models_own_probes_are_never_taken_for_the_saes(root):
     assert runs["sparse_probing.llm_top_1_test_accuracy"][0] == pytest.approx(0.66)
 
 
-def test_names_leave_out_what_all_runs_have_in_common_and_the_heading_says_it(root):
-    for variant in ("baseline", "topk"):
-        make_run(root, variant, core={}, sets={"d_sae": 128})
-    make_run(root, "topk", core={}, sets={"d_sae": 128, "lr": 0.01})
+def test_names_leave_out_the_usual_settings_and_the_heading_says_them(root):
+    for variant in ("baseline", "gated", "topk"):
+        make_run(root, variant, core={}, sets={"l0": 32.0})
+    make_run(root, "skip", core={})
+    make_run(root, "topk", core={}, sets={"l0": 64.0})
     data = read_data(root)
-    assert list(data.runs.group) == ["baseline", "topk", "topk-lr=0.01"]
-    assert plot.heading(data, "tiny") == "tiny with d_sae=128"
+    assert list(data.runs.group) == ["baseline", "gated", "skip-l0=16.0", "topk", "topk-l0=64.0"]
+    assert plot.heading(data, "tiny") == "tiny with l0=32.0"
+    # so that the baseline of a sweep has its line in the plots
+    axis = plot.PLOTS["mse_evolution"](data).axes[0]
+    assert "baseline" in axis.get_legend_handles_labels()[1]
 
 
 # ---- plots ---------------------------------------------------------------------------------------

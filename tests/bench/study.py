@@ -123,8 +123,8 @@ def summarise(data, acts):
     main = plot.METRICS[data.metric].title
     others = ", ".join(plot.METRICS[metric].title for metric in EXPLORED[acts])
     return [f"Of {wanted} runs {sum(data.runs.status == 'done')} are trained, and "
-            f"{len(data.valid)} are evaluated and valid: {plot.heading(data, acts)}, unless a "
-            "name says otherwise. Cells are means ± standard deviations over seeds.", "",
+            f"{len(data.valid)} are evaluated and valid. All are on {plot.heading(data, acts)}, "
+            "unless a name says otherwise. Cells are means ± standard deviations over seeds.", "",
             f"Verdicts and differences are about {main}. A word beside {others} is a verdict "
             "against the baseline, too, but exploratory; without a word it can't be told.", "",
             *(f"* {note}" for note in plot.notes(data, acts))]
