@@ -320,7 +320,8 @@ def test_a_user_error_is_one_line_and_an_exit_code(root):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--metric", "l0"], "invalid choice"), (["--out", "runs/baseline-s0/config.json"], "want a folder")])
+    (["--metric", "l0"], "invalid choice"),
+    (["--out", "runs/baseline-s0/config.json"], "want a folder")])
 def test_wrong_flags_are_refused(root, call_main, flags, words):
     make_run(root, "baseline", core={})
     with pytest.raises(plot.Refuse, match=words):
