@@ -16,7 +16,6 @@ guard of another evaluation takes that evaluation's numbers out.
 import base64
 import html
 import io
-import itertools
 import json
 import math
 import re
@@ -51,20 +50,20 @@ METRICS = {
     "explained_variance": Metric("EV", 4, 1, 0.01),
     "ce_recovered": Metric("CE rec.", 4, 1, 0.01),
     "kl_sae": Metric("KL", 4, -1, 0.1, relative=True),
-    "ce_loss_score": Metric("CE score", 4, 1, 0.01),
-    "kl_div_score": Metric("KL score", 4, 1, 0.01),
+    "ce_loss_score": Metric("CE loss score", 4, 1, 0.01),
+    "kl_div_score": Metric("KL div. score", 4, 1, 0.01),
     "dead": Metric("dead", 3),
     "mcc": Metric("MCC", 3, 1, 0.02),
     "f1": Metric("F1", 3, 1, 0.02),
-    "absorption": Metric("absorption (true)", 3, -1, 0.25, relative=True),
+    "absorption": Metric("absorption", 3, -1, 0.25, relative=True),
     "absorption_full": Metric("absorption (full)", 4, -1, 0.25, relative=True),
-    "absorption_fraction": Metric("absorption (part)", 4, -1, 0.25, relative=True),
-    "probe_1": Metric("probe top-1", 3, 1, 0.02),
-    "probe_5": Metric("probe top-5", 3, 1, 0.02),
-    "probe_20": Metric("probe top-20", 3, 1, 0.02),
+    "absorption_fraction": Metric("absorption (fraction)", 4, -1, 0.25, relative=True),
+    "probe_1": Metric("top-1 probing accuracy", 3, 1, 0.02),
+    "probe_5": Metric("top-5 probing accuracy", 3, 1, 0.02),
+    "probe_20": Metric("top-20 probing accuracy", 3, 1, 0.02),
     "scr": Metric("SCR@20", 3, 1, 0.05),
     "tpp": Metric("TPP@20", 3, 1, 0.25, relative=True),
-    "unlearning": Metric("unlearning", 3, 1, 0.02),
+    "unlearning": Metric("unlearning score", 3, 1, 0.02),
     "seconds": Metric("s / M tokens", 1),
 }
 
@@ -96,8 +95,10 @@ def mean_difference(mine, theirs, paired=True):
     mean = deltas.mean(-1)
     # Seeds that change nothing are no evidence: their t is infinite.
     inert = np.ptp(deltas, -1) <= 1e-9 * np.abs(deltas).max(-1)
-    if deltas.shape[-1] < MIN_SEEDS or inert.all():
-        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan), np.ones_like(mean)
+    few = deltas.shape[-1] < MIN_SEEDS
+    if few or inert.all():
+        end = np.where(few | (mean != 0), np.nan, 0.0)       # the same bits are no difference
+        return mean, end, end, np.ones_like(mean)
     if paired:
         test = stats.ttest_rel(mine, theirs, axis=-1)
     else:
@@ -147,32 +148,22 @@ AXES = {"geometry.jl.": "geometry.jl.dimensions", "geometry.pairs.": "geometry.p
         "density.counts": "density.log10_edges"}
 
 
-def flatten(value, name=""):
-    """Yield (dotted name, number or list of numbers) of nested dicts."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from flatten(inner, f"{name}.{key}".lstrip("."))
-    elif isinstance(value, (int, float)):
-        yield name, value
-    elif isinstance(value, list) and value and all(isinstance(v, (int, float)) for v in value):
-        yield name, value
-
-
 def read_evaluation(name, result):
     """({metric: number}, [(metric, x, y)]) of a file eval/NAME.json.
 
-    Core's metrics and those of METRICS go by their own names, all others by NAME.KEY.
+    Core's metrics and those of METRICS go by their own names, all others by NAME.KEY, the keys of
+    nested dicts joined by dots.
     """
     numbers, lists = {}, {}
     means = result.get("eval_result_metrics", {}).values()       # SAEBench's
     for part in (*means, result["metrics"], result.get("details") or {}):
-        for key, value in flatten(part):
+        for key, (value,) in pd.json_normalize(part).items():
             key = SAEBENCH.get(key, key)
             if name != "core" and key not in METRICS:
                 key = f"{name}.{key}"
-            if isinstance(value, list):
+            if isinstance(value, list) and value and isinstance(value[0], (int, float)):
                 lists[key] = value
-            elif value != -1:                                    # which SAEBench writes for nan
+            elif isinstance(value, (int, float)) and value != -1:        # SAEBench's nan
                 numbers[key] = value
 
     # a list is a curve; SAEBench's details are curves over letters or data sets
@@ -194,20 +185,14 @@ def read_log_curves(log, settings):
     if "pair_cos" in log and "tau" not in log:
         log["tau"] = settings["ortho_tau"]                   # fixed
     curves = [(f"log.{key}", list(log["tokens"]), list(log[key])) for key in log]
-    ideas = [k for k in log if k.startswith("ratio_") and k not in ("ratio_aux", "ratio_sparsity")]
-    last = log.iloc[-1]
-    final = {f"final.{key}": last[key] for key in log}
-    if ideas:
-        final["penalty_ratio"] = last[ideas].sum()
-    return curves, final
+    return curves, log.iloc[-1].add_prefix("final.").to_dict()
 
 
 def read_usage(path):
     """[(metric, x, y)]: firing rates, most frequent first, against the place in percent."""
-    rates = read_tensors(path)[0]["rate"].sort(descending=True).values.numpy()
-    at = np.unique(np.linspace(0, len(rates) - 1, 400).round().astype(int))
-    at = at[rates[at] > 0]
-    return [("usage", list(100 * (at + 1) / len(rates)), list(rates[at]))]
+    rates = read_tensors(path)[0]["rate"].numpy()
+    places = np.linspace(0, 100, 201)
+    return [("usage", places, np.percentile(rates, 100 - places))]
 
 
 def read_evaluations(folder, row):
@@ -282,8 +267,8 @@ class Data(NamedTuple):
     runs: pd.DataFrame       # a row per run: config, metrics, guards; `group`: all but its seed
     controls: pd.DataFrame   # the same of the controls
     curves: pd.DataFrame     # run (its folder), metric, x, y
-    found: pd.DataFrame      # a row per group, metric and other: difference and verdict
-    primary: str             # the metric that the verdicts are about
+    found: pd.DataFrame      # a row per group and other: difference and verdict
+    metric: str              # what the verdicts are about
 
     @property
     def valid(self):
@@ -315,23 +300,35 @@ def natural(name):
 
 
 def name_groups(runs):
-    """Add overrides, shared, group, study and order to `runs`.
+    """Add overrides, usual, group, study and order to `runs`.
 
-    overrides: settings from --set and --sweep, which a run's name shows; shared: those that all
-    runs of a cache have; group: variant and its other overrides; study: the name before _r1 ...
+    overrides: settings from --set and --sweep, which a run's name shows; usual: those that more
+    than half of a cache's runs have; group: variant and its other overrides; study: the name
+    before _r1 ...
     """
-    shown = runs.apply(lambda r: {k: v for k, v in r.settings.items()
-                                  if f"-{k}={v}-" in f"{r['name']}-"}, axis=1)
-    runs["overrides"] = shown
-    texts = shown.map(lambda d: {f"{k}={v}" for k, v in d.items()})
-    common = texts.groupby(runs.acts).agg(lambda sets: set.intersection(*sets))
-    runs["shared"] = runs.acts.map(common.map(lambda words: " ".join(sorted(words))))
-    runs["group"] = ["-".join([variant, *sorted(mine - common[acts])])
-                     for variant, acts, mine in zip(runs.variant, runs.acts, texts)]
-    idea = runs.variant.str.extract(r"(.+)_r\d+$")[0]
-    runs["study"] = idea.fillna("yardsticks")
+    runs["overrides"] = runs.apply(lambda r: {k: str(v) for k, v in r.settings.items()
+                                              if f"-{k}={v}-" in f"{r['name']}-"}, axis=1)
+    usual = {acts: usual_settings(list(of_cache)) for acts, of_cache in
+             runs.overrides.groupby(runs.acts)}
+    runs["usual"] = runs.acts.map(usual)
+    runs["group"] = [name_group(run) for run in runs.itertuples()]
+    runs["study"] = runs.variant.str.extract(r"(.+)_r\d+$")[0].fillna("yardsticks")
     ranks = {name: i for i, name in enumerate(sorted(runs.group.unique(), key=natural))}
     runs["order"] = runs.group.map(ranks)
+
+
+def usual_settings(overrides):
+    """{setting: value} that more than half of the runs override alike."""
+    counts = Counter(setting for mine in overrides for setting in mine.items())
+    return {key: value for (key, value), n in counts.items() if n > len(overrides) / 2}
+
+
+def name_group(run):
+    """A run's variant and its unusual settings: 'topk-l0=32.0'."""
+    known = run.overrides.keys() | run.usual.keys() & run.settings.keys()
+    values = {key: str(run.settings[key]) for key in sorted(known)}
+    unusual = [f"{key}={value}" for key, value in values.items() if run.usual.get(key) != value]
+    return "-".join([run.variant, *unusual])
 
 
 # ---- comparisons: the same seed at the same L0 ---------------------------------------------------
@@ -408,13 +405,11 @@ def difference(members, curves, metric, paired):
                      "deltas": np.subtract(mine, theirs).tolist()}
 
 
-def compare(runs, primary):
-    """`found`: a row per cache, group, metric and other run (the baseline, the parent).
+def compare(runs, metric):
+    """`found`: a row per cache, group and other run (the baseline, the parent) with a verdict.
 
-    The parent is the row before. Holm's correction is within a cache: over the groups tried for the
-    primary metric, and over groups and metrics for all others, which are exploratory.
+    The parent is the row before. Holm's correction is over all groups of a cache.
     """
-    metrics = [m for m, about in METRICS.items() if about.better and m in runs or m == primary]
     rows = []
     for (acts, group), members in groups(runs[runs.variant != "baseline"]):
         for whose, other in (("baseline", "baseline"), ("parent", members.parent.iloc[0])):
@@ -424,17 +419,15 @@ def compare(runs, primary):
             if valid.empty:
                 curves = [no_other(other, others)] * len(members)
             paired = members.paired.all() and others.paired.all()
-            for metric in metrics:
-                row = difference(members.to_dict("records"), curves, metric, paired)
-                rows.append({"acts": acts, "group": group, "whose": whose, "other": other,
-                             "metric": metric} | row)
+            row = difference(members.to_dict("records"), curves, metric, paired)
+            about = {"acts": acts, "group": group, "whose": whose, "other": other, "metric": metric}
+            rows.append(about | row)
     columns = ["acts", "group", "whose", "other", "metric", "mean", "low", "high", "p", "worth",
                "used", "seeds", "lost", "deltas"]
     found = pd.DataFrame(rows, columns=columns)
-    family = [found.acts, found.whose, found.metric == primary]
-    found["holm"] = found.groupby(family).p.transform(holm)
+    found["holm"] = found.groupby(["acts", "whose"]).p.transform(holm)
     found["verdict"] = [verdict(row) for _, row in found.iterrows()]
-    return found.set_index(["acts", "group", "whose", "metric"], drop=False)
+    return found
 
 
 def groups(runs):
@@ -486,8 +479,8 @@ def show_interval(row, digits):
 def entries(data, acts):
     """Yield (name, runs to average, all runs, {whose: row of `found`}), controls last."""
     for (_, group), members in groups(data.runs[data.runs.acts == acts]):
-        keys = {whose: (acts, group, whose, data.primary) for whose in ("baseline", "parent")}
-        told = {w: data.found.loc[key] for w, key in keys.items() if key in data.found.index}
+        mine = data.found[(data.found.acts == acts) & (data.found.group == group)]
+        told = {row.whose: row for _, row in mine.iterrows()}
         valid = members[members.problem == ""]
         yield group, valid if len(valid) else members, members, told
     for i, control in data.controls[data.controls.acts == acts].iterrows():
@@ -497,7 +490,9 @@ def entries(data, acts):
 
 def remarks(members, told):
     """What stands beside a group's verdict: its caveats, and seeds that are not in the verdict."""
-    said = Counter(word for words in members.caveats for word in set(words))
+    if members.control.any():
+        return []                # they are made to trip the guards
+    said = Counter(word for words in members.caveats for word in dict.fromkeys(words))
     if not told:
         said.update(words for words in members.problem if words)
     elif told["baseline"].used:
@@ -510,7 +505,7 @@ def results_table(data, acts):
     """The full table of one cache as a data frame: a row per group, controls last."""
     both = pd.concat([data.runs[data.runs.acts == acts], data.controls[data.controls.acts == acts]])
     metrics = [m for m in METRICS if m in both and both[m].notna().any()]
-    blind, main, rows = uninformative(data, acts), METRICS[data.primary], []
+    blind, main, rows = uninformative(data, acts), METRICS[data.metric], []
     for name, scored, members, told in entries(data, acts):
         row = {"run": name}
         if told:
@@ -536,16 +531,6 @@ def show_acted(members):
     return ", ".join(f"{name} {value:.4g}" for name, value in counts.mean().items())
 
 
-def other_metrics(data, acts):
-    """Differences in all other metrics (exploratory), a data frame: a row per group and metric."""
-    found = data.found[(data.found.acts == acts) & (data.found.metric != data.primary)]
-    found = found[found.used > 0]
-    rows = [{"run": row.group, "metric": METRICS[row.metric].title, "against": row.other,
-             "verdict": row.verdict, "difference": show_interval(row, METRICS[row.metric].digits),
-             "p": f"{row.holm:.3g}"} for _, row in found.iterrows()]
-    return pd.DataFrame(rows).drop_duplicates(["run", "metric", "against"] if rows else None)
-
-
 def uninformative(data, acts):
     """{metric: the controls that do at least as well as the median run}."""
     valid, controls = data.valid[data.valid.acts == acts], data.controls[data.controls.acts == acts]
@@ -566,7 +551,7 @@ def notes(data, acts):
         lines.append(f"{METRICS[metric].title} says nothing by itself here: {join_names(controls)} "
                      "(controls) do at least as well as the median run.")
     whys = {}
-    for name, said in zip(runs.name, runs.whys):
+    for name, said in zip(runs.group + "-s" + runs.seed.map("{:.0f}".format), runs.whys):
         for guard, why in said:
             whys.setdefault(guard, {}).setdefault(name, why)
     for guard, by_run in whys.items():
@@ -577,8 +562,8 @@ def notes(data, acts):
 
 def printed_table(data, acts, width=100):
     """The short table of one cache as lines of at most `width` columns."""
-    runs, main = data.runs[data.runs.acts == acts], METRICS[data.primary]
-    wanted = ["l0", "explained_variance", "ce_recovered", "mcc", data.primary]
+    runs, main = data.runs[data.runs.acts == acts], METRICS[data.metric]
+    wanted = ["l0", "explained_variance", "ce_recovered", "mcc", data.metric]
     wanted = [m for m in dict.fromkeys(wanted) if m in runs and runs[m].notna().any()]
     rows = [["run", *(METRICS[m].title for m in wanted), f"{main.title} - baseline's", "verdict"]]
     for name, scored, members, told in entries(data, acts):
@@ -620,8 +605,7 @@ FINDINGS = {                 # verdict -> what is said of one and of several
 
 def summary(data, acts):
     """What was found against the baseline, in one plain sentence."""
-    found = data.found[(data.found.acts == acts) & (data.found.metric == data.primary)]
-    found = found[found.whose == "baseline"]
+    found = data.found[(data.found.acts == acts) & (data.found.whose == "baseline")]
     if found.empty:
         return "There is nothing but the baseline: nothing to compare."
     words = found.verdict.str.split(" \\(").str[0]
@@ -631,7 +615,7 @@ def summary(data, acts):
         if names:
             named = str(len(names)) if word in ("cannot tell", "invalid") else join_names(names)
             parts.append(f"{named} {one if len(names) == 1 else many}")
-    said = f"In {METRICS[data.primary].title}, {'; '.join(parts)}."
+    said = f"In {METRICS[data.metric].title}, {'; '.join(parts)}."
     if found.used.max() < MIN_SEEDS:
         said += " Verdicts need three seeds: 02_train.py --seed 0 1 2."
     return said
@@ -645,9 +629,10 @@ def join_names(names):
 
 
 def heading(data, acts):
-    """A cache's name, and the settings that all of its runs have."""
-    shared = data.runs.shared[data.runs.acts == acts].iloc[0]
-    return f"{acts} with {shared}" if shared else acts
+    """A cache's name, and the settings that a group has unless its name says otherwise."""
+    usual = data.runs.usual[data.runs.acts == acts].iloc[0]
+    settings = " ".join(f"{key}={value}" for key, value in sorted(usual.items()))
+    return f"{acts} with {settings}" if usual else acts
 
 
 def results_markdown(data):
@@ -656,9 +641,6 @@ def results_markdown(data):
     for acts in data.runs.acts.unique():
         lines += ["", f"## {heading(data, acts)}", "", *markdown(results_table(data, acts)), ""]
         lines += [f"* {line}" for line in notes(data, acts)]
-        others = other_metrics(data, acts)
-        if len(others):
-            lines += ["", "### Other metrics (exploratory)", "", *markdown(others)]
     return "\n".join(lines) + "\n"
 
 
@@ -679,14 +661,15 @@ def worth_in_words():
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A", "#8C6D46"]
 DASHES = ["-", "--"]
-MARKERS = "osD^vP*X"
+RIGHT = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.02)}    # a legend beside its panel
+MARKERS = "osD^vP*"          # one fewer than colours, so that 56 pairs differ
 STYLE = {"figure.dpi": 100, "savefig.dpi": 130, "font.size": 9, "axes.titlesize": 9,
          "axes.labelsize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.color": "#E5E5E5", "axes.axisbelow": True, "legend.framealpha": 0.7,
          "legend.edgecolor": "none", "legend.fontsize": 7, "xtick.labelsize": 7.5,
-         "ytick.labelsize": 7.5}
-MANY = 12                    # groups that can be told apart in a panel
+         "ytick.labelsize": 7.5, "axes.formatter.min_exponent": 5}
+MANY = 15                    # variants of a panel whose lines differ in colour or dashes
 
 LABELS = {                   # what stands beside an axis; METRICS has the others
     "explained_variance": "explained variance",
@@ -695,24 +678,14 @@ LABELS = {                   # what stands beside an axis; METRICS has the other
     "l1": "L1 of a row's activations",
     "l2_ratio": "L2 ratio ||x_hat|| / ||x||",
     "ce_recovered": "cross-entropy recovered",
-    "ce_loss_score": "CE loss score",
-    "kl_div_score": "KL divergence score",
     "kl_sae": "KL divergence (nats)",
     "dead": "dead latents (share)",
-    "absorption_full": "absorption score (full)",
-    "absorption_fraction": "absorption fraction",
     "absorption": "absorption of true features",
     "absorption.splits": "split features per letter",
-    "probe_1": "top-1 probing accuracy",
-    "probe_5": "top-5 probing accuracy",
-    "probe_20": "top-20 probing accuracy",
-    "unlearning": "unlearning score",
     "forget.forget_added": "loss added on the topic to forget (nats)",
     "forget.retain_added": "loss added on other text (nats)",
-    "seconds": "training time (s / M tokens)",
-    "penalty_ratio": "penalty / reconstruction error",
-    "geometry.correlation": "correlation of two latents (mean |r|)",
-    "geometry.mean_abs_cosine": "cosine of decoder rows (mean |cos|)",
+    "geometry.correlation": "mean |correlation| of latents",
+    "geometry.mean_abs_cosine": "mean |cosine| of decoder rows",
     "geometry.effective_rank": "effective rank of the decoder",
     "geometry.mean_max_cosine": "cosine with nearest decoder row",
     "geometry.coherence": "largest cosine of decoder rows",
@@ -740,7 +713,7 @@ LABELS = {                   # what stands beside an axis; METRICS has the other
     "usage": "firing rate",
     "density.counts": "latents",
 }
-NULLS = {                    # the same figure of what has learned nothing, drawn in grey
+NULLS = {                    # the same figure without an SAE: by chance, or of the model, in grey
     "geometry.correlation": "geometry.null.correlation",
     "geometry.mean_abs_cosine": "geometry.null.mean_abs_cosine",
     "geometry.effective_rank": "geometry.null.effective_rank",
@@ -774,10 +747,10 @@ def measured(runs, metrics):
 
 
 def panels(runs, with_swept=False):
-    """[(title, runs)]: all groups of a cache in one panel or, of more than MANY, one panel a study.
+    """[(title, runs)]: a panel for each cache or, of more than MANY variants, for each study.
 
-    The baseline is in each; a study of more than MANY groups is cut in parts. Settings that were
-    swept have plots of their own: without with_swept a variant's default settings stand for it.
+    The baseline is in each; a study of more than MANY variants is cut in parts. Settings that were
+    swept have plots of their own: without with_swept a variant's usual settings stand for it.
     """
     found = []
     for acts, of_cache in runs.groupby("acts", sort=False):
@@ -785,15 +758,15 @@ def panels(runs, with_swept=False):
             plain = of_cache.group == of_cache.variant
             only_swept = ~of_cache.variant.isin(of_cache.variant[plain])
             of_cache = of_cache[plain | only_swept]
-        if of_cache.group.nunique() <= MANY:
+        if of_cache.variant.nunique() <= MANY:
             found.append((f"{acts}: all runs", of_cache))
             continue
-        base, rest = (part for _, part in of_cache.groupby(of_cache.variant != "baseline"))
-        for study, members in rest.groupby("study"):
-            names = members.group.unique()
+        is_base = of_cache.variant == "baseline"
+        for study, members in of_cache[~is_base].groupby("study"):
+            names = members.variant.unique()
             for at in range(0, len(names), MANY):
-                part = members[members.group.isin(names[at:at + MANY])]
-                found.append((f"{acts}: {study}", pd.concat([base, part])))
+                part = members.variant.isin(names[at:at + MANY])
+                found.append((f"{acts}: {study}", pd.concat([of_cache[is_base], members[part]])))
     return found
 
 
@@ -816,32 +789,24 @@ def grid(shown, things):
 
 
 def looks(names):
-    """({name: colour}, {name: dashes}, {name: marker}) within a panel; the baseline is black."""
-    others = [name for name in names if name != "baseline"]
-    colours = dict(zip(others, itertools.cycle(COLOURS))) | {"baseline": "#222222"}
-    dashes = {name: DASHES[i // len(COLOURS) % 2] for i, name in enumerate(others)}
-    markers = dict(zip(others, itertools.cycle(MARKERS))) | {"baseline": "o"}
-    return colours, dashes | {"baseline": DASHES[0]}, markers
-
-
-def legend_outside(axis):
-    """Put the legend to the right of the panel, each name once."""
-    handles, names = axis.get_legend_handles_labels()
-    axis.legend(handles, names, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+    """{name: {color, ls, marker}} of the lines of a panel; the baseline is black."""
+    found = {"baseline": {"color": "#222222", "ls": "-", "marker": "o"}}
+    for i, name in enumerate(name for name in names if name != "baseline"):
+        found[name] = {"color": COLOURS[i % len(COLOURS)], "ls": DASHES[i // len(COLOURS) % 2],
+                       "marker": MARKERS[i % len(MARKERS)]}
+    return found
 
 
 def name_runs(axis, title, names):
     """Put the runs' names on the x axis; in a study's panel r1, r2 ... are enough."""
     study = title.split(": ")[-1]
     short = [name.removeprefix(f"{study}_") for name in names]
-    axis.set_xticks(range(len(short)), short)
-    if max(map(len, short[1:]), default=0) > 4:
-        plt.setp(axis.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
+    axis.set_xticks(range(len(short)), short, rotation=40, ha="right", rotation_mode="anchor")
     axis.grid(axis="x", visible=False)
     axis.set_xlabel("")
 
 
-def by_run(*metrics, bars=False, beside=("baseline",)):
+def by_run(*metrics, beside=("baseline",)):
     """A final metric against the run: baseline, r1, r2 ...; mean and sd over seeds.
 
     beside: variants whose mean is a line through each panel.
@@ -851,84 +816,70 @@ def by_run(*metrics, bars=False, beside=("baseline",)):
         if not shown:
             return None
         figure, cells = grid(panels(data.valid), shown)
+        legend = {}
         for axis, title, runs, metric in cells:
-            one_study = not title.endswith((" all runs", " yardsticks"))
-            draw_by_run(axis, runs, metric, bars, one_study)
-            of_cache = data.valid[data.valid.acts.isin(runs.acts)]
-            for name, style in zip(beside, ("--", ":")):
-                level = of_cache[metric][of_cache.group == name].mean()
-                axis.axhline(level, color="#222222", lw=0.8, ls=style, label=name, zorder=1)
-            axis.legend()
+            draw_by_run(axis, runs, metric, joined=not title.endswith((" all runs", " yardsticks")))
+            of_cache = data.valid[data.valid.acts.isin(runs.acts) & data.valid.group.isin(beside)]
+            for (name, members), style in zip(of_cache.groupby("group"), ("--", ":")):
+                axis.axhline(members[metric].mean(), color="#222222", lw=0.8, ls=style, label=name,
+                             zorder=1)
             name_runs(axis, title, runs.group.unique())
             axis.set_ylabel(label(metric))
+            legend |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3)
         return figure
     return draw
 
 
-def draw_by_run(axis, runs, metric, bars, joined):
+def draw_by_run(axis, runs, metric, joined):
     """One panel of by_run: means, seeds, and what chance gives."""
-    if bars:
-        sns.barplot(runs, x="group", y=metric, errorbar="sd", color="#9CC4DE", err_kws={"lw": 1},
-                    ax=axis)
-    else:
-        sns.pointplot(runs, x="group", y=metric, errorbar="sd", color=COLOURS[0], ms=4, lw=1,
-                      linestyle="-" if joined else "none", err_kws={"lw": 1}, ax=axis)
-    sns.stripplot(runs, x="group", y=metric, color="#444444", size=2.5, jitter=False, ax=axis)
+    sns.stripplot(runs, x="group", y=metric, color="#999999", size=2.5, jitter=False, ax=axis)
+    sns.pointplot(runs, x="group", y=metric, errorbar="sd", color=COLOURS[0], ms=4, lw=1,
+                  linestyle="-" if joined else "none", err_kws={"lw": 1}, ax=axis)
     if NULLS.get(metric) in runs:
         level = runs.groupby("group", sort=False)[NULLS[metric]].mean()
-        axis.plot(range(len(level)), level, "_", color="#888888", ms=10, mew=1.5, label="chance")
+        what = "the model's own" if metric.startswith("probe") else "chance"
+        axis.plot(range(len(level)), level, "_", color="#888888", ms=10, mew=1.5, label=what)
 
 
-def lines(*metrics, scale="linear", only=None):
-    """A curve of each group, mean over seeds in a band of their standard deviation.
-
-    only: a metric; only runs that have it, their parents and the baseline are drawn.
-    """
+def lines(*metrics, scale="linear"):
+    """Curves of the groups that have the first metric, and of the baseline; mean and sd."""
     def draw(data):
-        runs = data.valid
-        if only:
-            having = runs[runs[only].notna()] if only in runs else runs[:0]
-            beside = runs.variant.isin({"baseline", *having.parent})
-            runs = runs[runs.index.isin(having.index) | beside] if len(having) else having
-        known = runs.assign(run=runs.folder.map(str))[["run", "acts", "group"]]
-        curves = known.merge(data.curves, on="run")
-        shown = [m for m in metrics if (curves.metric == m).any()]
-        if not shown:
+        runs = data.valid.assign(run=data.valid.folder.map(str))
+        curves = data.curves[data.curves.metric.isin({*metrics, *NULLS.values()})]
+        curves = runs[["run", "group"]].merge(curves)
+        having = runs.run.isin(curves.run[curves.metric == metrics[0]])
+        if not having.any():
             return None
-        figure, cells = grid(panels(runs), shown)
-        for axis, title, part, metric in cells:
-            mine = curves[curves.run.isin(part.folder.map(str))]
+        shown = [m for m in metrics if (curves.metric == m).any()]
+        figure, cells = grid(panels(runs[having | (runs.variant == "baseline")]), shown)
+        for axis, _, part, metric in cells:
+            mine = curves[curves.run.isin(part.run)].astype({"x": float})
+            draw_lines(axis, mine[mine.metric == metric], metric, scale)
             null = mine[mine.metric == NULLS.get(metric)]
-            draw_lines(axis, mine[mine.metric == metric], null, metric, scale)
+            if len(null):
+                axis.plot(null.groupby("x").y.mean(), ":", color="#888888", lw=1.6, label="chance")
             if metric == shown[-1]:
-                legend_outside(axis)
+                axis.legend(**RIGHT)
         return figure
     return draw
 
 
-def draw_lines(axis, mine, null, metric, scale):
-    """One panel of lines; mine, null: curves of the metric and of chance."""
-    mine, null = (part.astype({"x": float}) for part in (mine, null))
-    colours, dashes, _ = looks(mine.group.unique())
-    for name, part in mine.groupby("group", sort=False):
-        table = part.groupby("x").y.agg(["mean", "std"]).fillna(0)
-        low, high = table["mean"] - table["std"], table["mean"] + table["std"]
-        axis.plot(table["mean"], color=colours[name], ls=dashes[name], lw=1.2, label=name)
-        axis.fill_between(table.index, low, high, color=colours[name], alpha=0.15, lw=0)
-    if len(null):
-        axis.plot(null.groupby("x").y.mean(), ":", color="#888888", lw=1.6, label="chance")
-    axis.set(xlabel=next(text for start, text in X_LABELS.items() if metric.startswith(start)),
-             ylabel=label(metric))
+def draw_lines(axis, curves, metric, scale):
+    """One panel of lines: a mean over seeds in a band of their standard deviation."""
+    styles = looks(curves.group.unique())
     if metric.startswith("log."):
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
         axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-    if scale == "log" and (mine.y > 0).any():
-        axis.set_yscale("log")
-    elif metric.startswith("log."):
-        # the first steps would squeeze all that follows
-        low, high = mine.y[mine.x > 0.05 * mine.x.max()].agg(["min", "max"])
-        if high > low:
-            axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        if scale == "linear":    # the first steps would squeeze all that follows
+            curves = curves[curves.x > 0.05 * curves.x.max()]
+    for name, part in curves.groupby("group", sort=False):
+        table = part.groupby("x").y.agg(["mean", "std"]).fillna(0)
+        low, high = table["mean"] - table["std"], table["mean"] + table["std"]
+        axis.plot(table["mean"], **styles[name] | {"marker": ""}, lw=1.2, label=name)
+        axis.fill_between(table.index, low, high, color=styles[name]["color"], alpha=0.15, lw=0)
+    axis.set(xlabel=next(text for start, text in X_LABELS.items() if metric.startswith(start)),
+             ylabel=label(metric), yscale=scale)
 
 
 def final_losses(data):
@@ -943,8 +894,8 @@ def final_losses(data):
         table = table.loc[:, table.any()]
         table.plot.bar(stacked=True, ax=axis, width=0.65, color=COLOURS, legend=False, rot=0)
         name_runs(axis, title, table.index)
-        axis.set_ylabel("final loss (fractions of E||x||² / d_in)")
-        legend_outside(axis)
+        axis.set_ylabel("last loss (x_hat = 0 has 1)")
+        axis.legend(**RIGHT)
     return figure
 
 
@@ -967,8 +918,7 @@ def heat(metric, words):
     return draw
 
 
-EFFECTS = ["explained_variance", "ce_recovered", "mcc", "absorption_full", "absorption", "dead",
-           "penalty_ratio"]
+EFFECTS = ["explained_variance", "ce_recovered", "mcc", "absorption_full", "absorption", "dead"]
 
 
 def sweep(pattern):
@@ -988,7 +938,7 @@ def sweep(pattern):
             axis.set(xlabel=key, ylabel=label(metric))
             axis.legend().remove()
             if metric == metrics[-1]:
-                legend_outside(axis)
+                axis.legend(**RIGHT)
         return figure
     return draw
 
@@ -1016,45 +966,18 @@ def scatter(*pairs):
             return None
         figure, cells = grid(panels(data.valid, with_swept=True), shown)
         for axis, _, runs, (x, y) in cells:
-            draw_scatter(axis, runs, x, y)
-            if x == "l0":
-                draw_controls(axis, data.controls[data.controls.acts.isin(runs.acts)], runs[y], y)
+            styles = looks(runs.variant.unique())
+            for variant, members in runs.groupby("variant", sort=False):
+                table = members.groupby("group")[[x, y]].agg(["mean", "std"])
+                table = table.sort_values((x, "mean"))
+                axis.errorbar(table[x, "mean"], table[y, "mean"], table[y, "std"], table[x, "std"],
+                              **styles[variant], ms=5, lw=1.2, elinewidth=1, capsize=2,
+                              label=variant)
             axis.set(xlabel=label(x), ylabel=label(y))
             if (x, y) == shown[-1]:
-                legend_outside(axis)
+                axis.legend(**RIGHT)
         return figure
     return draw
-
-
-def draw_scatter(axis, runs, x, y):
-    """The runs of one panel of scatter."""
-    colours, _, markers = looks(runs.variant.unique())
-    for variant, members in runs.groupby("variant", sort=False):
-        table = members.groupby("group")[[x, y]].agg(["mean", "std"]).sort_values((x, "mean"))
-        axis.errorbar(table[x, "mean"], table[y, "mean"], table[y, "std"], table[x, "std"],
-                      color=colours[variant], marker=markers[variant], ms=5, lw=1.2, elinewidth=1,
-                      capsize=2, label=variant)
-    if x == "l0":
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(10, (1, 1.5, 2, 3, 5, 7)))
-        axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-
-
-def draw_controls(axis, controls, values, metric):
-    """Controls as hollow marks; those far below would squeeze the runs together and are words."""
-    floor = values.min() - max(np.ptp(values.dropna()), 0.1)
-    below = []
-    for control, marker in zip(controls.to_dict("records"), MARKERS):
-        name, value = control["folder"].name, control.get(metric, math.nan)
-        if value < floor:
-            below.append(f"{name} {value:.2f}")
-        elif control.get("l0", 0) > 0 and not math.isnan(value):
-            axis.plot(control["l0"], value, marker, mfc="none", mec="#777777", ms=6,
-                      label=f"control: {name}")
-    if below:
-        axis.text(0.02, 0.02, "controls below: " + ", ".join(below), transform=axis.transAxes,
-                  fontsize=6.5)
 
 
 def controls(data):
@@ -1077,23 +1000,22 @@ VERDICT_COLOURS = {"better": "#0072B2", "worse": "#D55E00", "no difference seen"
 
 def verdicts(data):
     """A forest plot: each group's difference to the baseline and to its parent, with intervals."""
-    found = data.found[data.found.metric == data.primary]
-    if not found.used.any():
+    if not data.found.used.any():
         return None
-    about = METRICS[data.primary]
-    counts = found[found.whose == "baseline"].groupby(level="acts", sort=False).size()
+    about = METRICS[data.metric]
+    counts = data.found.groupby("acts", sort=False).size() / 2
     height = 0.22 * counts.sum() + 1.2 * len(counts)
     figure, axes = plt.subplots(len(counts), 2, figsize=(15, height), squeeze=False,
                                 layout="constrained", height_ratios=counts + 3)
     for row, acts in zip(axes, counts.index):
         for axis, whose in zip(row, ("baseline", "parent")):
-            rows = found[(found.acts == acts) & (found.whose == whose)]
+            rows = data.found[(data.found.acts == acts) & (data.found.whose == whose)]
             draw_forest(axis, rows, about)
-            names = rows.group if whose == "baseline" else rows.other
-            axis.set_yticks(range(len(rows)), names, fontsize=7)
+            names = rows.group if whose == "baseline" else "its parent: " + rows.other
+            axis.set_yticks(range(len(rows)), names)
             axis.set_title(f"{acts}: {about.title} - {whose}'s")
     figure.supxlabel("line: 95 % interval of this one difference; ticks: seeds; "
-                     "grey band: too small to matter", fontsize=8)
+                     "grey: too small to matter", fontsize=8)
     return figure
 
 
@@ -1101,17 +1023,16 @@ def draw_forest(axis, rows, about):
     """One panel of verdicts."""
     for y, (_, row) in enumerate(rows.iterrows()):
         colour = VERDICT_COLOURS.get(row.verdict.split(" (")[0], "#999999")
+        axis.barh(y, 2 * row.worth, 1, -row.worth, color="#EEEEEE", zorder=0)
         axis.plot([row.low, row.high], [y, y], color=colour, lw=1.6)
         axis.plot(row["mean"], y, "o", color=colour, ms=4.5)
         axis.plot(row.deltas, [y + 0.3] * len(row.deltas), "|", color=colour, ms=4, mew=0.8)
         axis.text(1.01, y, row.verdict, transform=axis.get_yaxis_transform(), va="center",
                   fontsize=7, color=colour)
     # an interval of three seeds may leave the panel
-    reach = 1.3 * max((abs(d) for deltas in rows.deltas for d in deltas), default=0) or about.worth
-    if not about.relative:
-        axis.axvspan(-about.worth, about.worth, color="#EEEEEE", zorder=0)
+    reach = 1.3 * rows.deltas.explode().abs().max()
     axis.axvline(0, color="#444444", lw=0.8)
-    axis.set(xlim=(-reach, reach), ylim=(len(rows) - 0.4, -0.6),
+    axis.set(xlim=(-reach, reach) if reach > 0 else None, ylim=(len(rows) - 0.4, -0.6),
              xlabel=f"{about.title} ({'more' if about.better > 0 else 'less'} is better)")
     axis.grid(axis="y", visible=False)
 
@@ -1122,13 +1043,13 @@ PLOTS = {
     "pareto": scatter(("l0", "explained_variance"), ("l0", "ce_recovered"), ("l0", "mcc")),
     "controls": controls,
     # note 000
-    "absorption_scores": by_run("absorption_full", "absorption_fraction", "absorption", bars=True),
-    "feature_splits": by_run("absorption.splits", bars=True),
+    "absorption_scores": by_run("absorption_full", "absorption_fraction", "absorption"),
+    "feature_splits": by_run("absorption.splits"),
     "final_losses": final_losses,
     "letter_absorption": heat("absorption.full_absorption_rate",
                               "full absorption rate by first letter"),
     "jl_quality": lines("geometry.jl.run.error_sd", "geometry.jl.run.recall"),
-    "sparsity_distributions": lines("geometry.l0_of_rows", "density.counts"),
+    "sparsity_distributions": lines("density.counts", "geometry.l0_of_rows"),
     "sparsity_indices": by_run("geometry.hoyer", "geometry.gini", "dead"),
     # note 001
     "condition_numbers": by_run("geometry.condition_group", "geometry.condition_active"),
@@ -1138,11 +1059,10 @@ PLOTS = {
     # note 002
     "training_curves": lines("log.loss", "log.loss_recon", scale="log"),
     "sparsity_evolution": lines("log.zeros"),
-    "feature_correlations": by_run("geometry.correlation", "geometry.mean_abs_cosine", bars=True),
+    "feature_correlations": by_run("geometry.correlation", "geometry.mean_abs_cosine"),
     "feature_usage": lines("usage", scale="log"),
     "tau_fixed_adaptive": lines("log.tau", "log.pair_cos", "log.pair_over",
-                                "log.explained_variance", only="final.pair_cos"),
-    "tau_ablation": sweep(".*tau.*"),
+                                "log.explained_variance"),
     "topk_ablation": sweep("pair_(fraction|rule)"),
     "pair_stability": lines("geometry.pairs.coactivation.jaccard", "geometry.pairs.preact.jaccard"),
     "absorption_efficiency": scatter(
@@ -1157,18 +1077,16 @@ PLOTS = {
     "ce_loss_score_evolution": by_run("ce_loss_score"),
     "l2_ratio_evolution": by_run("l2_ratio"),
     "key_metrics_combined": by_run("explained_variance", "l0", "kl_div_score"),
-    "reactivation": lines("log.dead", "log.revived", "log.explained_variance",
-                          only="final.revived"),
+    "reactivation": lines("log.revived", "log.dead", "log.explained_variance"),
     "diversity": by_run("geometry.effective_rank", "geometry.mean_max_cosine",
                         "geometry.coherence"),
     # note 004
     "metrics_comparison": by_run("explained_variance", "kl_sae", "l0", "l1"),
     "absorption_rates": by_run("absorption_full", "absorption"),
-    "absorption_l0": scatter(("l0", "absorption_full"), ("l0", "absorption")),
     "probing_accuracy": by_run("probe_1", "probe_5", "probe_20"),
     "feature_stability": by_run("stability.matched", "stability.again", "stability.best"),
     # all other swept settings
-    "ablation": sweep("(?!l0$|pair_|.*tau|.*_(alpha|coef|weight|share)$).*"),
+    "ablation": sweep("(?!l0$|pair_|.*_(alpha|coef|weight|share)$).*"),
 }
 
 
@@ -1296,8 +1214,6 @@ def report(data, drawn):
         body += [f"<h2>{html.escape(heading(data, acts))}</h2>",
                  html_table(results_table(data, acts)),
                  "<ul>", *(f"<li>{html.escape(line)}</li>" for line in notes(data, acts)), "</ul>"]
-        body += ["<details><summary>Other metrics (exploratory)</summary>",
-                 html_table(other_metrics(data, acts)), "</details>"]
     body += ["<details><summary>How to read this</summary>", f"<p>{html.escape(RULE)}</p>",
              f"<p>{html.escape(worth_in_words())}</p></details>", "<h2>Latents</h2>"]
     features = read_features(data.runs)

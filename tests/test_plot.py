@@ -171,7 +171,7 @@ def test_a_missing_evaluation_is_a_dash_and_never_a_zero(root):
     make_run(root, "topk", core={})
     make_run(root, "gated")
     table = plot.results_table(read_data(root), "tiny").set_index("run")
-    assert table["absorption (true)"]["topk"] == "-" and table.EV["gated"] == "-"
+    assert table["absorption"]["topk"] == "-" and table.EV["gated"] == "-"
     assert table.verdict["gated"] == "cannot tell (not evaluated)"
 
 
@@ -201,13 +201,17 @@ def test_the_models_own_probes_are_never_taken_for_the_saes(root):
     assert runs["sparse_probing.llm_top_1_test_accuracy"][0] == pytest.approx(0.66)
 
 
-def test_names_leave_out_what_all_runs_have_in_common_and_the_heading_says_it(root):
-    for variant in ("baseline", "topk"):
-        make_run(root, variant, core={}, sets={"d_sae": 128})
-    make_run(root, "topk", core={}, sets={"d_sae": 128, "lr": 0.01})
+def test_names_leave_out_the_usual_settings_and_the_heading_says_them(root):
+    for variant in ("baseline", "gated", "topk"):
+        make_run(root, variant, core={}, sets={"l0": 32.0})
+    make_run(root, "skip", core={})
+    make_run(root, "topk", core={}, sets={"l0": 64.0})
     data = read_data(root)
-    assert list(data.runs.group) == ["baseline", "topk", "topk-lr=0.01"]
-    assert plot.heading(data, "tiny") == "tiny with d_sae=128"
+    assert list(data.runs.group) == ["baseline", "gated", "skip-l0=16.0", "topk", "topk-l0=64.0"]
+    assert plot.heading(data, "tiny") == "tiny with l0=32.0"
+    # so that the baseline of a sweep has its line in the plots
+    axis = plot.PLOTS["mse_evolution"](data).axes[0]
+    assert "baseline" in axis.get_legend_handles_labels()[1]
 
 
 # ---- plots ---------------------------------------------------------------------------------------
@@ -267,8 +271,9 @@ def test_note_003s_plots_show_final_metrics_against_the_run_number(root):
 def test_curves_are_means_over_seeds_in_a_band(root):
     for seed, shift in enumerate((0.0, 0.2)):
         make_run(root, "baseline", seed, core={}, log={"dead": 0.1 + shift, "revived": 1})
-    axis = plot.PLOTS["reactivation"](read_data(root)).axes[0]
-    assert axis.lines[0].get_ydata() == pytest.approx([0.2] * 20) and len(axis.collections) == 1
+    axis = plot.PLOTS["reactivation"](read_data(root)).axes[1]
+    # the first twentieth of training is left out
+    assert axis.lines[0].get_ydata() == pytest.approx([0.2] * 19) and len(axis.collections) == 1
 
 
 def test_an_invalid_run_is_in_no_plot(root):
@@ -315,7 +320,8 @@ def test_a_user_error_is_one_line_and_an_exit_code(root):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--metric", "l0"], "invalid choice"), (["--out", "runs/baseline-s0/config.json"], "want a folder")])
+    (["--metric", "l0"], "invalid choice"),
+    (["--out", "runs/baseline-s0/config.json"], "want a folder")])
 def test_wrong_flags_are_refused(root, call_main, flags, words):
     make_run(root, "baseline", core={})
     with pytest.raises(plot.Refuse, match=words):

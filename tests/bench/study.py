@@ -88,67 +88,84 @@ def expand(pattern):
 
 
 PRIMARY = {REAL: "explained_variance", TOY: "absorption"}        # what verdicts are about
-SHOWN = {REAL: ["l0", "explained_variance", "ce_recovered", "kl_sae", "dead", "absorption_full",
-                "absorption_fraction", "probe_1", "probe_5"],
+SHOWN = {REAL: ["l0", "explained_variance", "ce_recovered", "dead", "absorption_fraction",
+                "probe_1"],
          TOY: ["l0", "explained_variance", "mcc", "f1", "absorption", "dead"]}
 EXPLORED = {REAL: ["absorption_fraction", "probe_1"], TOY: ["explained_variance", "mcc", "f1"]}
+EXPLORED_WORDS = {"better": " better", "worse": " worse", "no difference seen": " same"}
 TABLE = re.compile(r"<!-- table (\S+) (\S+) -->.*?<!-- end -->", re.DOTALL)
 
 
 def write_tables():
     """Put the tables in the places of STUDIES.md that are marked for them."""
-    found = {}
-    for acts in PRIMARY:
+    found, explored = {}, {}
+    for acts, about in PRIMARY.items():
         if folders := expand(f"runs/*-{acts}-*"):
             runs, controls, curves = plot.read_runs(folders)
-            about = PRIMARY[acts]
             found[acts] = plot.Data(runs, controls, curves, plot.compare(runs, about), about)
+            explored[acts] = {m: plot.compare(runs, m) for m in EXPLORED[acts]}
 
     def table(match):
         acts, study = match.groups()
-        lines = describe(found[acts], acts, study) if acts in found else ["Not run yet."]
+        lines = ["Not run yet."]
+        if acts in found and study == "summary":
+            lines = summarise(found[acts], acts)
+        elif acts in found:
+            lines = describe(found[acts], explored[acts], acts, study)
         return "\n".join([f"<!-- table {acts} {study} -->", *lines, "<!-- end -->"])
 
     STUDIES.write_text(TABLE.sub(table, STUDIES.read_text("utf-8")), "utf-8")
 
 
-def describe(data, acts, study):
-    """The lines of a study's table, or of the summary of all runs of a cache."""
-    if study == "summary":
-        wanted = len(SEEDS[acts]) * (len(YARDSTICKS + IDEAS) + 2 * len(SWEPT))
-        counts = (f"Of {wanted} runs {sum(data.runs.status == 'done')} are trained, and "
-                  f"{len(data.valid)} are evaluated and valid.")
-        return [counts, "", *(f"* {note}" for note in plot.notes(data, acts))]
+def summarise(data, acts):
+    """The lines that stand above the tables of a cache."""
+    wanted = len(SEEDS[acts]) * (len(YARDSTICKS + IDEAS) + 2 * len(SWEPT))
+    main = plot.METRICS[data.metric].title
+    others = ", ".join(plot.METRICS[metric].title for metric in EXPLORED[acts])
+    return [f"Of {wanted} runs {sum(data.runs.status == 'done')} are trained, and "
+            f"{len(data.valid)} are evaluated and valid. All are on {plot.heading(data, acts)}, "
+            "unless a name says otherwise. Cells are means ± standard deviations over seeds.", "",
+            f"Verdicts and differences are about {main}. A word beside {others} is a verdict "
+            "against the baseline, too, but exploratory; without a word it can't be told.", "",
+            *(f"* {note}" for note in plot.notes(data, acts))]
+
+
+def describe(data, explored, acts, study):
+    """The lines of a study's table: a row per group of runs; the controls are yardsticks."""
     rows = []
     for name, scored, members, told in plot.entries(data, acts):
         is_control = members.control.any()
         if study == ("yardsticks" if is_control else members.study.iloc[0]):
-            rows.append(row(data, acts, name, scored, members, told))
+            rows.append(row(name, scored, members, told, acts, explored))
     if not rows:
         return ["No run yet."]
-    return plot.markdown(pd.DataFrame(rows, columns=list(max(rows, key=len))).fillna(""))
+    return plot.markdown(pd.DataFrame(rows).fillna(""))
 
 
-def row(data, acts, name, scored, members, told):
+def row(name, scored, members, told, acts, explored):
     """{column: cell} of a group of runs or of a control."""
     cells = {"run": name}
     for metric in SHOWN[acts]:
         about = plot.METRICS[metric]
-        cells[about.title] = plot.mean_sd(scored[metric], about.digits) if metric in scored else "-"
-    main = plot.METRICS[data.primary]
-    for whose in told:
-        against = f"{main.title} - {whose}'s"
-        cells[against] = plot.show_interval(told[whose], main.digits)
-        cells[f"verdict ({whose})"] = told[whose].verdict
-    for metric in EXPLORED[acts] if told else []:
-        key = acts, name, "baseline", metric
-        title = f"{plot.METRICS[metric].title} (exploratory)"
-        cells[title] = data.found.loc[key].verdict if key in data.found.index else "-"
-    if told:
-        cells["its parent"] = told["parent"].other
-        cells["its mechanism did"] = plot.show_acted(members)
+        cell = plot.mean_sd(scored[metric], about.digits) if metric in scored else "-"
+        if metric in explored and told:
+            found = explored[metric]
+            mine = found[(found.acts == acts) & (found.group == name) & (found.whose == "baseline")]
+            cell += EXPLORED_WORDS.get(mine.verdict.iloc[0].split(" (")[0], "")
+        cells[about.title] = cell
+    cells["against the baseline"] = show_verdict(told["baseline"]) if told else ""
+    cells["against its parent"] = ""         # where that is the baseline
+    if told and told["parent"].other != "baseline":
+        cells["against its parent"] = f"{told['parent'].other}: {show_verdict(told['parent'])}"
+    cells["its mechanism did"] = plot.show_acted(members)
     cells["remarks"] = "; ".join(plot.remarks(members, told))
     return cells
+
+
+def show_verdict(found):
+    """'better (5 seeds) +0.010 [+0.002, +0.018]'"""
+    interval = plot.show_interval(found, plot.METRICS[found.metric].digits)
+    return f"{found.verdict} {interval}" if found.used else found.verdict
 
 
 def main():
