@@ -2,7 +2,7 @@
 
     python tests/bench/smollm2.py                   first: the language model and the text
     python tests/bench/study.py                     print the commands of all parts
-    python tests/bench/study.py synthetic           run a part: synthetic, yardsticks, ideas
+    python tests/bench/study.py synthetic           run a part: synthetic, yardsticks, ideas, exploratory
     python tests/bench/study.py tables              write the tables of STUDIES.md from the runs
 
 All of them in one working folder, which needs 20 GB. What is finished is left alone, and the same
@@ -10,6 +10,7 @@ call goes on where an interrupted one stopped.
 """
 import argparse
 import importlib
+import itertools
 import re
 import shlex
 import subprocess
@@ -30,7 +31,7 @@ IDEAS = sorted((name for name in variant_names() if re.search(r"_r\d+$", name)),
 SWEPT = YARDSTICKS[:3]       # what the others are compared with at their own L0
 REAL, TOY = "smollm2-135m_l10", "synthetic"              # folders under acts/
 SEEDS = {REAL: range(3), TOY: range(5)}
-SETTINGS = {REAL: ["d_sae=2304", "batch_size=2048"], TOY: ["d_sae=320", "batch_size=1024"]}
+SETTINGS = {REAL: ["d_sae=2304", "batch_size=512"], TOY: ["d_sae=320", "batch_size=1024"]}
 L0 = {REAL: "40", TOY: "5"}
 SWEEP = {REAL: "22,72", TOY: "3,8"}      # neighbours must be less than a factor of 2 apart
 
@@ -40,26 +41,34 @@ SWEEP = {REAL: "22,72", TOY: "3,8"}      # neighbours must be less than a factor
 
 def commands(part):
     """Yield the commands of a part as lists of words: stage and arguments."""
-    acts = TOY if part == "synthetic" else REAL
     if part == "synthetic":
         yield ["01_cache_acts.py", "--model", "synthetic", "--tokens", "250_000"]
-    if part == "yardsticks":
+        yield from yardsticks(TOY)
+        yield from train(TOY, IDEAS, f"l0={L0[TOY]}")
+        yield evaluate(TOY, "core")
+    elif part == "yardsticks":
         yield ["01_cache_acts.py", "--model", "models/smollm2-135m", "--layer", "10",
-               "--ctx", "128", "--data", "texts/smollm2", "--tokens", "1_000_000",
-               "--val-tokens", "4_096"]
-    if part != "ideas":
-        yield from train(acts, YARDSTICKS, f"l0={L0[acts]}")
-        yield from train(acts, SWEPT, f"l0={SWEEP[acts]}")
-        yield from evaluate(acts)
-    if part != "yardsticks":
-        yield from train(acts, IDEAS, f"l0={L0[acts]}")
-        yield from evaluate(acts)
+               "--ctx", "128", "--data", "texts/smollm2", "--tokens", "256_000",
+               "--val-tokens", "3_072"]
+        yield from yardsticks(REAL)
+        yield evaluate(REAL, "core")
+    elif part == "ideas":
+        for study, ideas in itertools.groupby(IDEAS, lambda name: name.rsplit("_r", 1)[0]):
+            yield from train(REAL, list(ideas), f"l0={L0[REAL]}")
+            yield evaluate(REAL, "core")
+    elif part == "exploratory":
+        yield evaluate(REAL, "sparse_probing", "absorption")
 
 
-def evaluate(acts):
-    """Yield the commands that evaluate all runs of a cache and its controls."""
-    names = ["core"] if acts == TOY else ["core", "sparse_probing", "absorption"]
-    yield ["03_eval.py", f"runs/*-{acts}-*", "--eval", *names, "--controls"]
+def yardsticks(acts):
+    """Yield the commands that train the yardsticks and the sweeps of L0."""
+    yield from train(acts, YARDSTICKS, f"l0={L0[acts]}")
+    yield from train(acts, SWEPT, f"l0={SWEEP[acts]}")
+
+
+def evaluate(acts, *names):
+    """The command that evaluates all runs of a cache and its controls."""
+    return ["03_eval.py", f"runs/*-{acts}-*", "--eval", *names, "--controls"]
 
 
 def train(acts, variants, l0):
@@ -169,7 +178,7 @@ def show_verdict(found):
 
 
 def main():
-    parts = ["synthetic", "yardsticks", "ideas"]
+    parts = ["synthetic", "yardsticks", "ideas", "exploratory"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", choices=[*parts, "tables"])
     part = parser.parse_args().part
