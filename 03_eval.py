@@ -202,7 +202,8 @@ class Predictions:
         """Loss [n, ctx - 1] and divergence from the clean prediction [n, ctx], with `hidden` at the
         hook."""
         log_q = self.model.logits(self.tokens, replace=lambda _: hidden).log_softmax(-1)
-        return next_token_loss(log_q, self.tokens), -self.entropy - torch.linalg.vecdot(self.p, log_q)
+        divergence = -self.entropy - torch.linalg.vecdot(self.p, log_q)
+        return next_token_loss(log_q, self.tokens), divergence
 
     def with_rows(self, x):
         """The activations at the hook with x [rows, d_in] in place of the rows."""
@@ -1277,14 +1278,11 @@ def absorption_of(run, bench, letters, known, config):
     split, main_f1 = split_latents(run, bench, letters, config)
     scores = word_scores(run, bench, letters, split)
     scores = scores[scores.letter.isin(known)]
-    details = [
-        eval_output.AbsorptionResultDetail(
-            first_letter=row.letter, mean_absorption_fraction=row.mean_absorption_fraction,
-            full_absorption_rate=row.full_absorption_rate,
-            num_full_absorption=row.num_full_absorption,
-            num_probe_true_positives=row.num_probe_true_positives,
-            num_split_features=row.num_split_feats)
-        for row in scores.itertuples()]
+    detail = eval_output.AbsorptionResultDetail
+    named = scores.rename(columns={"letter": "first_letter",
+                                   "num_split_feats": "num_split_features"})
+    named = named[[field.name for field in dataclasses.fields(detail)]]
+    details = [detail(**row) for row in named.to_dict("records")]
     summary = {}
     for name, column in (("absorption_fraction_score", scores.mean_absorption_fraction),
                          ("full_absorption_score", scores.full_absorption_rate),
@@ -1343,14 +1341,7 @@ def word_scores(run, bench, letters, split):
     probe.load_state_dict({"fc.weight": letters.weight, "fc.bias": letters.bias})
     calculator = FeatureAbsorptionCalculator(
         Replay(letters.again.to(bench.device)), [], max_icl_examples=0, word_token_pos=0,
-        batch_size=1024,
-        full_absorption_probe_cos_sim_threshold=published.FULL_ABSORPTION_PROBE_COS_THRESHOLD,
-        absorption_fraction_probe_cos_sim_threshold=(
-            published.ABSORPTION_FRACTION_PROBE_COS_THRESHOLD),
-        probe_projection_proportion_threshold=(
-            published.ABSORPTION_PROBE_PROJECTION_PROPORTION_THRESHOLD),
-        absorption_fraction_max_absorbing_latents=(
-            published.ABSORPTION_FRACTION_MAX_ABSORBING_LATENTS))
+        batch_size=1024)                   # the thresholds' defaults are the published ones
     return _aggregate_results_df(published.calculate_projection_and_cos_sims(
         calculator, BenchSAE(bench, run), probe, bench.acts.meta["layer"], stats))
 
