@@ -36,6 +36,7 @@ import time
 import warnings
 from collections import defaultdict
 from pathlib import Path
+from statistics import median_low
 from typing import Callable, NamedTuple
 
 import numpy
@@ -1181,20 +1182,15 @@ class Letters:
     """
 
     def __init__(self, tensors, meta):
+        from sklearn.metrics import f1_score
         self.weight, self.bias, self.again = (tensors[k] for k in ("weight", "bias", "again"))
         self.rows = {split: tensors[split] for split in ("train", "test")}
         self.labels = {split: tensors[f"{split}_y"] for split in ("train", "test")}
         self.words = meta["words"]
         self.present = self.labels["train"].unique().tolist()
-        scores = self.rows["test"] @ self.weight.T + self.bias
-        self.probe_f1 = {string.ascii_lowercase[i]: f1_score(scores[:, i], self.labels["test"] == i)
+        found = self.rows["test"] @ self.weight.T + self.bias > 0
+        self.probe_f1 = {string.ascii_lowercase[i]: f1_score(self.labels["test"] == i, found[:, i])
                          for i in self.present}
-
-
-def f1_score(scores, is_true):
-    """F1 of scores [n] above 0; 0 if there is nothing to find and nothing found."""
-    found = scores > 0
-    return 2 * int((found & is_true).sum()) / max(1, int(found.sum() + is_true.sum()))
 
 
 def letters_in_prompts(bench, config, n_words):
@@ -1302,8 +1298,9 @@ def split_latents(run, bench, letters, config):
 
     sae_bench's choice: the best latents of a probe with an L1 penalty, as many as each raise the F1
     of a probe on them alone by more than f1_jump_threshold. It fits all sizes, we stop there."""
-    from sae_bench.evals.absorption.k_sparse_probing import KSparseProbe, train_sparse_multi_probe
+    from sae_bench.evals.absorption.k_sparse_probing import train_sparse_multi_probe
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import f1_score
     train, test = (bench.codes(run, letters.rows[split]) for split in ("train", "test"))
     one_hot = letters.labels["train"][:, None] == torch.tensor(letters.present)
     probe = train_sparse_multi_probe(
@@ -1318,10 +1315,8 @@ def split_latents(run, bench, letters, config):
         for k in range(1, config.max_k_value + 1):
             best = row.topk(k).indices
             fit = LogisticRegression(max_iter=500, class_weight="balanced")
-            fit.fit(train[:, best].numpy(), y.long().numpy())
-            small = KSparseProbe(torch.tensor(fit.coef_[0]).float(),
-                                 torch.tensor(fit.intercept_[0]).float(), best)
-            f1 = f1_score(small(test), test_y)
+            fit.fit(train[:, best].numpy(), y.numpy())
+            f1 = f1_score(test_y, fit.predict(test[:, best].numpy()))
             main_f1.setdefault(letter, f1)
             if f1 <= reached + config.f1_jump_threshold:
                 break
@@ -1615,7 +1610,7 @@ class Texts:
             return self.bench.codes_kept[key]
         part, found = self.part(chunk), []
         texts = part["rows"].split(part["length"].tolist())
-        few = max(1, 8192 // self.ctx)               # texts whose acts are in memory together
+        few = max(1, 1024 // self.ctx)               # texts whose acts a cache may hold
         for i in range(0, len(texts), few):
             acts = self.bench.codes(run, torch.cat(texts[i:i + few]))
             found.append(text_means(acts, part["length"][i:i + few]))
@@ -2119,15 +2114,12 @@ def marked(decode, tokens, at, before=16, after=4):
 
 @torch.no_grad()
 def make_controls(acts, runs):
-    """Controls as wide and as sparse as the runs are (medians): an untrained SAE, random
+    """Controls as wide and as sparse as the runs were to be (medians): an untrained SAE, random
     directions, PCA, and the mean of the training rows."""
     device = runs[0].sae.b_dec.device
     rows = training_rows(acts, 16_384, device)
-    l0s, widths = [], torch.tensor([run.sae.d_sae for run in runs])
-    for run in runs:
-        fires = sum(total(out.acts > 0) for _, out in forward_in_blocks(run.sae, rows[:2048]))
-        l0s.append(fires / len(rows[:2048]))
-    l0, d_sae = max(1, round(torch.tensor(l0s).median().item())), widths.median().item()
+    d_sae, l0 = (median_low(run.config["settings"][key] for run in runs) for key in ("d_sae", "l0"))
+    l0 = max(1, round(l0))
     rank = min(l0, acts.d_in)
     plans = {"untrained": ("relu", d_sae, l0), "random": ("topk", d_sae, l0),
              "pca": ("relu", 2 * rank, rank), "mean": ("relu", 1, 1)}
