@@ -36,7 +36,7 @@ import time
 import warnings
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
+from statistics import median_low
 from typing import Callable, NamedTuple
 
 import numpy
@@ -74,7 +74,6 @@ class Evaluation(NamedTuple):
     of_controls: bool = True               # whether it says something of a control
     reads_model: bool = True               # whether it asks the language model, if there is one
     of_synthetic: bool = False             # whether it says something of synthetic data
-    package: str = "torch"                 # it is left out where this one is not installed
 
 
 class Unfit(Exception):
@@ -88,6 +87,16 @@ def noting(failed, run):
         yield
     except Exception as error:       # reported by evaluate(), which gets it in place of a result
         failed[run] = error
+
+
+def each(name, runs, evaluate, *more):
+    """Yield (run, evaluate(run, *more) or the error that it raised)."""
+    for run in tqdm(runs, desc=name, disable=None):
+        failed, result = {}, {"metrics": {}, "guards": find_guards({"no_latents": "none"})}
+        if run.sae.W_dec.any():              # not so of the control that predicts the mean
+            with noting(failed, run):
+                result = evaluate(run, *more)
+        yield run, failed.get(run) or result
 
 
 # ---- the language model --------------------------------------------------------------------------
@@ -117,7 +126,11 @@ class LanguageModel:
     def tokenizer(self):
         import transformers
         with hub_errors("model", self.path):
-            return transformers.AutoTokenizer.from_pretrained(self.path, **self.revision)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                self.path, add_bos_token=True, padding_side="right", **self.revision)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+        return tokenizer
 
     @property
     def unembedding(self):
@@ -184,17 +197,14 @@ class Predictions:
         self.rows = mask & (self.hidden.norm(dim=-1) <= norm_limit)
         self.outliers = mask & ~self.rows
         self.counted = self.rows[:, :-1] & self.rows[:, 1:]
-        self.clean = self.next_token_loss(log_p)
-
-    def next_token_loss(self, log_p):
-        """Loss of each next token [n, ctx - 1]."""
-        return -log_p[:, :-1].gather(-1, self.tokens[:, 1:, None]).squeeze(-1)
+        self.clean = next_token_loss(log_p, tokens)
 
     def spliced(self, hidden):
         """Loss [n, ctx - 1] and divergence from the clean prediction [n, ctx], with `hidden` at the
         hook."""
         log_q = self.model.logits(self.tokens, replace=lambda _: hidden).log_softmax(-1)
-        return self.next_token_loss(log_q), -self.entropy - torch.linalg.vecdot(self.p, log_q)
+        divergence = -self.entropy - torch.linalg.vecdot(self.p, log_q)
+        return next_token_loss(log_q, self.tokens), divergence
 
     def with_rows(self, x):
         """The activations at the hook with x [rows, d_in] in place of the rows."""
@@ -210,6 +220,11 @@ class Predictions:
         """Summed as SAEBench does: all that is predicted from a token of `mask`; the loss has no
         last position."""
         return total(ce[self.mask[:, :-1]]), total(kl[self.mask])
+
+
+def next_token_loss(log_p, tokens):
+    """Loss of each next token [n, ctx - 1]."""
+    return -log_p[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
 
 
 def total(tensor):
@@ -268,7 +283,8 @@ def evaluate_core(acts, model, runs, settings):
             if run not in failed:
                 with noting(failed, run):
                     metrics = scores[run].metrics(data)
-                    result = {"metrics": metrics, "guards": find_guards(run, metrics, acts),
+                    guards = find_guards(gather_facts(run, metrics, acts))
+                    result = {"metrics": metrics, "guards": guards,
                               "details": {"density": density(scores[run].fires / data.n)},
                               "rows": data.n, "rates": (scores[run].fires / data.n).float().cpu()}
             yield run, failed.get(run) or result
@@ -324,6 +340,15 @@ class Data:
         about_mean = self.square - cross - cross.T + self.n * torch.outer(mean, mean)
         captured = F.pad(((about_mean @ axes) * axes).sum(0).cumsum(0), (1, 0))
         return (1 - (about_mean.trace() - captured) / self.variance).tolist()
+
+
+COUNTED_BY = {               # sum of losses or divergences -> over how many predictions
+    "ce_clean": "predictions", "ce_zero": "predictions", "ce_sae": "predictions",
+    "kl_zero": "predictions", "kl_sae": "predictions",
+    "ce_loss_without_sae": "saebench_ce", "ce_loss_with_ablation": "saebench_ce",
+    "ce_loss_with_sae": "saebench_ce",
+    "kl_div_with_ablation": "saebench_kl", "kl_div_with_sae": "saebench_kl",
+}
 
 
 class Score:
@@ -386,7 +411,6 @@ class Score:
             "dense": dense.double().mean().item(),          # ... on a tenth of all rows
             "dense_share": (rate[dense].sum() / max(l0, 1e-30)).item(),    # of L0
             "silent_rows": s["silent_rows"] / n,
-            "decoder_max_cosine": highest_cosines(W_dec).mean().item(),
             "decoder_norm_error": (W_dec.norm(dim=-1) - 1).abs().max().item(),
             "explained_variance_pca": data.pca[min(round(l0), data.d_in)],   # of rank L0
             "skip_share": skip_share(self.sae, data.sample[:4096]),
@@ -396,13 +420,8 @@ class Score:
         return found | (self.truth.metrics() if self.truth else {})
 
     def language_metrics(self, shared):
-        count = {"ce": shared["predictions"], "kl": shared["predictions"],
-                 "ce_loss": shared["saebench_ce"], "kl_div": shared["saebench_kl"]}
-        m = {}
-        for name, value in {**shared, **self.sums}.items():
-            kind = re.match(r"(ce_loss|kl_div)_with|(ce|kl)_(clean|zero|sae)$", name)
-            if kind:
-                m[name] = value / count[kind[1] or kind[2]]
+        sums = {**shared, **self.sums}
+        m = {name: sums[name] / sums[count] for name, count in COUNTED_BY.items()}
         m["ce_recovered"] = (m["ce_zero"] - m["ce_sae"]) / (m["ce_zero"] - m["ce_clean"])
         m["kl_recovered"] = 1 - m["kl_sae"] / m["kl_zero"]
         m["ce_loss_score"] = ((m["ce_loss_with_ablation"] - m["ce_loss_with_sae"])
@@ -411,23 +430,12 @@ class Score:
         return m
 
 
-def highest_cosines(W, block=1024):
-    """Each row's highest cosine with another row of W [n, d]: [n]; 0 of a single row."""
-    W, found = unit(W), []
-    for start in range(0, len(W), block):
-        cosine = W[start:start + block] @ W.T
-        cosine.diagonal(start).fill_(-2.0 if len(W) > 1 else 0.0)
-        found.append(cosine.amax(-1))
-    return torch.cat(found)
-
-
-def density(rate, lowest=-6.0, width=0.25):
+def density(rate, lowest=-6, bins=24):
     """Histogram of log10 of the firing rates [d_sae]; latents that never fire are counted apart."""
-    log = rate[rate > 0].log10().clamp(lowest, 0).float().cpu()
-    bins = round(-lowest / width)
-    edges = [lowest + width * i for i in range(bins + 1)]
-    counts = torch.histc(log, bins, lowest, 0.0).long().tolist()
-    return {"log10_edges": edges, "counts": counts, "silent": int((rate == 0).sum())}
+    log = rate[rate > 0].log10().clamp(lowest, 0).cpu().numpy()
+    counts, edges = numpy.histogram(log, bins, (lowest, 0))
+    silent = int((rate == 0).sum())
+    return {"log10_edges": edges.tolist(), "counts": counts.tolist(), "silent": silent}
 
 
 def skip_share(sae, x):
@@ -563,6 +571,7 @@ GUARDS = [
           "{skip_share:.0%} of the explained variance comes without a latent", above=0.5),
     Guard("around the latents", CAVEAT, "skip_share",
           "{skip_share:.1%} of the explained variance comes without a latent", above=0.001),
+    Guard("untrained", INVALID, "control", "a control: {control}"),
     Guard("untrained", INVALID, "rows_per_latent",
           "{rows_per_latent:.0f} training rows for each latent", below=60),
     Guard("untrained", INVALID, "cosine_with_start",
@@ -592,12 +601,24 @@ GUARDS = [
           "x is {slope:.3f} times as long as x_hat along it", above=1.05),
     Guard("penalty dominates", CAVEAT, "dominant", "over the reconstruction error: {dominant}"),
     Guard("penalty idle", CAVEAT, "idle", "below 1 % of the reconstruction error: {idle}"),
+    # of SAEBench's metrics and forget
+    Guard("no latents", INVALID, "no_latents", ""),
+    Guard("absorption is vacuous", INVALID, "vacuous",
+          "nothing is absorbed, as no latent knows a letter (median F1 {vacuous})"),
+    Guard("out of scope", CAVEAT, "scope", "absorption on {scope}"),
+    Guard("probes at chance", INVALID, "above_chance",
+          "the probes on its latents see a constant", below=0.02),
+    Guard("unreliable metric", CAVEAT, "most_ablated",            # arXiv 2605.18229
+          "figures with 50 and more ablated latents say little", above=49),
+    Guard("no bias", CAVEAT, "bias_cost",
+          "the bias costs the probes {bias_cost:.3f}: there is little to remove", below=0.05),
+    Guard("nothing clamped", CAVEAT, "clamped",
+          "no latent fires on the topic and rarely on other text", below=1),
 ]
 
 
-def find_guards(run, metrics, acts):
+def find_guards(facts):
     """The guards that fire: [{name, level, why}], at most one of each name."""
-    facts = gather_facts(run, metrics, acts)
     found = {}
     for guard in GUARDS:
         if guard.name not in found and guard.fires(facts.get(guard.fact)):
@@ -611,13 +632,12 @@ def gather_facts(run, metrics, acts):
     sae, config = run.sae, run.config
     broken = [name for name, value in metrics.items() if not math.isfinite(value or 0.0)]
     broken += [name for name, value in sae.state_dict().items() if not value.isfinite().all()]
-    rows = config["steps"] * config["settings"]["batch_size"]
-    facts = {**metrics, "not_finite": ", ".join(broken),
-             "rows_per_latent": rows / sae.d_sae, "void": "; ".join(config.get("void", [])),
+    facts = {**metrics, "not_finite": ", ".join(broken), "control": config.get("control", ""),
              "l0_share": metrics["l0"] / sae.d_sae, "l0_per_dimension": metrics["l0"] / sae.d_in,
              "gain_over_pca": metrics["explained_variance"] - metrics["explained_variance_pca"]}
     if run.is_control:
         return facts
+    rows = config["steps"] * config["settings"]["batch_size"]
     differs = [key for key in ("model", "layer", "hook_name") if config[key] != acts.meta[key]]
     changed = str(acts.folder) if config["acts_checksum"] != acts.checksum else ""
     ratios = late_ratios(run)
@@ -626,6 +646,7 @@ def gather_facts(run, metrics, acts):
             if ratio < 0.01 and name not in ("aux", "sparsity")]
     return facts | {"cosine_with_start": cosine_with_start(run), "duplicate_of": duplicate_of(run),
                     "acts": str(acts.folder), "differs": ", ".join(differs), "changed": changed,
+                    "rows_per_latent": rows / sae.d_sae, "void": "; ".join(config["void"]),
                     "dominant": ", ".join(dominant), "idle": ", ".join(idle)}
 
 
@@ -639,13 +660,11 @@ def cosine_with_start(run):
 
 def late_ratios(run):
     """{penalty: its mean ratio to the reconstruction error in the second half of training}."""
-    values = defaultdict(list)
-    for line in read_log(run.folder, run.config):
-        if line["step"] > run.config["steps"] / 2:
-            for name, value in line.items():
-                if name.startswith("ratio_") and value is not None:
-                    values[name.removeprefix("ratio_")].append(value)
-    return {name: sum(found) / len(found) for name, found in values.items()}
+    log = pd.DataFrame(read_log(run.folder, run.config))
+    if log.empty:
+        return {}
+    means = log[log.step > run.config["steps"] / 2].filter(regex="^ratio_").mean().dropna()
+    return {name.removeprefix("ratio_"): value for name, value in means.items()}
 
 
 def duplicate_of(run):
@@ -676,14 +695,15 @@ GROUP, SETS = 32, 64         # latents in a group, and how many groups and activ
 def evaluate_geometry(acts, model, runs, settings):
     """Geometry of each run, and `null`: the same of random directions, and of activations that were
     shifted against each other."""
-    x, failed, nulls = training_rows(acts, GEOMETRY_ROWS, runs[0].sae.b_dec.device), {}, {}
-    for run in tqdm(runs, desc="geometry", disable=None):
-        with noting(failed, run), torch.no_grad():
-            shape = tuple(run.sae.W_dec.shape)
-            if shape not in nulls:
-                nulls[shape] = decoder_geometry(random_directions(*shape, "geometry").to(x))
-            result = geometry(run.sae, x, nulls[shape])
-        yield run, failed.get(run) or result
+    x = training_rows(acts, GEOMETRY_ROWS, runs[0].sae.b_dec.device)
+    yield from each("geometry", runs, geometry_of, x)
+
+
+@functools.cache
+def random_geometry(n, d, device):
+    """(random unit rows [n, d], their decoder_geometry())."""
+    W = random_directions(n, d, "geometry").to(device)
+    return W, decoder_geometry(W)
 
 
 def random_directions(n, d, *key):
@@ -691,11 +711,11 @@ def random_directions(n, d, *key):
     return unit(torch.randn(n, d, generator=generator("directions", n, d, *key)))
 
 
-def geometry(sae, x, null):
-    """The result of one SAE on raw rows x [n, d_in]; null: decoder_geometry() of random rows."""
-    W = unit(sae.W_dec)
-    chance = random_directions(*W.shape, "geometry").to(W)
-    code = encode_sample(sae, x)
+@torch.no_grad()
+def geometry_of(run, x):
+    """The result of one SAE on raw rows x [n, d_in]."""
+    W, code = unit(run.sae.W_dec), encode_sample(run.sae, x)
+    chance, (null_metrics, null_details) = random_geometry(*W.shape, W.device)
     metrics, details = decoder_geometry(W)
     groups = cofiring_groups(code)
     condition = {}
@@ -704,7 +724,6 @@ def geometry(sae, x, null):
         condition[kind] = {"run": mine, "null": random}
         metrics[f"condition_{kind}"] = mine["median"]
     metrics |= sparsity(code) | {"correlation": mean_correlation(code.acts)}
-    null_metrics, null_details = null
     jl = {"dimensions": JL_DIMENSIONS, "run": details.pop("jl"), "null": null_details["jl"]}
     details |= {"l0_of_rows": quantiles(code.l0), "condition": condition, "jl": jl,
                 "pairs": pair_stability(code),
@@ -722,15 +741,17 @@ def decoder_geometry(W, block=1024):
     effective_rank: exp of the entropy of the squared singular values' shares, which is also the
     Vendi score (Friedman 2022).
     """
-    n, d = W.shape
-    absolute = square = largest = 0.0
+    n = len(W)
+    absolute, square, largest, nearest = 0.0, 0.0, 0.0, []
     for start in range(0, n, block):
         cosine = W[start:start + block] @ W.T
         cosine.diagonal(start).zero_()
         absolute += total(cosine.abs())
         square += total(cosine.square())
         largest = max(largest, cosine.abs().max().item())
-    nearest, pairs = highest_cosines(W), max(1, n * (n - 1))
+        cosine.diagonal(start).fill_(-2.0 if n > 1 else 0.0)
+        nearest.append(cosine.amax(-1))
+    nearest, pairs = torch.cat(nearest), max(1, n * (n - 1))
     power = torch.linalg.eigvalsh((W.T @ W).double()).clamp_min(0)
     metrics = {"coherence": largest, "mean_max_cosine": nearest.mean().item(),
                "mean_abs_cosine": absolute / pairs, "mean_square_cosine": square / pairs,
@@ -832,12 +853,9 @@ def condition_numbers(W, sets):
         s = torch.linalg.svdvals(W[latents].double())
         independent = len(latents) <= W.shape[1] and s[-1] > 1e-6 * s[0]
         found.append((s[0] / s[-1]).item() if independent else math.inf)
-    result = {"median": None, "low": None, "high": None, "sets": len(found),
-              "infinite": found.count(math.inf)}
-    for name, q in (("median", 0.5), ("low", 0.1), ("high", 0.9)):
-        if found:
-            result[name] = finite(sorted(found)[round(q * (len(found) - 1))])
-    return result
+    tenths = quantiles(torch.tensor(found), 10) or [None] * 11
+    return {"median": finite(tenths[5]), "low": finite(tenths[1]), "high": finite(tenths[9]),
+            "sets": len(found), "infinite": found.count(math.inf)}
 
 
 def finite(number):
@@ -850,12 +868,18 @@ def standardise(columns):
     return unit((columns - columns.mean(0)).T).T
 
 
+def correlations(columns):
+    """[m, m] of the columns of [n, m]."""
+    columns = standardise(columns)
+    return columns.T @ columns
+
+
 def mean_correlation(columns):
     """Mean |correlation| of two columns of [n, m]; None of fewer than two."""
-    m, columns = columns.shape[1], standardise(columns)
+    m = columns.shape[1]
     if m < 2:
         return None
-    return (columns.T @ columns).fill_diagonal_(0).abs().sum().item() / (m * (m - 1))
+    return correlations(columns).fill_diagonal_(0).abs().sum().item() / (m * (m - 1))
 
 
 def shift_columns(columns):
@@ -870,11 +894,6 @@ PAIR_RULES = {               # as in topk_ortho_r1: acts, pre of a batch [rows, 
     "phi": lambda acts, pre: correlations((acts > 0).float()),
     "preact": lambda acts, pre: correlations(pre),
 }
-
-
-def correlations(columns):
-    columns = standardise(columns)
-    return columns.T @ columns
 
 
 def pair_stability(code):
@@ -927,23 +946,26 @@ def siblings(run):
 def evaluate_stability(acts, model, runs, settings):
     """The latents of each run against those of its siblings, matched one-to-one by decoder rows.
     `null`: the same of two random dictionaries."""
-    failed, decoders = {}, {run.name: unit(run.sae.W_dec.detach()) for run in runs}
-    for run in tqdm(runs, desc="stability", disable=None):
-        with noting(failed, run):
-            W, others = decoders[run.name], {}
-            for name in siblings(run):
-                if name not in decoders:
-                    sae, _ = load_run(run.folder.parent / name)
-                    decoders[name] = unit(sae.W_dec.detach()).to(W)
-                others[name] = compare(W, decoders[name])
-            result = {"metrics": {}, "guards": [], "details": {"others": others}}
-            if others:
-                null = match_random(*W.shape)
-                result["metrics"] = {key: sum(other[key] for other in others.values()) / len(others)
-                                     for key in ("matched", "best", "again")}
-                result["metrics"]["null"] = null.mean().item()
-                result["details"]["null"] = {"cosines": quantiles(null)}
-        yield run, failed.get(run) or result
+    decoders = {run.name: unit(run.sae.W_dec.detach()) for run in runs}
+    yield from each("stability", runs, stability_of, decoders)
+
+
+def stability_of(run, decoders):
+    """The result of one run. decoders: {name: unit decoder rows}, to which siblings are added."""
+    W, others = decoders[run.name], {}
+    for name in siblings(run):
+        if name not in decoders:
+            sae, _ = load_run(run.folder.parent / name)
+            decoders[name] = unit(sae.W_dec.detach()).to(W)
+        others[name] = compare(W, decoders[name])
+    metrics, details = {}, {"others": others}
+    if others:
+        null = match_random(*W.shape)
+        for key in ("matched", "best", "again"):
+            metrics[key] = sum(other[key] for other in others.values()) / len(others)
+        metrics["null"] = null.mean().item()
+        details["null"] = {"cosines": quantiles(null)}
+    return {"metrics": metrics, "guards": [], "details": details}
 
 
 @functools.cache
@@ -983,9 +1005,6 @@ TEXTS_A_FILE = 512
 MIN_LETTERS = 20             # below these three absorption is out of its published scope
 MIN_LATENTS = 16_384
 MIN_PARAMETERS = 10 ** 9
-UNRELIABLE_N = 50            # ablated latents from which on SCR and TPP say little (2605.18229)
-CHANCE = 0.02                # probes this near to 0.5 see a constant
-MIN_GAP = 0.05               # SCR: accuracy that the bias must cost for there to be one to remove
 RETAIN = 0.01                # forget: share by which the loss on other text may rise
 
 # Settings that differ from sae_bench's defaults. The file labelled/settings.json, in the same form,
@@ -1026,22 +1045,17 @@ class Bench:
     """What all runs of a cache share: the language model, its tokenizer, what is kept."""
 
     def __init__(self, acts, model):
-        import transformers
-        if model is None:
-            raise Unfit("there is no language model")
+        if not importlib.util.find_spec("sae_bench"):
+            raise Unfit("sae_bench is not installed")
         if acts.meta["hook"] != "resid_post":
             raise Unfit(f"SAEBench reads the stream after a layer, these are {acts.meta['hook']}")
         self.acts, self.model, self.device = acts, model, model.device
         self.name = acts.meta["model"]["name"]
         self.spells = self.name != "tiny"            # the embedded model does not
-        with hub_errors("model", model.path):
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-                model.path, add_bos_token=True, padding_side="right", **model.revision)
+        self.tokenizer = model.tokenizer
         self.bos = ""                                # to go before a text if no BOS comes by itself
         if not self.tokenizer("")["input_ids"] and self.tokenizer.bos_token:
             self.bos = self.tokenizer.bos_token
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.bos_token
         self.texts = {}                              # (data set, context length) -> Texts
         self.codes_kept, self.room = {}, KEPT
         self.versions = [importlib.metadata.version(p) for p in ("sae-bench", "transformers")]
@@ -1117,40 +1131,20 @@ class BenchSAE:
 
 @contextlib.contextmanager
 def quiet():
-    """Inside, sae_bench's prints are dropped and every generator starts from SEED; afterwards
-    generators and grad mode are as before."""
+    """Inside, sae_bench's prints are dropped and every generator starts from SEED; afterwards grad
+    mode is as before."""
     import threadpoolctl
-    before = random.getstate(), numpy.random.get_state(), torch.is_grad_enabled()
     with contextlib.ExitStack() as stack:
         null = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(null))
         stack.enter_context(contextlib.redirect_stderr(null))
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         stack.enter_context(threadpoolctl.threadpool_limits(1, "blas"))  # faster in small fits
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(torch.enable_grad())
         random.seed(SEED)
         numpy.random.seed(SEED)
         torch.manual_seed(SEED)
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            numpy.random.set_state(before[1])
-            torch.set_grad_enabled(before[2])
-
-
-def each(name, runs, evaluate, *more):
-    """Yield (run, evaluate(run, *more) or the error that it raised)."""
-    for run in tqdm(runs, desc=name, disable=None):
-        failed, result = {}, {"metrics": {}, "guards": [fired_guard("no latents", "", INVALID)]}
-        if run.sae.W_dec.any():              # not so of the control that predicts the mean
-            with noting(failed, run), quiet():
-                result = evaluate(run, *more)
-        yield run, failed.get(run) or result
-
-
-def fired_guard(name, why, level=CAVEAT):
-    return {"name": name, "level": level, "why": why}
+        yield
 
 
 def text_hash(text):
@@ -1160,16 +1154,12 @@ def text_hash(text):
 # ---- absorption ----
 
 
-def absorption_settings(acts):
-    return bench_settings(acts, "absorption")
-
-
 def evaluate_absorption(acts, model, runs, settings):
     """First-letter absorption, both scores."""
-    from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
     bench, settings = bench_of(acts, model), dict(settings)
+    from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
     words = settings.pop("words")
-    if words or not bench.spells:    # few rows in large batches leave probes near their random start
+    if words or not bench.spells:          # few rows in large batches leave probes as they started
         settings.setdefault("k_sparse_probe_batch_size", max(16, (words or 2048) // 8))
     config = AbsorptionEvalConfig(model_name=bench.name, llm_dtype="float32",
                                   precalc_k_sparse_probe_sae_acts=True, **settings)
@@ -1192,25 +1182,20 @@ class Letters:
     """
 
     def __init__(self, tensors, meta):
+        from sklearn.metrics import f1_score
         self.weight, self.bias, self.again = (tensors[k] for k in ("weight", "bias", "again"))
         self.rows = {split: tensors[split] for split in ("train", "test")}
         self.labels = {split: tensors[f"{split}_y"] for split in ("train", "test")}
         self.words = meta["words"]
         self.present = self.labels["train"].unique().tolist()
-        scores = self.rows["test"] @ self.weight.T + self.bias
-        self.probe_f1 = {string.ascii_lowercase[i]: f1_score(scores[:, i], self.labels["test"] == i)
+        found = self.rows["test"] @ self.weight.T + self.bias > 0
+        self.probe_f1 = {string.ascii_lowercase[i]: f1_score(self.labels["test"] == i, found[:, i])
                          for i in self.present}
-
-
-def f1_score(scores, is_true):
-    """F1 of scores [n] above 0; 0 if there is nothing to find and nothing found."""
-    found = scores > 0
-    return 2 * int((found & is_true).sum()) / max(1, int(found.sum() + is_true.sum()))
 
 
 def letters_in_prompts(bench, config, n_words):
     """(tensors, meta) of Letters: words of the vocabulary in prompts that ask for first letters."""
-    from sae_bench.evals.absorption import common, probing, prompting, vocab
+    from sae_bench.evals.absorption import probing, prompting, vocab
     from sae_bench.evals.absorption.feature_absorption_calculator import FeatureAbsorptionCalculator
     words = sorted(vocab.get_alpha_tokens(bench.tokenizer))      # a tokenizer's own order changes
     if n_words:
@@ -1224,20 +1209,21 @@ def letters_in_prompts(bench, config, n_words):
     made = probing.create_dataset_probe_training(words, formatter, 1, template)
     for split, data in zip(("train", "test"), made):
         prompts, y = zip(*data)
-        table = pd.DataFrame({"token": [prompt.word for prompt in prompts]})
-        acts = prompt_rows(bench, prompts, position)
-        rows[split], labelled = common._parse_probe_data_split(bench.tokenizer, acts, y, table)
-        labels[split] = torch.tensor([label for _, label in labelled])
+        rows[split] = prompt_rows(bench, prompts, position)
+        labels[split] = torch.tensor(y)
     tensors, hits = train_letter_probes(rows, labels)
 
-    # rows of the words that they find, in other prompts
+    # rows of the test words that they find, in other prompts
     calculator = FeatureAbsorptionCalculator(None, words, max_icl_examples=10,
                                              base_template=template, word_token_pos=position)
-    found, again = {}, []
+    found = {letter: [] for letter in string.ascii_lowercase}
+    for prompt, i, hit in zip(prompts, y, hits):
+        if hit:
+            word = bench.tokenizer.convert_tokens_to_string([prompt.word])
+            found[string.ascii_lowercase[i]].append(word)
     random.seed(SEED)
-    for i, letter in enumerate(vocab.LETTERS):
-        found[letter] = [word for (word, y), hit in zip(labelled, hits) if hit and y == i]
-        again.append(prompt_rows(bench, calculator._build_prompts(found[letter]), position))
+    again = [prompt_rows(bench, calculator._build_prompts(some), position)
+             for some in found.values()]
     return {**tensors, "again": torch.cat(again)}, {"words": found}
 
 
@@ -1281,25 +1267,18 @@ class Replay:
         return None, {names_filter[0]: self.rows[start:self.at, None]}
 
 
+@quiet()
 def absorption_of(run, bench, letters, known, config):
     """The result of one SAE. known: the letters that the probes on the model find."""
     from sae_bench.evals.absorption import eval_output
-    from scipy.stats import binomtest
     split, main_f1 = split_latents(run, bench, letters, config)
     scores = word_scores(run, bench, letters, split)
     scores = scores[scores.letter.isin(known)]
-    details, per_letter = [], []
-    for row in scores.itertuples():
-        details.append(eval_output.AbsorptionResultDetail(
-            first_letter=row.letter, mean_absorption_fraction=row.mean_absorption_fraction,
-            full_absorption_rate=row.full_absorption_rate,
-            num_full_absorption=row.num_full_absorption,
-            num_probe_true_positives=row.num_probe_true_positives,
-            num_split_features=row.num_split_feats))
-        test = binomtest(int(row.num_full_absorption), int(row.num_probe_true_positives))
-        per_letter.append({"letter": row.letter, "main_latent": split[row.letter][0],
-                           "main_latent_f1": main_f1[row.letter],
-                           "full_absorption_95": list(test.proportion_ci(method="wilson"))})
+    detail = eval_output.AbsorptionResultDetail
+    named = scores.rename(columns={"letter": "first_letter",
+                                   "num_split_feats": "num_split_features"})
+    named = named[[field.name for field in dataclasses.fields(detail)]]
+    details = [detail(**row) for row in named.to_dict("records")]
     summary = {}
     for name, column in (("absorption_fraction_score", scores.mean_absorption_fraction),
                          ("full_absorption_score", scores.full_absorption_rate),
@@ -1310,8 +1289,8 @@ def absorption_of(run, bench, letters, known, config):
                           eval_output.AbsorptionMetricCategories(mean=means), details)
     metrics = {**summary, "letters": len(scores),
                "median_main_latent_f1": float(numpy.median([main_f1[a] for a in scores.letter]))}
-    return {**output, "metrics": metrics, "letters": per_letter,
-            "guards": absorption_guards(run, bench, metrics)}
+    guards = find_guards(absorption_facts(run, bench, metrics))
+    return {**output, "metrics": metrics, "guards": guards}
 
 
 def split_latents(run, bench, letters, config):
@@ -1319,8 +1298,9 @@ def split_latents(run, bench, letters, config):
 
     sae_bench's choice: the best latents of a probe with an L1 penalty, as many as each raise the F1
     of a probe on them alone by more than f1_jump_threshold. It fits all sizes, we stop there."""
-    from sae_bench.evals.absorption.k_sparse_probing import KSparseProbe, train_sparse_multi_probe
+    from sae_bench.evals.absorption.k_sparse_probing import train_sparse_multi_probe
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import f1_score
     train, test = (bench.codes(run, letters.rows[split]) for split in ("train", "test"))
     one_hot = letters.labels["train"][:, None] == torch.tensor(letters.present)
     probe = train_sparse_multi_probe(
@@ -1335,10 +1315,8 @@ def split_latents(run, bench, letters, config):
         for k in range(1, config.max_k_value + 1):
             best = row.topk(k).indices
             fit = LogisticRegression(max_iter=500, class_weight="balanced")
-            fit.fit(train[:, best].numpy(), y.long().numpy())
-            small = KSparseProbe(torch.tensor(fit.coef_[0]).float(),
-                                 torch.tensor(fit.intercept_[0]).float(), best)
-            f1 = f1_score(small(test), test_y)
+            fit.fit(train[:, best].numpy(), y.numpy())
+            f1 = f1_score(test_y, fit.predict(test[:, best].numpy()))
             main_f1.setdefault(letter, f1)
             if f1 <= reached + config.f1_jump_threshold:
                 break
@@ -1358,27 +1336,18 @@ def word_scores(run, bench, letters, split):
     probe.load_state_dict({"fc.weight": letters.weight, "fc.bias": letters.bias})
     calculator = FeatureAbsorptionCalculator(
         Replay(letters.again.to(bench.device)), [], max_icl_examples=0, word_token_pos=0,
-        batch_size=1024,
-        full_absorption_probe_cos_sim_threshold=published.FULL_ABSORPTION_PROBE_COS_THRESHOLD,
-        absorption_fraction_probe_cos_sim_threshold=(
-            published.ABSORPTION_FRACTION_PROBE_COS_THRESHOLD),
-        probe_projection_proportion_threshold=(
-            published.ABSORPTION_PROBE_PROJECTION_PROPORTION_THRESHOLD),
-        absorption_fraction_max_absorbing_latents=(
-            published.ABSORPTION_FRACTION_MAX_ABSORBING_LATENTS))
+        batch_size=1024)                   # the thresholds' defaults are the published ones
     return _aggregate_results_df(published.calculate_projection_and_cos_sims(
         calculator, BenchSAE(bench, run), probe, bench.acts.meta["layer"], stats))
 
 
-def absorption_guards(run, bench, metrics):
+def absorption_facts(run, bench, metrics):
     """What makes absorption void, and what puts it out of the scope that its authors state."""
-    found, f1 = [], metrics["median_main_latent_f1"]
+    f1, vacuous, scope = metrics["median_main_latent_f1"], "", []
     unsplit = metrics["mean_num_split_features"] == 1
     if metrics["mean_full_absorption_score"] <= 0.005 and unsplit and f1 < 0.6:
-        why = f"nothing is absorbed, as no latent knows a letter (median F1 {f1:.2f})"
-        found.append(fired_guard("absorption is vacuous", why, INVALID))
+        vacuous = f"{f1:.2f}"
     parameters = bench.model.model.num_parameters()
-    scope = []
     if metrics["letters"] < MIN_LETTERS:
         scope.append(f"{metrics['letters']} letters, not {MIN_LETTERS}")
     if run.sae.d_sae < MIN_LATENTS:
@@ -1387,9 +1356,7 @@ def absorption_guards(run, bench, metrics):
         scope.append(f"{parameters / 1e6:.3g} M parameters, not {MIN_PARAMETERS / 1e6:.0f} M")
     if not bench.spells:
         scope.append("a model that does not spell")
-    if scope:
-        found.append(fired_guard("out of scope", "absorption on " + ", ".join(scope)))
-    return found
+    return {"vacuous": vacuous, "scope": ", ".join(scope)}
 
 
 WORDS, READINGS = 5, 20      # of the embedded model: words per letter, places where each is read
@@ -1643,7 +1610,7 @@ class Texts:
             return self.bench.codes_kept[key]
         part, found = self.part(chunk), []
         texts = part["rows"].split(part["length"].tolist())
-        few = max(1, 8192 // self.ctx)               # texts whose acts are in memory together
+        few = max(1, 1024 // self.ctx)               # texts whose acts a cache may hold
         for i in range(0, len(texts), few):
             acts = self.bench.codes(run, torch.cat(texts[i:i + few]))
             found.append(text_means(acts, part["length"][i:i + few]))
@@ -1671,13 +1638,6 @@ class Case(NamedTuple):
     def of(self, split, values):
         """{class: its rows of `values` [texts, ...]}"""
         return {label: values[numbers] for label, numbers in getattr(self, split).items()}
-
-    def key(self, config):
-        """What the probes on the model's activations depend on."""
-        numbers = [[label, found.tolist()] for split in (self.train, self.test)
-                   for label, found in split.items()]
-        return {"case": self.name, "config": dataclasses.asdict(config),
-                "texts": text_hash(json.dumps([self.texts.chunks, numbers]))}
 
 
 def labelled_cases(bench, name, settings):
@@ -1779,8 +1739,14 @@ def evaluate_sparse_probing(acts, model, runs, settings):
     bench = bench_of(acts, model)
     with quiet():
         config, cases = labelled_cases(bench, "sparse_probing", settings)
-        of_model = [model_accuracies(bench, config, case) for case in cases]
+    of_model = [model_accuracies(config, case) for case in cases]
     yield from each("sparse_probing", runs, probing_of, bench, config, cases, of_model)
+
+
+@quiet()
+def model_accuracies(config, case):
+    """probe_accuracies() of the model's own activations."""
+    return probe_accuracies("llm", config, case, case.texts.mean)
 
 
 def probe_accuracies(who, config, case, values):
@@ -1800,15 +1766,7 @@ def probe_accuracies(who, config, case, values):
     return found
 
 
-def model_accuracies(bench, config, case):
-    """probe_accuracies() of the model's own activations."""
-    def make():
-        with quiet():
-            return {}, {"found": probe_accuracies("llm", config, case, case.texts.mean)}
-
-    return bench.kept("probes", case.key(config), make)[1]["found"]
-
-
+@quiet()
 def probing_of(run, bench, config, cases, of_model):
     """The result of one SAE."""
     from sae_bench.evals.sparse_probing import eval_output
@@ -1830,32 +1788,21 @@ def probing_of(run, bench, config, cases, of_model):
         [eval_output.SparseProbingResultDetail(dataset_name=name, **found)
          for name, found in results.items()],
         eval_result_unstructured=per_class)
-    guards = []
-    if all(abs(value - 0.5) < CHANCE for key, value in sae.items() if "_top_" in key):
-        why = "the probes on its latents see a constant"
-        guards.append(fired_guard("probes at chance", why, INVALID))
+    above_chance = max(abs(value - 0.5) for key, value in sae.items() if "_top_" in key)
     metrics = {key: value for key, value in means.items() if value != -1}
-    return {**output, "metrics": metrics, "guards": guards}
+    return {**output, "metrics": metrics, "guards": find_guards({"above_chance": above_chance})}
 
 
 # ---- spurious correlation removal (SCR) and targeted probe perturbation (TPP) ----
 
 
-def evaluate_scr(acts, model, runs, settings):
-    """How much of a planted bias goes with the latents that carry it."""
-    yield from evaluate_ablation("scr", acts, model, runs, settings)
-
-
-def evaluate_tpp(acts, model, runs, settings):
-    """How much of a class, and of that class alone, goes with its latents."""
-    yield from evaluate_ablation("tpp", acts, model, runs, settings)
-
-
 def evaluate_ablation(name, acts, model, runs, settings):
+    """SCR: how much of a planted bias goes with the latents that carry it. TPP: how much of a
+    class, and of that class alone, goes with its latents."""
     bench = bench_of(acts, model)
     with quiet():
         config, cases = labelled_cases(bench, name, settings)
-        probes = [model_probes(bench, config, case) for case in cases]
+    probes = [model_probes(bench, config, case) for case in cases]
     yield from each(name, runs, ablation_of, bench, config, cases, probes)
 
 
@@ -1865,41 +1812,29 @@ def classes_of(config, case):
     return list(PAIRED_CLASS_KEYS if config.perform_scr else case.train)
 
 
+@quiet()
 def model_probes(bench, config, case):
     """({class: probe on the model's activations}, {what is told apart: accuracy})."""
     from sae_bench.evals.scr_and_tpp.main import get_probe_test_accuracy
-    from sae_bench.evals.sparse_probing.probe_training import Probe, train_probe_on_activations
-
-    def make():
-        train, test = (case.of(split, case.texts.mean) for split in ("train", "test"))
-        with quiet():
-            probes, _ = train_probe_on_activations(
-                train, test, use_sklearn=False, batch_size=config.probe_train_batch_size,
-                epochs=config.probe_epochs, lr=config.probe_lr, perform_scr=config.perform_scr,
-                early_stopping_patience=config.early_stopping_patience,
-                l1_penalty=config.probe_l1_penalty)
-            clean = get_probe_test_accuracy(probes, classes_of(config, case), test,
-                                            config.probe_test_batch_size, config.perform_scr)
-        weights = {label: torch.cat([probe.net.weight[0], probe.net.bias])
-                   for label, probe in probes.items()}
-        return weights, {"clean": clean}
-
-    tensors, meta = bench.kept("probes", case.key(config), make)
-    probes = {}
-    for label, tensor in tensors.items():
-        probes[label] = Probe(bench.acts.d_in, torch.float32)
-        probes[label].load_state_dict({"net.weight": tensor[None, :-1], "net.bias": tensor[-1:]})
-        probes[label].to(bench.device)
-    return probes, meta["clean"]
+    from sae_bench.evals.sparse_probing.probe_training import train_probe_on_activations
+    train, test = (case.of(split, case.texts.mean) for split in ("train", "test"))
+    probes, _ = train_probe_on_activations(
+        train, test, use_sklearn=False, batch_size=config.probe_train_batch_size,
+        epochs=config.probe_epochs, lr=config.probe_lr, perform_scr=config.perform_scr,
+        early_stopping_patience=config.early_stopping_patience, l1_penalty=config.probe_l1_penalty)
+    clean = get_probe_test_accuracy(probes, classes_of(config, case), test,
+                                    config.probe_test_batch_size, config.perform_scr)
+    return {label: probe.to(bench.device) for label, probe in probes.items()}, clean
 
 
+@quiet()
 def ablation_of(run, bench, config, cases, probes):
     """The result of one SAE."""
     from sae_bench.evals.scr_and_tpp import eval_output, main
     from sae_bench.sae_bench_utils.general_utils import average_results_dictionaries
     fit = [n for n in config.n_values if n <= run.sae.d_sae]
     config = dataclasses.replace(config, n_values=fit)
-    results, more, gaps, guards = {}, {}, [], []
+    results, more, gaps = {}, {}, []
     for case, (probe, clean) in zip(cases, probes):
         ablated = ablated_accuracies(run, bench, config, case, probe)
         if config.perform_scr:
@@ -1918,15 +1853,10 @@ def ablation_of(run, bench, config, cases, probes):
     else:
         kind, detail = eval_output.TppEvalOutput, eval_output.TppResultDetail
         categories = eval_output.TppMetricCategories(tpp_metrics=eval_output.TppMetrics(**means))
-    if max(fit) >= UNRELIABLE_N:
-        why = f"figures with {UNRELIABLE_N} and more ablated latents say little"
-        guards.append(fired_guard("unreliable metric", why))
-    if gaps and sum(gaps) / len(gaps) < MIN_GAP:
-        why = f"the bias costs the probes {sum(gaps) / len(gaps):.3f}: there is little to remove"
-        guards.append(fired_guard("no bias", why))
+    facts = {"most_ablated": max(fit), "bias_cost": sum(gaps) / len(gaps) if gaps else None}
     details = [detail(dataset_name=name, **found) for name, found in results.items()]
     output = bench.output(kind, run, config, categories, details, **more)
-    return {**output, "metrics": means, "guards": guards}
+    return {**output, "metrics": means, "guards": find_guards(facts)}
 
 
 def ablated_accuracies(run, bench, config, case, probes):
@@ -2012,31 +1942,25 @@ class Topic:
             counted = mask[:, 1:].bool()
             n += int(counted.sum())
             for i, change in enumerate(changes):
-                hidden = change(x).to(self.bench.device)
+                hidden = change(x.to(self.bench.device))
                 log_p = self.bench.model.logits(ids, mask, lambda _: hidden).log_softmax(-1)
-                loss = -log_p[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
-                sums[i] += total(loss[counted])
+                sums[i] += total(next_token_loss(log_p, ids)[counted])
         return [value / n for value in sums]
 
 
+@quiet()
 def forget_of(run, bench, topics, config):
     """The result of one SAE: what costs the topic most, of settings that cost other text little."""
     from sae_bench.evals.unlearning.utils.feature_activation import get_top_features
-    from sae_bench.evals.unlearning.utils.intervention import anthropic_clamp_resid_SAE_features
     top = get_top_features(topics["forget"].rates(run), topics["retain"].rates(run),
                            config["retain_threshold"])
-    codes = functools.lru_cache(None)(functools.partial(bench.codes, run))   # once for all settings
-    sae = SimpleNamespace(encode=lambda x: codes(x).clone(),                 # it is written to
-                          decode=lambda acts: acts @ run.sae.W_dec.detach().cpu())
     tried, changes = [], []
     for n, multiple in itertools.product(config["n_features"], config["multiples"]):
         size = max(1.0, multiple * bench.acts.meta["mean_norm"])
         tried.append({"n_features": len(top[:n]), "multiplier": size})
-        changes.append(functools.partial(
-            anthropic_clamp_resid_SAE_features, hook=None, sae=sae, multiplier=size,
-            features_to_ablate=top[:n].tolist()))
+        changes.append(functools.partial(clamp, run.sae, top[:n].tolist(), size))
     clean = {f"{name}_loss": topic.clean for name, topic in topics.items()}
-    best, guards = clean, []
+    best = clean
     if len(top):
         for name, topic in topics.items():
             for setting, loss in zip(tried, topic.losses(changes)):
@@ -2044,13 +1968,20 @@ def forget_of(run, bench, topics, config):
         most = (1 + RETAIN) * clean["retain_loss"]
         fit = [setting for setting in tried if setting["retain_loss"] <= most]
         best = max([clean, *fit], key=lambda setting: setting["forget_loss"])
-    else:
-        why = "no latent fires on the topic and rarely on other text"
-        guards.append(fired_guard("nothing clamped", why))
     metrics = {}
     for name, loss in clean.items():
         metrics |= {f"{name}_clean": loss, f"{name}_added": best[name] - loss}
-    return {"metrics": metrics, "guards": guards, "details": {"settings": tried}}
+    return {"metrics": metrics, "guards": find_guards({"clamped": len(top)}),
+            "details": {"settings": tried}}
+
+
+def clamp(sae, latents, size, x):
+    """Raw activations x [n, ctx, d_in] with those of `latents` that fire set to minus `size`, but
+    for the first position, as SAEBench's unlearning does."""
+    acts = sae.encode(x)[..., latents]
+    change = torch.where(acts > 0, -size - acts, 0.0)
+    change[:, 0] = 0.0
+    return x + change @ sae.W_dec.detach()[latents]
 
 
 # ---- unlearning: SAEBench's own call, on questions that only its data and a large model have ----
@@ -2092,21 +2023,6 @@ def evaluate_unlearning(acts, model, runs, settings):
         yield run, {**found, "metrics": found["eval_result_metrics"]["unlearning"], "guards": []}
 
 
-def bench_evaluation(make, settings, of_controls=True):
-    return Evaluation(make, settings, of_controls=of_controls, package="sae_bench")
-
-
-SAEBENCH = {
-    "absorption": bench_evaluation(evaluate_absorption, absorption_settings),
-    "sparse_probing": bench_evaluation(
-        evaluate_sparse_probing, functools.partial(labelled_settings, "sparse_probing")),
-    "scr": bench_evaluation(evaluate_scr, functools.partial(labelled_settings, "scr")),
-    "tpp": bench_evaluation(evaluate_tpp, functools.partial(labelled_settings, "tpp")),
-    "forget": bench_evaluation(evaluate_forget, forget_settings),
-    "unlearning": bench_evaluation(evaluate_unlearning, unlearning_settings, of_controls=False),
-}
-
-
 # ---- features: what latents fire on --------------------------------------------------------------
 
 
@@ -2117,11 +2033,10 @@ SHOWN = {"random": 20, "frequent": 5, "rare": 5}      # latents of each kind
 def evaluate_features(acts, model, runs, settings):
     """For some latents of each run: the contexts in which it fires most, the tokens that its
     decoder row promotes through the unembedding, and the latents nearest to it."""
-    failed, chosen, best, where = {}, {}, {}, {}
+    failed, chosen, tops = {}, {}, defaultdict(list)
     for run in runs:
         with noting(failed, run):
             chosen[run] = choose_latents(run)
-            best[run], where[run] = [], []
     val = acts.val()
     size = model.at_once(val["tokens"].shape[1])
     for start in tqdm(range(0, len(val["tokens"]), size), desc="features", disable=None):
@@ -2131,26 +2046,18 @@ def evaluate_features(acts, model, runs, settings):
         for run in runs:
             if run not in failed:
                 with noting(failed, run), torch.no_grad():
-                    top = highest_in_context(run.sae, hidden, rows, chosen[run].latents)
-                    best[run].append(top.values.cpu())
-                    where[run].append(top.indices.cpu())
+                    tops[run].append(highest_in_context(run.sae, hidden, rows, chosen[run]))
     for run in runs:
         if run not in failed:
             with noting(failed, run):
-                top = torch.cat(best[run]), torch.cat(where[run])
-                result = {"metrics": {}, "guards": [],
-                          "latents": describe_latents(run, model, val["tokens"], chosen[run], *top)}
+                best, where = (torch.cat(parts) for parts in zip(*tops[run]))
+                describe_latents(run, model, val["tokens"], chosen[run], best, where)
+                result = {"metrics": {}, "guards": [], "latents": chosen[run]}
         yield run, failed.get(run) or result
 
 
-class Chosen(NamedTuple):
-    latents: torch.Tensor    # [k]
-    why: list                # of each latent, the kinds of SHOWN that it is of
-    rate: torch.Tensor       # [d_sae]
-
-
 def choose_latents(run):
-    """Chosen: random latents that fire, and the most and the least frequent ones."""
+    """[{latent, why, rate}]: random latents that fire, and the most and the least frequent ones."""
     path = run.folder / "eval" / "rates.safetensors"
     tensors, meta = read_tensors(path)
     if meta["sae_checksum"] != run.config["sae_checksum"]:
@@ -2158,32 +2065,30 @@ def choose_latents(run):
     rate, firing = tensors["rate"], tensors["rate"].nonzero().flatten()
     order = firing[rate[firing].argsort(descending=True, stable=True)]
     shuffled = firing[torch.randperm(len(firing), generator=generator("features", run.name))]
-    kinds = {"random": shuffled.tolist(), "frequent": order.tolist(),
-             "rare": order.flip(0).tolist()}
     why = defaultdict(list)
-    for kind, latents in kinds.items():
-        for latent in latents[:SHOWN[kind]]:
+    for kind, latents in (("random", shuffled), ("frequent", order), ("rare", order.flip(0))):
+        for latent in latents[:SHOWN[kind]].tolist():
             why[latent].append(kind)
-    latents = sorted(why)
-    reasons = [why[latent] for latent in latents]
-    return Chosen(torch.tensor(latents, dtype=torch.long), reasons, rate)
+    return [{"latent": latent, "why": why[latent], "rate": rate[latent].item()}
+            for latent in sorted(why)]
 
 
-def highest_in_context(sae, hidden, rows, latents):
-    """The highest activation of each latent [k] in each context and its position: both [n, k]."""
-    latents = latents.to(hidden.device)
+def highest_in_context(sae, hidden, rows, chosen):
+    """The highest activation of each chosen latent in each context and its position: both [n, k],
+    in host memory."""
+    latents = [entry["latent"] for entry in chosen]
     acts = [out.acts[:, latents] for _, out in forward_in_blocks(sae, hidden[rows])]
     full = hidden.new_zeros(*rows.shape, len(latents))
     full[rows] = torch.cat(acts) / sae.scale
-    return full.max(1)
+    return [tensor.cpu() for tensor in full.max(1)]
 
 
 def describe_latents(run, model, tokens, chosen, best, where):
-    """One dict per latent for the browser of stage 4; best, where [n_contexts, k]."""
-    decode, W_dec, found = model.tokenizer.decode, run.sae.W_dec.detach(), []
+    """Add to each chosen latent what stage 4's browser shows; best, where [n_contexts, k]."""
+    decode, W_dec = model.tokenizer.decode, run.sae.W_dec.detach()
     rows = unit(W_dec)
-    for i, latent in enumerate(chosen.latents.tolist()):
-        contexts = []
+    for i, entry in enumerate(chosen):
+        latent, contexts = entry["latent"], []
         for c in best[:, i].topk(min(TOP_CONTEXTS, len(best))).indices.tolist():
             if best[c, i] > 0:
                 text = marked(decode, tokens[c], where[c, i].item())
@@ -2193,10 +2098,8 @@ def describe_latents(run, model, tokens, chosen, best, where):
         cosine[latent] = -2.0
         near = cosine.topk(min(4, len(rows) - 1)).indices.tolist()
         neighbours = [{"latent": j, "cosine": cosine[j].item()} for j in near]
-        found.append({"latent": latent, "why": chosen.why[i], "rate": chosen.rate[latent].item(),
-                      "promotes": [decode([t]) for t in promoted], "neighbours": neighbours,
-                      "contexts": contexts})
-    return found
+        entry |= {"promotes": [decode([t]) for t in promoted], "neighbours": neighbours,
+                  "contexts": contexts}
 
 
 def marked(decode, tokens, at, before=16, after=4):
@@ -2209,16 +2112,14 @@ def marked(decode, tokens, at, before=16, after=4):
 # ---- controls: SAEs that have learned nothing ----------------------------------------------------
 
 
+@torch.no_grad()
 def make_controls(acts, runs):
-    """Controls as wide and as sparse as the runs are (medians): an untrained SAE, random
+    """Controls as wide and as sparse as the runs were to be (medians): an untrained SAE, random
     directions, PCA, and the mean of the training rows."""
     device = runs[0].sae.b_dec.device
     rows = training_rows(acts, 16_384, device)
-    l0s, widths = [], torch.tensor([run.sae.d_sae for run in runs])
-    for run in runs:
-        fires = sum(total(out.acts > 0) for _, out in forward_in_blocks(run.sae, rows[:2048]))
-        l0s.append(fires / len(rows[:2048]))
-    l0, d_sae = max(1, round(torch.tensor(l0s).median().item())), widths.median().item()
+    d_sae, l0 = (median_low(run.config["settings"][key] for run in runs) for key in ("d_sae", "l0"))
+    l0 = max(1, round(l0))
     rank = min(l0, acts.d_in)
     plans = {"untrained": ("relu", d_sae, l0), "random": ("topk", d_sae, l0),
              "pca": ("relu", 2 * rank, rank), "mean": ("relu", 1, 1)}
@@ -2254,7 +2155,16 @@ EVALS = {                                  # in the order in which they run
                            of_synthetic=True),
     "stability": Evaluation(evaluate_stability, inputs=siblings, of_controls=False,
                             reads_model=False, of_synthetic=True),
-    **SAEBENCH,
+    "absorption": Evaluation(
+        evaluate_absorption, functools.partial(bench_settings, name="absorption")),
+    "sparse_probing": Evaluation(
+        evaluate_sparse_probing, functools.partial(labelled_settings, "sparse_probing")),
+    "scr": Evaluation(functools.partial(evaluate_ablation, "scr"),
+                      functools.partial(labelled_settings, "scr")),
+    "tpp": Evaluation(functools.partial(evaluate_ablation, "tpp"),
+                      functools.partial(labelled_settings, "tpp")),
+    "forget": Evaluation(evaluate_forget, forget_settings),
+    "unlearning": Evaluation(evaluate_unlearning, unlearning_settings, of_controls=False),
     "features": Evaluation(evaluate_features, of_controls=False),
 }
 
@@ -2301,14 +2211,12 @@ def versions():
 def evaluate(name, acts, model, runs, failures):
     """Make and save one evaluation of the runs. What fails is said and put into failures."""
     left, evaluation = set(runs), EVALS[name]
-    started = time.perf_counter()
     try:
         for run, result in evaluation.make(acts, model, runs, evaluation.settings(acts)):
             left.discard(run)
             if isinstance(result, Exception):
                 report(f"{run.folder}: {name}", result, failures)
             else:
-                result["seconds"] = (time.perf_counter() - started) / len(runs)
                 save(name, run, acts, result)
     except Unfit as reason:
         print(f"{acts.folder}: no {name}: {reason}")
@@ -2336,31 +2244,53 @@ COLUMNS = {                                # title -> (metric of core, format)
 def print_table(runs, acts):
     """Print core's metrics of each run and its guards in words: those that make it invalid, with !,
     and the reasons below; else its caveats."""
-    rows, words, reasons = [], [], []
-    for run in runs:
-        result = stored("core", run, acts)
-        if result is None:
-            continue
-        row = {"run": ("control: " * run.is_control + run.name)[:34]}
-        for title, (metric, form) in COLUMNS.items():
-            if result["metrics"].get(metric) is not None:
-                row[title] = format(result["metrics"][metric], form)
-        rows.append(row)
-        invalid = [guard for guard in result["guards"] if guard["level"] == INVALID]
-        words.append(", ".join(guard["name"] + "!" for guard in invalid)
-                     or ", ".join(guard["name"] for guard in result["guards"]) or "-")
+    results = {run: stored("core", run, acts) for run in runs}
+    results = {run: result for run, result in results.items() if result}
+    names = short_names([run.name for run in results if not run.is_control])
+    rows, reasons = [], []
+    for run, result in results.items():
+        name = f"control: {run.name}" if run.is_control else names[run.name]
+        rows.append({"run": name, **table_row(result)})
         if not run.is_control:
-            reasons += [f"{run.name}: invalid, {g['name']}: {g['why']}" for g in invalid]
+            reasons += [f"{run.name}: invalid, {guard['name']}: {guard['why']}"
+                        for guard in result["guards"] if guard["level"] == INVALID]
     if rows:
-        table = pd.DataFrame(rows).dropna(axis=1, how="all")
-        table = table[[title for title in ("run", *COLUMNS) if title in table]]
-        width = table["run"].str.len().max()
-        table["run"] = table["run"].str.ljust(width)
-        table = table.rename(columns={"run": "run".ljust(width)})
-        lines = table.to_string(index=False, na_rep="-").split("\n")
-        found = [textwrap.shorten(text, 98 - len(lines[0]), placeholder=" ...") for text in words]
-        lines = [f"{line}  {text}" for line, text in zip(lines, ["guards", *found])]
-        print("\n".join(["", str(acts.folder), *lines, *reasons]))
+        print("\n".join(["", str(acts.folder), *table_lines(pd.DataFrame(rows)), *reasons]))
+
+
+def table_row(result):
+    """{title: cell} of a result of core."""
+    row = {}
+    for title, (metric, form) in COLUMNS.items():
+        if result["metrics"].get(metric) is not None:
+            row[title] = format(result["metrics"][metric], form)
+    invalid = [guard["name"] + "!" for guard in result["guards"] if guard["level"] == INVALID]
+    words = invalid or [guard["name"] for guard in result["guards"]]
+    return {**row, "guards": ", ".join(words) or "-"}
+
+
+def short_names(names, room=34):
+    """{name: the name}; without the parts that all names share, where one is longer than `room`."""
+    parts = {name: name.split("-") for name in names}
+    if max(map(len, names), default=0) <= room:
+        return {name: name for name in names}
+    shared = set.intersection(*map(set, parts.values()))
+    return {name: "-".join([first, *(part for part in rest if part not in shared)])
+            for name, (first, *rest) in parts.items()}
+
+
+def table_lines(table):
+    """The lines of print_table's table, `run` on the left and `guards` in what is left of 100
+    columns."""
+    table = table[[title for title in ("run", *COLUMNS, "guards") if title in table]]
+    guards = ["guards", *table.pop("guards")]
+    width = table["run"].str.len().max()
+    table["run"] = table["run"].str.ljust(width)
+    table = table.rename(columns={"run": "run".ljust(width)})
+    lines = table.to_string(index=False, na_rep="-").split("\n")
+    room = max(10, 98 - len(lines[0]))
+    return [f"{line}  {textwrap.shorten(text, room, placeholder=' ...')}"
+            for line, text in zip(lines, guards)]
 
 
 def portions(folders):
@@ -2408,31 +2338,36 @@ def finished(folders, failures):
     return found
 
 
+def fitting(names, acts, asked):
+    """The evaluations of `names` that say something of a cache; without `asked`, those that take
+    minutes."""
+    if acts.meta["source"] != "model":
+        names = [name for name in names if EVALS[name].of_synthetic]
+    elif not asked and acts.meta["model"]["name"] != "tiny":
+        names = [name for name in names if name != "sparse_probing"]   # large data sets, on the hub
+    return names
+
+
 def missing(name, acts, runs, force):
     """The runs that the evaluation says something of and that have no result of it yet."""
-    fitting = [run for run in runs if EVALS[name].of_controls or not run.is_control]
-    return [run for run in fitting if force or not stored(name, run, acts)]
+    runs = [run for run in runs if EVALS[name].of_controls or not run.is_control]
+    return [run for run in runs if force or not stored(name, run, acts)]
 
 
 def evaluate_cache(acts, folders, args, names, device, failures):
     """Make what is missing of the named evaluations for the runs of a cache; print the table."""
     locks = [lock(folder) for folder in folders]
-    model, seen, is_synthetic = None, [], acts.meta["source"] != "model"
-    for i, portion in enumerate(portions(folders)):
+    model, seen = None, []
+    for portion in portions(folders):
         runs = load_runs(portion, acts, device, failures)
-        if args.controls and i == 0 and runs:
-            with torch.no_grad():
-                controls = make_controls(acts, runs)
+        if args.controls and runs and not any(run.is_control for run in seen):
+            controls = make_controls(acts, runs)
             locks += [lock(run.folder, wait=True) for run in controls]
             runs += controls
-        for name in names:
-            if is_synthetic and not EVALS[name].of_synthetic:
-                continue
-            if not args.eval and name == "sparse_probing" and acts.meta["model"]["name"] != "tiny":
-                continue                   # its data sets are large, and on the hub
+        for name in fitting(names, acts, args.eval):
             todo = missing(name, acts, runs, args.force)
-            if todo and EVALS[name].reads_model and not (is_synthetic or model):
-                model = LanguageModel(acts, device)
+            if todo and EVALS[name].reads_model and acts.meta["source"] == "model":
+                model = model or LanguageModel(acts, device)
             if todo:
                 evaluate(name, acts, model, todo, failures)
         seen += runs
@@ -2455,19 +2390,10 @@ def main():
     args = parser.parse_args()
     device, failures = pick_device(args.device), []
 
-    # what needs a package that is not installed is left out
     asked = EVALS if args.eval == ["all"] else args.eval or DEFAULT
     names = [name for name in EVALS if name in asked]
-    lacking = [name for name in names if not importlib.util.find_spec(EVALS[name].package)]
-    if lacking:
-        packages = sorted({EVALS[name].package for name in lacking})
-        print(f"left out, {', '.join(packages)} is not installed: {', '.join(lacking)}")
-
-    caches = finished(run_folders(args.runs), failures)
-    for acts_name, folders in caches.items():
-        acts = Acts(Path("acts") / acts_name)
-        names = [name for name in names if name not in lacking]
-        evaluate_cache(acts, folders, args, names, device, failures)
+    for acts_name, folders in finished(run_folders(args.runs), failures).items():
+        evaluate_cache(Acts(Path("acts") / acts_name), folders, args, names, device, failures)
     return 5 if failures else 0
 
 

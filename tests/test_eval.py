@@ -387,7 +387,8 @@ def test_published_sparse_codes_are_sparse_and_a_code_of_all_latents_is_not(know
         config = {"steps": 10 ** 6, "settings": {"batch_size": 4096, "d_sae": d_sae}}
         run = SimpleNamespace(is_control=True, sae=build(known[0]), config=config)
         run.sae.d_sae, run.sae.d_in = d_sae, d_in
-        return {g["name"]: g["level"] for g in eval_py.find_guards(run, metrics, known[0])}
+        facts = eval_py.gather_facts(run, metrics, known[0])
+        return {g["name"]: g["level"] for g in eval_py.find_guards(facts)}
 
     assert guards(640, 4096, 768) == {"no better than PCA": "caveat"}
     assert guards(640, 4096, 2304) == {"no better than PCA": "caveat"}
@@ -512,6 +513,18 @@ def test_the_table_is_narrow_and_says_guards_in_words(place):
     assert "untrained!" in row
 
 
+def test_long_names_lose_what_all_of_them_share():
+    names = [f"{idea}-synthetic-batch_size=1024-d_sae=320-l0={l0}-s{seed}"
+             for idea in ("topk", "batch_topk") for l0 in (3.0, 5.0) for seed in (0, 1)]
+    short = eval_py.short_names(names)
+    assert short[names[-1]] == "batch_topk-l0=5.0-s1" and len(set(short.values())) == 8
+    assert eval_py.short_names(["topk-s0", "topk-s1"]) == {"topk-s0": "topk-s0",
+                                                           "topk-s1": "topk-s1"}
+    table = eval_py.pd.DataFrame(
+        {"run": short.values(), "L0": "5.00", "guards": "dense latents, shrinkage, short run"})
+    assert all(len(line) <= 100 for line in eval_py.table_lines(table))
+
+
 def test_a_result_says_what_it_belongs_to(place):
     run = place[0] / "runs/topk-s0"
     result, config = read_json(run / "eval/core.json"), read_json(run / "config.json")
@@ -528,6 +541,7 @@ def test_controls_are_what_they_are_called(place):
     found = {path.parent.parent.name: read_json(path) for path in folder.glob("*/eval/core.json")}
     m = {kind: result["metrics"] for kind, result in found.items()}
     assert all(result["control"] and "untrained" in fired(result) for result in found.values())
+    assert not any("short run" in fired(result) for result in found.values())
     assert m["mean"]["l0"] == 0 and m["mean"]["explained_variance"] == pytest.approx(0, abs=0.05)
     pca = m["pca"]
     assert pca["l0"] == pytest.approx(3)
@@ -608,11 +622,13 @@ def test_an_evaluation_that_fails_is_named_and_the_others_go_on(place, tmp_path,
     assert done.err.count("\n") == 1 and (folder / "runs/topk-s0/eval/stability.json").exists()
 
 
-def test_what_needs_a_package_that_is_not_there_is_left_out_and_said(place, monkeypatch):
-    missing = eval_py.Evaluation(None, package="no_such_package")
-    monkeypatch.setitem(eval_py.EVALS, "absorption", missing)
-    done = script(place[0], "runs/topk-s0", "--eval", "core", "absorption")
-    assert done.code == 0 and "no_such_package is not installed: absorption" in done.out
+def test_without_sae_bench_its_evaluations_are_left_out_and_the_others_made(place, monkeypatch):
+    find = eval_py.importlib.util.find_spec
+    monkeypatch.setattr(eval_py.importlib.util, "find_spec",
+                        lambda name: None if name == "sae_bench" else find(name))
+    done = script(place[0], "runs/topk-s0", "--eval", "core", "tpp", "--force")
+    assert done.code == 0 and "no tpp: sae_bench is not installed" in done.out
+    assert "sae_bench" not in read_json(place[0] / "runs/topk-s0/eval/core.json")["versions"]
 
 
 def test_what_needs_a_language_model_is_left_out_for_synthetic_data(place):

@@ -390,8 +390,6 @@ def test_planted_absorption_is_found_and_the_repaired_sae_is_free_of_it(world):
     assert planted["metrics"]["mean_absorption_fraction_score"] > 0.2
     assert repaired["metrics"]["mean_full_absorption_score"] < 0.01
     assert repaired["metrics"]["median_main_latent_f1"] > 0.9
-    low, high = planted["letters"][0]["full_absorption_95"]
-    assert 0 <= low < planted["eval_result_details"][0]["full_absorption_rate"] < high <= 1
 
 
 def test_absorption_out_of_its_scope_and_without_a_latent_that_knows_letters_is_marked(world):
@@ -403,9 +401,9 @@ def test_absorption_out_of_its_scope_and_without_a_latent_that_knows_letters_is_
     assert "130 latents, not 16384" in guards["out of scope"]["why"]
     assert "M parameters, not 1000 M" in guards["out of scope"]["why"]
     planted = make_run("planted", letter_sae(world.toy, False))
-    blind = ev.absorption_guards(planted, ev.bench_of(world.toy, world.model), {
+    blind = ev.find_guards(ev.absorption_facts(planted, ev.bench_of(world.toy, world.model), {
         "letters": 26, "mean_full_absorption_score": 0.0, "mean_num_split_features": 1,
-        "median_main_latent_f1": 0.3})
+        "median_main_latent_f1": 0.3}))
     assert blind[0]["level"] == "invalid" and "no latent knows" in blind[0]["why"]
 
 

@@ -46,13 +46,14 @@ SETTINGS = {                               # of both, where they work side by si
 
 
 def random_run(acts, seed):
-    """A TopK SAE of random directions."""
+    """A TopK SAE of random directions, as a control: core then asks for no files of training."""
     sae = SAE(acts.d_in, 100, seed, d_sae=1024, activation="topk", l0=16.0).eval()
     with torch.no_grad():
         sae.scale.fill_(acts.scale)
         sae.mean.copy_(acts.mean)
         sae.b_dec.normal_(0, 0.01, generator=generator("b_dec", seed))
-    config = {"variant": "random", "settings": sae.settings(), "sae_checksum": str(seed)}
+    config = {"variant": "random", "control": "random", "steps": 0, "settings": sae.settings(),
+              "sae_checksum": str(seed)}
     return ev.Run(Path("runs") / f"random-{seed}", config, sae)
 
 
@@ -176,7 +177,7 @@ def main():
         entry = acts.meta["model" if key == "path" else "data"]
         entry[key] = str(Path(entry[key]).resolve())
     corpus, source = ev.corpus_tasks(acts), acts.folder
-    names = args.eval or (*NAMES, *["forget"] * args.alone)
+    names = args.eval or (("core", *NAMES, "forget") if args.alone else NAMES)
     with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
         shutil.copytree(source, "acts", ignore=shutil.ignore_patterns("eval_cache"))
         acts.folder = Path("acts").resolve()
