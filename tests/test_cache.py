@@ -294,7 +294,7 @@ def test_bos_padding_and_outliers_are_left_out_and_counted(here):
     (dict(bos_token="<eos>"), []), (dict(padding_side="left"), [])])
 def test_contexts_start_with_bos_if_the_tokenizer_puts_one(words, starts):
     words = tokenizer(**words)                                             # the letter "a" is unknown to it
-    found = [context for context, _ in cache.contexts(texts(), words, 8, pack=True)]
+    found = [context for _, context in cache.contexts(texts(), words, 8, pack=True)]
     assert all(context[:len(starts)] == starts and len(context) == 8 for context in found)
     flat = [token for context in found for token in context[len(starts):]]
     ids = [words(text, add_special_tokens=False).input_ids for text in texts()]
@@ -539,7 +539,7 @@ BAD = [
     (2, "want 2 to 32", ["--ctx", "33"]),
     (2, "want a whole number above 0", ["--tokens", "1e6"]),
     (2, "want a name of at most 200 letters", ["--name", "../x"]),
-    (2, "no such folder", ["--model", "./nowhere"]),
+    (2, "./nowhere is neither on the hub", ["--model", "./nowhere"]),
     (2, "no config.json", ["--model", "empty_folder"]),
     (2, "--device", ["--device", "nonsense"]),
     (2, "leave --layer", ["--model", "synthetic", "--layer", "1"]),
@@ -547,8 +547,8 @@ BAD = [
     (3, "lists.jsonl, line 1: column 'text' holds list, not text", ["--data", "lists.jsonl"]),
     (3, "bytes.parquet, record 1: column 'text' holds bytes", ["--data", "bytes.parquet"]),
     (2, "no such file or folder", ["--data", "nothing.jsonl"]),
-    (3, "shorter than one context", ["--data", "short.jsonl"]),
-    (3, "shorter than one context", ["--data", "empty.txt"]),
+    (3, "too short for one context", ["--data", "short.jsonl"]),
+    (3, "too short for one context", ["--data", "empty.txt"]),
     (2, "want a .txt, .jsonl", ["--data", "empty_folder"]),
     (3, "bad.jsonl, line 2: not JSON", ["--data", "bad.jsonl"]),
     (3, "latin1.jsonl, line 3: not UTF-8 (byte 0xe9)", ["--data", "latin1.jsonl"]),
