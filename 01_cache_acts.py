@@ -430,19 +430,18 @@ class Text:
             self.description["revision"] = Path(path).name
         else:
             with hub_errors("data set", data):
-                found = huggingface_hub.HfApi().dataset_info(data, timeout=10)
-            self.description["revision"] = found.sha
+                hub = huggingface_hub.HfApi()
+                self.description["revision"] = hub.dataset_info(data, timeout=10).sha
+                hub.file_exists(data, "README.md", repo_type="dataset")     # says if it is gated
         if self.files and "revision" not in self.description:
             self.description["checksum"] = files_checksum(self.files + self.held_out_files)
 
     def take_folder(self, folder, split, config=None):
         """Choose a folder's files: of one kind and split, and under `config` if it is given."""
         there = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-        counts = Counter(kind_of(p) for p in there if kind_of(p))
-        tables = [kind for kind in counts if kind != "text"]  # beside them a .txt is a licence
-        if not counts:
+        kind = main_kind(there)
+        if not kind:
             raise Refuse(f"--data {self.name}: want a {', '.join(KINDS)} file, or a folder", 2)
-        kind = max(tables or counts, key=counts.get)
         chosen = [p for p in there if kind_of(p) == kind]
         if config:
             chosen = [p for p in chosen if config in p.relative_to(folder).parts]
@@ -450,10 +449,10 @@ class Text:
         chosen = [p for p in chosen if p not in self.held_out_files]
         self.files = [p for p in chosen if split_of(p, folder) == split]
         if not self.files:
-            raise Refuse(f"--data {self.name}: no {kind} file of --split {split}"
-                         + (f" and --config {config}" if config else ""), 2)
-        rest = set(there) - {*self.files, *self.held_out_files}
-        rest = sorted(str(p.relative_to(folder)) for p in rest)
+            under = f" and --config {config}" if config else ""
+            raise Refuse(f"--data {self.name}: no {kind} file of --split {split}{under}", 2)
+        taken = {*self.files, *self.held_out_files}
+        rest = [str(p.relative_to(folder)) for p in there if p not in taken]
         if rest:
             print(f"note: {self.name}: left out {len(rest)} that are not {kind} of split {split}: "
                   + ", ".join(rest[:5]) + (", ..." if rest[5:] else ""))
@@ -477,6 +476,15 @@ class Text:
             about = self.description
             yield from load_dataset(self.name, about.get("config"), split=about["split"],
                                     revision=about["revision"], streaming=True)
+
+
+def main_kind(files):
+    """The kind of most files; a .txt beside tables is a licence. None if no file holds data."""
+    counts = Counter(map(kind_of, files))
+    del counts[None]
+    if len(counts) > 1:
+        del counts["text"]
+    return max(counts, key=counts.get, default=None)
 
 
 def kind_of(path):
@@ -1098,25 +1106,29 @@ def main():
             if cache.state() == "complete" and rank == 0:
                 print(f"{cache.folder} is complete: {cache.meta['rows']:,} rows")
         caches = [cache for cache in caches if cache.state() != "complete"]
-        if caches:
-            fill(source, caches, rank, processes)
+        if not caches:
+            return
+        begin(source, caches)
+        for cache in caches if rank == 0 else []:
+            cache.check_disk()
+        fill(source, caches, rank, processes)
     finally:
         for one in held:
             one.release()
 
 
-def fill(source, caches, rank, processes):
-    """Run the text through the model, once for all caches, and finish them."""
+def begin(source, caches):
+    """Begin those caches that are not begun."""
     fresh = [cache for cache in caches if cache.state() == "absent"]
     if fresh:
         files, start = source.held_out()
         limits = source.norm_limits(files["val"], [cache.layer for cache in fresh])
         for cache, limit in zip(fresh, limits):
             cache.begin(files, start, limit)
-    if rank == 0:
-        for cache in caches:
-            cache.check_disk()
 
+
+def fill(source, caches, rank, processes):
+    """Run the text through the model, once for all caches, and finish them."""
     # go on after the parts that every cache has
     number, per_part, end = 0, caches[0].per_part, caches[0].n_contexts
     while all(cache.part(number).exists() for cache in caches):

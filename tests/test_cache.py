@@ -267,6 +267,18 @@ def test_the_batch_changes_no_row(here):
     torch.testing.assert_close(one["acts"], many["acts"])
 
 
+def test_the_bar_moves_with_each_batch(here, monkeypatch):
+    moved = []
+
+    def update(bar, n):
+        if not bar.disable:
+            moved.append(n)
+
+    monkeypatch.setattr(cache.tqdm, "update", update)
+    run("--model", "m", "--data", "t.jsonl", *SMALL, "--batch", 4)
+    assert moved == [4 * 8] * 20
+
+
 def test_bos_padding_and_outliers_are_left_out_and_counted(here):
     model = save(here / "m", words=tokenizer(bos=True))
     model.transformer.wte.weight.data[4 + 7] *= 1000          # w7: a norm far over 10 x the median
