@@ -1149,7 +1149,8 @@ HUB_ERRORS = {       # class in the chain of causes, or HTTP status -> (what to 
     "RepositoryNotFoundError": ABSENT,
     "DatasetNotFoundError": ABSENT,
     "HFValidationError": ABSENT,
-    "LocalEntryNotFoundError": UNREACHABLE,
+    "LocalEntryNotFoundError": ("is not in the local cache and the hub is not reachable: check "
+                                "the network, or give a local folder", 4),
     "ConnectionError": UNREACHABLE,
     "TransportError": UNREACHABLE,                         # of httpx: also a hub that is too slow
     "Timeout": UNREACHABLE,
