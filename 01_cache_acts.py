@@ -124,19 +124,14 @@ def build_tiny(marker):
 
     def tokens_of(records, n):
         found = contexts((r["text"] for r in records), tokenizer, RECIPE["ctx"], pack=True)
-        return torch.tensor([context for context, _ in islice(found, n)])
+        return torch.tensor([context for _, context in islice(found, n)])
 
     tokens, held_out = tokens_of(train, RECIPE["bigram_contexts"]), tokens_of(val, 512)
     model, losses = train_tiny(tokens, held_out, tokenizer)
     print("embedded language model: {loss:.2f} nats per held-out token, a bigram model "
           "{bigram_loss:.2f}, a unigram model {unigram_loss:.2f}".format(**losses))
-    model.config.save_pretrained(TINY / "model")
-    model.generation_config.save_pretrained(TINY / "model")
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    weights = safetensors.torch.save(weights, {"format": "pt"})
-    write_file(TINY / "model" / "model.safetensors", weights)
-    write_json(marker, {"recipe": RECIPE, "documents": len(train), "versions": versions(),
-                        "threads": torch.get_num_threads(), **losses})
+    model.save_pretrained(TINY / "model")
+    write_json(marker, {"recipe": RECIPE, "versions": versions(), **losses})
 
 
 def corpus():
@@ -171,11 +166,9 @@ def source_files(package):
     found = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in LEFT_OUT]
-        for name in files:
-            path = Path(folder, name)
-            if path.suffix == ".py":
-                parts = path.relative_to(root).with_suffix("").parts
-                found.append((".".join([package, *parts]), path))
+        for path in (Path(folder, name) for name in files if name.endswith(".py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            found.append((".".join([package, *parts]), path))
     return sorted(found, key=lambda item: hashed(item[0]))
 
 
@@ -352,16 +345,17 @@ class Synthetic:
         self.n_val = args.val_tokens or 16_384
 
     def settings(self, layer):
-        model = dict(name="synthetic", architecture="sae_lens.synthetic",
-                     revision=importlib.metadata.version("sae_lens"), **self.recipe)
+        model = dict(name="synthetic", revision=importlib.metadata.version("sae_lens"),
+                     **self.recipe)
         return dict(source="synthetic", model=model, layer=None, hook=None, hook_name="synthetic",
                     d_in=self.d_in, ctx=1, pack=False, data={"name": "synthetic"},
                     val_tokens=self.n_val)
 
-    def load(self):
+    @functools.cached_property
+    def model(self):
         from sae_lens import synthetic
         r = self.recipe
-        self.model = synthetic.SyntheticModel(synthetic.SyntheticModelConfig(
+        return synthetic.SyntheticModel(synthetic.SyntheticModelConfig(
             num_features=r["n_features"], hidden_dim=r["d_in"], bias=False, seed=self.seed,
             std_firing_magnitudes=r["magnitude_std"],
             firing_probability=synthetic.ZipfianFiringProbabilityConfig(
@@ -369,7 +363,6 @@ class Synthetic:
             hierarchy=synthetic.HierarchyConfig(r["trees"], r["children"], r["depth"],
                                                 r["exclusive"], compensate_probabilities=True),
             correlation=synthetic.LowRankCorrelationConfig(16, correlation_scale=r["correlation"])))
-        return {}
 
     def sample(self, rows, *key):
         """(activations, feature activations) that depend on the seed and the key alone."""
@@ -378,7 +371,7 @@ class Synthetic:
             return self.model.sample_with_features(rows)
 
     def held_out(self):
-        """({file: tensors}, None): held-out rows, and the truth: directions, rates and parents."""
+        """({file: tensors}, 0): held-out rows, and the truth: directions, rates and parents."""
         acts, features = self.sample(self.n_val, "val")
         # measured, as the trees change the configured one
         rate = (self.sample(100_000, "rate")[1] > 0).float().mean(0)
@@ -389,18 +382,18 @@ class Synthetic:
             parent[[child.feature_index for child in node.children]] = node.feature_index
         dictionary = self.model.feature_dict.feature_vectors.detach()
         return {"val": dict(acts=acts, features=features),
-                "truth": dict(dictionary=dictionary, probability=rate, parent=parent)}, None
+                "truth": dict(dictionary=dictionary, probability=rate, parent=parent)}, 0
 
-    def stream(self, where):
-        while True:
-            yield None, None
+    def stream(self, start):
+        return itertools.repeat(None)
 
     def norm_limits(self, val, layers):
         return [10 * val["acts"].norm(dim=1).median().item()]
 
-    def run(self, contexts, first, layers):
-        acts = self.sample(len(contexts), "train", first)[0].to(self.dtype)
-        tokens = torch.zeros(len(contexts), 1, dtype=torch.int32)
+    def run(self, found, first, layers, bar):
+        acts = self.sample(len(found), "train", first)[0].to(self.dtype)
+        bar.update(len(found))
+        tokens = torch.zeros(len(found), 1, dtype=torch.int32)
         return tokens, torch.ones(tokens.shape, dtype=torch.bool), 0, [acts]
 
 
@@ -427,7 +420,7 @@ class Text:
             self.files, self.held_out_files = [path], []
         elif path.exists():
             self.take_folder(path, args.split)
-        elif data.startswith((".", "/", "~")) or data.count("/") > 1 or kind_of(path):
+        elif kind_of(path):
             raise Refuse(f"--data {data}: no such file or folder", 2)
         elif huggingface_hub.constants.HF_HUB_OFFLINE:  # what `hf download` left in the hub's cache
             with hub_errors("data set", data):
@@ -446,11 +439,9 @@ class Text:
     def take_folder(self, folder, split, config=None):
         """Choose a folder's files: of one kind and split, and under `config` if it is given."""
         there = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-        counts = Counter(kind_of(p) for p in there if kind_of(p))
-        tables = [kind for kind in counts if kind != "text"]  # beside them a .txt is a licence
-        if not counts:
+        kind = main_kind(there)
+        if not kind:
             raise Refuse(f"--data {self.name}: want a {', '.join(KINDS)} file, or a folder", 2)
-        kind = max(tables or counts, key=counts.get)
         chosen = [p for p in there if kind_of(p) == kind]
         if config:
             chosen = [p for p in chosen if config in p.relative_to(folder).parts]
@@ -458,10 +449,10 @@ class Text:
         chosen = [p for p in chosen if p not in self.held_out_files]
         self.files = [p for p in chosen if split_of(p, folder) == split]
         if not self.files:
-            raise Refuse(f"--data {self.name}: no {kind} file of --split {split}"
-                         + (f" and --config {config}" if config else ""), 2)
-        rest = set(there) - {*self.files, *self.held_out_files}
-        rest = sorted(str(p.relative_to(folder)) for p in rest)
+            under = f" and --config {config}" if config else ""
+            raise Refuse(f"--data {self.name}: no {kind} file of --split {split}{under}", 2)
+        taken = {*self.files, *self.held_out_files}
+        rest = [str(p.relative_to(folder)) for p in there if p not in taken]
         if rest:
             print(f"note: {self.name}: left out {len(rest)} that are not {kind} of split {split}: "
                   + ", ".join(rest[:5]) + (", ..." if rest[5:] else ""))
@@ -470,9 +461,6 @@ class Text:
         if self.files is not None:
             return self.read(self.files)
         return texts(self.hub_records(), self.column, f"data set {self.name}, record")
-
-    def held_out(self):
-        return self.read(self.held_out_files)
 
     def read(self, files):
         for path in files:
@@ -488,6 +476,15 @@ class Text:
             about = self.description
             yield from load_dataset(self.name, about.get("config"), split=about["split"],
                                     revision=about["revision"], streaming=True)
+
+
+def main_kind(files):
+    """The kind of most files; a .txt beside tables is a licence. None if no file holds data."""
+    counts = Counter(map(kind_of, files))
+    del counts[None]
+    if len(counts) > 1:
+        del counts["text"]
+    return max(counts, key=counts.get, default=None)
 
 
 def kind_of(path):
@@ -570,28 +567,28 @@ def checked(text, where):
     return text
 
 
-def contexts(documents, tokenizer, ctx, pack, where=(0, [], 0), group=64):
-    """Yields (token ids, where): at most ctx tokens, and where in the text the next ones start.
+def contexts(documents, tokenizer, ctx, pack, group=64):
+    """Yields (documents read so far, token ids of a context: at most ctx).
 
     Packed: documents one after another, an EOS after each if the tokenizer has one, cut into full
     contexts. Else one context a document. BOS stands first if the tokenizer puts one before a text.
+    group: documents that are read at once.
     """
-    start, rest, skip = where
     bos = starting_tokens(tokenizer)
     room = ctx - len(bos)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    documents = islice(documents, start, None)
+    documents, n_read, rest = iter(documents), 0, []
     while found := list(islice(documents, group)):
+        n_read += len(found)
         ids = tokenizer(found, add_special_tokens=False, verbose=False).input_ids
         if pack:
             tokens = rest + [token for i in ids if i for token in i + end]
             made = [tokens[i:i + room] for i in range(0, len(tokens) - room + 1, room)]
-            left = tokens[len(made) * room:]
+            rest = tokens[len(made) * room:]
         else:
-            made, left = [i[:room] for i in ids if i], []
-        for n, context in enumerate(made[skip:], skip + 1):
-            yield bos + context, (start, rest, n)
-        start, rest, skip = start + len(found), left, 0
+            made = [i[:room] for i in ids if i]
+        for context in made:
+            yield n_read, bos + context
 
 
 def starting_tokens(tokenizer):
@@ -617,13 +614,8 @@ class LanguageModel:
     """Rows are activations of a transformer at one or more layers, read by hooks."""
 
     def __init__(self, args):
-        own = args.model == "tiny"
-        if own:
-            check_layers(args.layer or [], RECIPE["n_layers"], "tiny")       # before it is built
-        path, data = tiny_model() if own else (args.model, None)
+        path, data = tiny_model() if args.model == "tiny" else (args.model, None)
         data = args.data or data
-        if not Path(path).exists() and path.startswith((".", "/", "~")):
-            raise Refuse(f"--model {path}: no such folder", 2)
         if not data:
             raise Refuse(f"--model {path}: say which text with --data (hub, file or folder)", 2)
         self.args, self.path, self.ctx, self.device = args, path, args.ctx, args.device
@@ -634,12 +626,14 @@ class LanguageModel:
             else:                                         # of all that is fetched from now on
                 file = huggingface_hub.hf_hub_download(path, "config.json")
                 self.revision = self.extra["revision"] = Path(file).parent.name
-            self.config = model_config(path, **self.extra)
+            sizes = model_config(path, **self.extra).get_text_config()
             self.tokenizer = model_tokenizer(path, **self.extra)
-        sizes = self.config.get_text_config()
         self.d_in, self.n_layers = sizes.hidden_size, sizes.num_hidden_layers
+        self.n_tokens = sizes.vocab_size
         self.layers = sorted(set(args.layer or [self.n_layers // 2]))
-        check_layers(self.layers, self.n_layers, args.model)
+        if self.layers[-1] >= self.n_layers:
+            raise Refuse(f"--layer {self.layers[-1]}: {args.model} has layers 0 to "
+                         f"{self.n_layers - 1}", 2)
         longest = min(getattr(sizes, "max_position_embeddings", None) or self.ctx, 32767)
         if not 2 <= self.ctx <= longest:
             raise Refuse(f"--ctx {self.ctx}: want 2 to {longest} for {args.model}", 2)
@@ -649,31 +643,23 @@ class LanguageModel:
 
     def settings(self, layer):
         args = self.args
-        architecture = (self.config.architectures or ["unknown"])[0]
         model = dict(name=args.model, path=self.path, revision=self.revision,
-                     architecture=architecture, n_layers=self.n_layers, dtype=args.model_dtype)
+                     n_layers=self.n_layers, dtype=args.model_dtype)
         return dict(source="model", model=model, layer=layer, hook=args.hook,
                     hook_name=f"blocks.{layer}.hook_{args.hook}", d_in=self.d_in, ctx=self.ctx,
                     pack=args.pack, data=self.text.description,
                     val_tokens=args.val_tokens or 32_768)
 
-    def load(self):
-        """Load the weights and check what the hooks mean; returns what is known only then."""
-        # before the weights are fetched, as the data may be wrong
-        found = list(islice(self.stream((0, [], 0)), 8))
-        if not found:
-            raise Refuse(f"--data {self.text.name}: the text is shorter than one context of "
-                         f"{self.ctx} tokens: give more text, or a smaller --ctx")
+    @functools.cached_property
+    def model(self):
+        """The model without its head; loaded late, as the data may be wrong."""
         with hub_errors("model", self.path):
             model = language_model(self.path, getattr(torch, self.args.model_dtype), **self.extra)
-        self.n_embedded = model.get_input_embeddings().weight.shape[0]
-        self.model = model.base_model.to(self.device)
-        self.blocks = decoder_layers(self.model, self.n_layers, self.args.model)
-        self.points = [hook_point(block, self.args.hook, self.args.model) for block in self.blocks]
-        longest = max((context for context, _ in found), key=len)[:32]
-        tokens, _, _ = self.block([longest])
-        self.check_meaning(tokens[:, :len(longest)].long().to(self.device))
-        return {"n_parameters": model.num_parameters()}
+        return model.base_model.to(self.device)
+
+    @property
+    def blocks(self):
+        return decoder_layers(self.model, self.n_layers, self.args.model)
 
     @torch.no_grad()
     def watch(self, tokens):
@@ -713,7 +699,7 @@ class LanguageModel:
                                  "add up to what a layer adds: only resid_post is known")
 
         # other tokens in the second half may change nothing in the first
-        other = torch.cat([tokens[:, :half], (tokens[:, half:] + 1) % self.n_embedded], 1)
+        other = torch.cat([tokens[:, :half], (tokens[:, half:] + 1) % self.n_tokens], 1)
         again, _ = self.watch(other)
         for layer in self.layers:
             first, then = (run[self.blocks[layer]][1][:, :half] for run in (seen, again))
@@ -721,29 +707,33 @@ class LanguageModel:
                 raise Refuse(f"{name} is not causal: later tokens change a token's activations")
 
     def held_out(self):
-        """({file: tensors}, where): the held-out contexts, and where training text starts.
+        """({file: tensors}, documents read): the held-out contexts, and where training text starts.
 
         Without files val.*, a tenth of what there is at most.
         """
-        n = max(1, (self.args.val_tokens or 32_768) // self.ctx)
-        where = 0, [], 0
-        if self.text.held_out_files:
-            stream = contexts(self.text.held_out(), self.tokenizer, self.ctx, self.args.pack)
-            found = list(islice(stream, n))
+        args, files, start = self.args, self.text.held_out_files, 0
+        n = max(1, (args.val_tokens or 32_768) // self.ctx)
+        documents = self.text.read(files) if files else self.text.train()
+        found = contexts(documents, self.tokenizer, self.ctx, args.pack, group=1)
+        if files:
+            found = list(islice(found, n))
         else:
-            n = max(1, min(n, self.args.tokens // 10 // self.ctx))
-            found = list(islice(self.stream(where, group=1), 10 * n))
+            n = max(1, min(n, args.tokens // 10 // self.ctx))
+            found = list(islice(found, 10 * n))
             found = found[:max(1, len(found) // 10)]
-            where = found[-1][1][0] + 1, [], 0            # the document after the last one used
-        if not found or next(self.stream(where), None) is None:
+            start = max((n_read for n_read, _ in found), default=0)
+        if not found or next(self.stream(start), None) is None:
             raise Refuse(f"--data {self.text.name}: the text is too short for one context of "
                          f"{self.ctx} tokens to hold out and one of other documents: give more "
                          "text, or a smaller --ctx")
-        tokens, mask, _ = self.block([context for context, _ in found])
-        return {"val": dict(tokens=tokens, mask=mask)}, where
+        tokens, mask, _ = self.block([context for _, context in found])
+        return {"val": dict(tokens=tokens, mask=mask)}, start
 
-    def stream(self, where, group=64):
-        return contexts(self.text.train(), self.tokenizer, self.ctx, self.args.pack, where, group)
+    def stream(self, start):
+        """The contexts of the text after its first `start` documents."""
+        documents = islice(self.text.train(), start, None)
+        found = contexts(documents, self.tokenizer, self.ctx, self.args.pack)
+        return (context for _, context in found)
 
     def block(self, found):
         """Contexts as tokens [n, ctx] int32, the mask [n, ctx] of those that are rows, and the
@@ -755,54 +745,55 @@ class LanguageModel:
             tokens[i, :len(context)] = torch.tensor(context, dtype=torch.int32)
             text[i, :len(context)] = True
         unknown = int(tokens.max())
-        if unknown >= self.n_embedded:
+        if unknown >= self.n_tokens:
             token = self.tokenizer.decode([unknown])
             raise Refuse(f"{self.args.model}: the tokenizer's {token!r} is token {unknown}, the "
-                         f"model has {self.n_embedded}: resize its embedding, or remove that token "
+                         f"model has {self.n_tokens}: resize its embedding, or remove that token "
                          "from the text")
         return tokens, text & ~torch.isin(tokens, self.special), int((~text).sum())
 
     def norm_limits(self, val, layers):
-        """10 x the median norm of held-out rows, for each layer: what is above is an outlier."""
+        """10 x the median norm of held-out rows, for each layer: what is above is an outlier.
+
+        Before that, what the hooks mean is checked on the fullest context.
+        """
         rows = val["mask"][:64].flatten().nonzero()[:, 0].to(self.device)
         if not len(rows):
             raise Refuse(f"--data {self.text.name}: the held-out text has only special tokens")
-        found = zip(layers, self.activations(val["tokens"][:64], layers))
-        return [10 * row_norms(acts, rows, 0, layer)[0].median().item() for layer, acts in found]
+        fullest = val["tokens"][val["mask"].sum(1).argmax()]
+        self.check_meaning(fullest[None, :32].long().to(self.device))
+        acts = self.activations(val["tokens"][:64], layers, tqdm(disable=True))
+        return [10 * row_norms(of_layer, rows, 0, layer)[0].median().item()
+                for layer, of_layer in zip(layers, acts)]
 
-    def run(self, found, first, layers):
+    def run(self, found, first, layers, bar):
         """(tokens, mask, padding) of block(), and activations()."""
         tokens, mask, padding = self.block(found)
-        return tokens, mask, padding, self.activations(tokens, layers)
+        return tokens, mask, padding, self.activations(tokens, layers, bar)
 
     @torch.no_grad()
-    def activations(self, tokens, layers):
-        """[n * ctx, d_in] for each layer, on the device, in the dtype of the cache."""
+    def activations(self, tokens, layers, bar):
+        """[n * ctx, d_in] for each of the ascending layers, on the device, in the cache's dtype."""
+        points = [hook_point(self.blocks[layer], self.args.hook, self.path) for layer in layers]
         dtype = getattr(torch, self.args.dtype)
-        size = tokens.numel(), self.d_in
-        acts = [torch.empty(size, dtype=dtype, device=self.device) for _ in layers]
+        acts = {point: torch.empty(tokens.numel(), self.d_in, dtype=dtype, device=self.device)
+                for point in points}
         at = 0
 
         def keep(module, args, output):
             output = output[0] if isinstance(output, tuple) else output
-            for layer, into in zip(layers, acts):
-                if module is self.points[layer]:
-                    into[at:at + output.shape[0] * self.ctx] = output.flatten(0, 1)
-            if module is self.points[max(layers)]:
+            rows = output.flatten(0, 1)
+            acts[module][at:at + len(rows)] = rows
+            if module is points[-1]:
                 raise Stop
 
-        with hooks([self.points[layer] for layer in layers], keep):
+        with hooks(points, keep):
             for batch in tokens.split(self.args.batch):
                 with contextlib.suppress(Stop):
                     self.model(batch.long().to(self.device), use_cache=False)
                 at += batch.numel()
-        return acts
-
-
-def check_layers(layers, n_layers, name):
-    for layer in layers:
-        if layer >= n_layers:
-            raise Refuse(f"--layer {layer}: {name} has layers 0 to {n_layers - 1}", 2)
+                bar.update(batch.numel())
+        return list(acts.values())
 
 
 @contextlib.contextmanager
@@ -869,7 +860,7 @@ class Cache:
                 raise Refuse(f"{path} is missing or cut short: delete {self.folder}, cache again")
         return "complete" if self.meta["complete"] else "begun"
 
-    def begin(self, known, files, where, norm_limit):
+    def begin(self, files, start, norm_limit):
         """Start the cache: the held-out files, and meta.json with all that is fixed from now on."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         held = {}
@@ -877,9 +868,8 @@ class Cache:
             written = write_tensors(self.folder / f"{name}.safetensors", tensors)
             held[name] = {"file": f"{name}.safetensors", "checksum": written}
         held["val"]["contexts"] = len(next(iter(files["val"].values())))
-        self.meta = {**self.settings, **held, "norm_limit": norm_limit, "where": where,
+        self.meta = {**self.settings, **held, "norm_limit": norm_limit, "start": start,
                      "complete": False, "shards": [], "versions": versions()}
-        self.meta["model"] = {**self.meta["model"], **known}
         write_json(self.folder / "meta.json", self.meta)
 
     def check_disk(self):
@@ -898,11 +888,8 @@ class Cache:
     def entry(self, shard):
         return self.scratch / f"shard_{shard:05d}.json"
 
-    def add(self, number, first, tokens, mask, padding, acts, where):
-        """Draw a shard for each row of a part; returns a function that writes the part.
-
-        first: number of the part's first context; where: the place in the text after the part.
-        """
+    def add(self, number, tokens, mask, padding, acts):
+        """Draw a shard for each row of a part; returns a function that writes the part."""
         index = mask.flatten().nonzero()[:, 0].to(acts.device)
         norms, vector = row_norms(acts, index, self.meta["norm_limit"], self.layer)
         usual = norms <= self.meta["norm_limit"]
@@ -911,12 +898,11 @@ class Cache:
         shard = torch.randint(self.n_slices, (len(kept),), generator=draw)
         kept = kept[shard.argsort(stable=True)]
         counts = shard.bincount(minlength=self.n_slices)
-        context, position = first + kept // self.ctx, kept % self.ctx
+        context, position = number * self.per_part + kept // self.ctx, kept % self.ctx
         columns = torch.stack([tokens.flatten()[kept], context, position], 1)
-        meta = {"contexts": len(tokens), "where": where, "rows": len(kept),
-                "norm": norms.sum().item(), "square": norms.square().sum().item(),
-                "dropped": {"bos": tokens.numel() - padding - len(index), "padding": padding,
-                            "outlier": len(index) - len(kept)}}
+        meta = {"contexts": len(tokens), "rows": len(kept), "norm": norms.sum().item(),
+                "bos": tokens.numel() - padding - len(index), "padding": padding,
+                "outlier": len(index) - len(kept)}
         rows = to_host(acts, kept)
         return functools.partial(self.write_part, number, rows, columns.int(), counts, vector, meta)
 
@@ -924,7 +910,7 @@ class Cache:
         """Write a part: its rows, a slice for each shard, and then the file that lists them."""
         path, hashes, begin = self.part(number).with_suffix(".raw"), [], 0
         path.parent.mkdir(exist_ok=True)
-        with disk_errors(path), open(path, "wb") as f:  # no fsync: lost rows are seen by their hash
+        with open(path, "wb") as f:                       # no fsync: the hashes show what was lost
             for end in counts.cumsum(0).tolist():
                 hashed = xxhash.xxh3_64()
                 blocks = (rows(at, min(at + BLOCK, end)) for at in range(begin, end, BLOCK))
@@ -940,19 +926,24 @@ class Cache:
         """Turn the parts into shards; rank 0 lists them in meta.json and tidies up."""
         wait_for([self.part(number) for number in range(n_parts)])
         parts = [read_tensors(self.part(number)) for number in range(n_parts)]
-        total = Counter()
-        for _, meta in parts:
-            total.update({key: meta[key] for key in ("rows", "contexts", "norm", "square")})
+        total = {key: sum(meta[key] for _, meta in parts) for key in TOTALS}
         if not total["rows"]:
             raise Refuse(f"{self.folder}: the text has only special tokens: give other text")
         mean = sum(tensors["vector"] for tensors, _ in parts) / total["rows"]
         counts = torch.stack([tensors["counts"] for tensors, _ in parts])  # [parts, slices]
         hashes = torch.stack([tensors["hashes"] for tensors, _ in parts])
 
-        # several slices to a shard if the text ended early; the last shards first, see cut()
+        # several slices to a shard if the text ended early
         per = max(1, self.n_slices * self.settings["rows_per_shard"] // total["rows"])
         shards = [slice(i, i + per) for i in range(0, self.n_slices, per)]
         shards = [s for s in shards if counts[:, s].sum()]
+        self.write_shards(shards, counts, hashes, mean.float(), rank, processes)
+        if rank == 0:
+            wait_for([self.entry(i) for i in range(len(shards))])
+            self.write_meta(len(shards), total, mean)
+
+    def write_shards(self, shards, counts, hashes, mean, rank, processes):
+        """Write this process' shards, the last first, see cut()."""
         mine = [i for i in reversed(range(len(shards))) if i % processes == rank]
         mine = [i for i in mine if not self.entry(i).exists()]
         largest = max(int(counts[:, s].sum()) for s in shards)
@@ -961,13 +952,9 @@ class Cache:
         for i in tqdm(mine, f"shuffling {self.folder.name}", unit="shard", disable=rank > 0):
             columns = self.gather(counts[:, shards[i]], hashes[:, shards[i]], buffers[0],
                                   counts[:, :shards[i].start].sum(1))
-            self.write_shard(i, columns, *buffers, mean.float())
+            self.write_shard(i, columns, *buffers, mean)
             if rank == 0:
                 self.cut(counts, shards)
-        if rank == 0:
-            wait_for([self.entry(i) for i in range(len(shards))])
-            entries = [read_json(self.entry(i)) for i in range(len(shards))]
-            self.write_meta(entries, total, mean, [meta["dropped"] for _, meta in parts])
 
     def gather(self, counts, hashes, into, before):
         """Read some slices of all parts into `into`; returns their columns [rows, 3].
@@ -1015,27 +1002,28 @@ class Cache:
             if path.stat().st_size > rows * self.width:
                 os.truncate(path, rows * self.width)
 
-    def write_meta(self, entries, total, mean, dropped):
+    def write_meta(self, n_shards, total, mean):
         """List the shards in meta.json, with the rows' statistics: the cache is complete."""
-        n, offset = total["rows"], mean.square().sum().item()
+        n, entries = total["rows"], [read_json(self.entry(i)) for i in range(n_shards)]
         spread = sum(entry["spread"] for entry in entries) / n            # E||row - mean||
         if spread == 0:
             raise Refuse(f"{self.folder}: all rows are equal: give other text, or another layer")
-        variance = max(total["square"] / n - offset, 1e-30)
         self.meta |= {
             "complete": True, "rows": n, "contexts": total["contexts"],
             "shards": [entry["shard"] for entry in entries],
-            "dropped": {key: sum(d[key] for d in dropped) for key in dropped[0]},
-            "mean": mean.tolist(), "scale": self.d_in ** 0.5 / spread,
-            "mean_norm": total["norm"] / n,
-            "gamma": (offset / variance) ** 0.5}  # length of the mean / spread about the mean
+            "dropped": {key: total[key] for key in ("bos", "padding", "outlier")},
+            "mean": mean.tolist(), "mean_norm": total["norm"] / n,
+            "scale": self.d_in ** 0.5 / spread}
         write_json(self.folder / "meta.json", self.meta)
         shutil.rmtree(self.scratch)
-        print(f"{self.folder}: {n:,} rows of {self.d_in} in {len(entries)} shards, mean norm "
-              f"{self.meta['mean_norm']:.3g}, gamma {self.meta['gamma']:.2f}, "
-              f"dropped {self.meta['dropped']}")
+        if total["contexts"] < self.n_contexts:
+            print(f"note: the text ends after {total['contexts'] * self.ctx:,} tokens of "
+                  f"{self.n_contexts * self.ctx:,}")
+        print(f"{self.folder}: {n:,} rows of {self.d_in} in {n_shards} shards, mean norm "
+              f"{self.meta['mean_norm']:.3g}, dropped {self.meta['dropped']}")
 
 
+TOTALS = ("contexts", "rows", "norm", "bos", "padding", "outlier")        # sums over the parts
 COLUMNS = 3                  # tokens, context and position, as int32 beside each row in scratch
 BLOCK = 256                  # rows that a CPU's cache holds
 
@@ -1061,20 +1049,17 @@ def row_norms(acts, index, limit, layer):
 def to_host(acts, kept):
     """A function of (begin, end) that returns these of the rows `kept`, on the CPU.
 
-    From a GPU they are copied while the model goes on.
+    From a GPU they are copied without waiting for that.
     """
     if acts.device.type == "cpu":
         return lambda begin, end: acts[kept[begin:end]]
     on_gpu = acts[kept.to(acts.device)]
     host = torch.empty(on_gpu.shape, dtype=on_gpu.dtype, pin_memory=True)
-    side = torch.cuda.Stream(acts.device)
-    side.wait_stream(torch.cuda.current_stream(acts.device))
-    with torch.cuda.stream(side):
-        host.copy_(on_gpu, non_blocking=True)
-        on_gpu.record_stream(side)
+    host.copy_(on_gpu, non_blocking=True)
+    copied = torch.cuda.current_stream(acts.device).record_event()
 
     def rows(begin, end):
-        side.synchronize()
+        copied.synchronize()
         return host[begin:end]
     return rows
 
@@ -1097,18 +1082,9 @@ def wait_for(paths):
         time.sleep(0.2)
 
 
-@contextlib.contextmanager
-def disk_errors(path):
-    try:
-        yield
-    except OSError as e:
-        raise Refuse(f"{path}: {e.strerror}: make room, then run the same command again", 4) from e
-
-
 def versions():
-    packages = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy")
-    found = {p: importlib.metadata.version(p) for p in packages if importlib.util.find_spec(p)}
-    return {"python": platform.python_version(), **found}
+    packages = (torch, transformers, tokenizers, safetensors)
+    return {"python": platform.python_version(), **{p.__name__: p.__version__ for p in packages}}
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -1130,59 +1106,59 @@ def main():
             if cache.state() == "complete" and rank == 0:
                 print(f"{cache.folder} is complete: {cache.meta['rows']:,} rows")
         caches = [cache for cache in caches if cache.state() != "complete"]
-        if caches:
-            fill(source, caches, rank, processes)
+        if not caches:
+            return
+        begin(source, caches)
+        for cache in caches if rank == 0 else []:
+            cache.check_disk()
+        fill(source, caches, rank, processes)
     finally:
         for one in held:
             one.release()
 
 
-def fill(source, caches, rank, processes):
-    """Run the text through the model, once for all caches, and finish them."""
-    known = source.load()
-    # meanwhile rank 0 may have finished, if all parts were there
-    caches = [cache for cache in caches if cache.state() != "complete"]
-    if not caches:
-        return
+def begin(source, caches):
+    """Begin those caches that are not begun."""
     fresh = [cache for cache in caches if cache.state() == "absent"]
     if fresh:
-        files, where = source.held_out()
-        for cache, limit in zip(fresh, source.norm_limits(files["val"], [c.layer for c in fresh])):
-            cache.begin(known, files, where, limit)
-    for cache in caches if rank == 0 else []:
-        cache.check_disk()
+        files, start = source.held_out()
+        limits = source.norm_limits(files["val"], [cache.layer for cache in fresh])
+        for cache, limit in zip(fresh, limits):
+            cache.begin(files, start, limit)
 
+
+def fill(source, caches, rank, processes):
+    """Run the text through the model, once for all caches, and finish them."""
     # go on after the parts that every cache has
-    number, first, where = 0, 0, caches[0].meta["where"]
+    number, per_part, end = 0, caches[0].per_part, caches[0].n_contexts
     while all(cache.part(number).exists() for cache in caches):
-        _, meta = read_tensors(caches[0].part(number))
-        number, first, where = number + 1, first + meta["contexts"], meta["where"]
-    stream, end, writing = source.stream(where), caches[0].n_contexts, []
+        number += 1
+    stream = islice(source.stream(caches[0].meta["start"]), number * per_part, end)
     with ThreadPoolExecutor(1) as writer, tqdm(
-            desc="caching", total=end * source.ctx, initial=first * source.ctx, unit="tokens",
-            unit_scale=True, disable=rank > 0) as bar:
-        while found := list(islice(stream, min(caches[0].per_part, end - first))):
+            desc="caching", total=end * source.ctx, initial=number * per_part * source.ctx,
+            unit="tokens", unit_scale=True, disable=rank > 0) as bar:
+        writing = []
+        while number * per_part < end and (found := list(islice(stream, per_part))):
             if number % processes == rank:
-                jobs = run_part(source, caches, number, first, found)
+                jobs = run_part(source, caches, number, found, bar)
                 for job in writing:
                     job.result()
                 writing = [writer.submit(job) for job in jobs]
-            number, first = number + 1, first + len(found)
-            bar.update(len(found) * source.ctx)
+            else:
+                bar.update(len(found) * source.ctx)
+            number += 1
         for job in writing:
             job.result()
-    if first < end and rank == 0:
-        print(f"note: the text ends after {first * source.ctx:,} tokens of {end * source.ctx:,}")
     for cache in caches:
         cache.finish(number, rank, processes)
 
 
-def run_part(source, caches, number, first, found):
+def run_part(source, caches, number, found, bar):
     """Run a part's contexts through the model; returns the functions that write it, one a cache."""
     caches = [cache for cache in caches if not cache.part(number).exists()]
-    tokens, mask, padding, acts = source.run([context for context, _ in found], first,
-                                             [cache.layer for cache in caches])
-    return [cache.add(number, first, tokens, mask, padding, of_layer, found[-1][1])
+    tokens, mask, padding, acts = source.run(found, number * caches[0].per_part,
+                                             [cache.layer for cache in caches], bar)
+    return [cache.add(number, tokens, mask, padding, of_layer)
             for cache, of_layer in zip(caches, acts)]
 
 

@@ -381,7 +381,7 @@ def read_ahead(acts, order, device):
             copying.synchronize()
         return rows
 
-    with ThreadPoolExecutor(1) as reader:
+    with ThreadPoolExecutor(2) as reader:
         ahead = deque(reader.submit(read, n) for n in range(min(2, len(order))))
         for n in range(len(order)):
             rows = ahead.popleft().result()

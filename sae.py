@@ -947,8 +947,7 @@ def parent_of(name):
 
 
 def parse_settings(cls, pairs):
-    """['l0=32', 'clip=0.5'] -> {'l0': 32.0, 'clip': 0.5}: settings of `cls` with values of their
-    type."""
+    """['l0=32', 'clip=0.5'] -> {'l0': 32.0, 'clip': 0.5}: settings of `cls`, of their types."""
     known, found, variant = cls.settings(), {}, cls.__module__.split(".")[-1]
     for pair in pairs:
         key, _, text = pair.partition("=")
@@ -983,8 +982,7 @@ def parse_value(key, text, default):
 
 
 def load_run(folder):
-    """(SAE in eval mode, config) of a finished run whose variant's code is still the one that
-    trained."""
+    """(SAE in eval mode, config) of a finished run; Refuse if the variant's code changed since."""
     folder = Path(folder)
     config = read_json(folder / "config.json", "status", "variant", "acts", "settings")
     if config["status"] != "done":
@@ -1015,8 +1013,7 @@ def run_folders(folders):
 
 
 def read_log(folder, config):
-    """The lines of a run's metrics.jsonl; of a finished run Refuse if it is not as the run left
-    it."""
+    """The lines of a run's metrics.jsonl; Refuse if a finished run's is not as the run left it."""
     path = Path(folder) / "metrics.jsonl"
     blob = path.read_bytes() if path.exists() else b""
     if config.get("log_checksum", checksum(blob)) != checksum(blob):
@@ -1039,9 +1036,11 @@ def model_files(path):
 
 
 def model_config(path, **extra):
-    """The configuration of a causal language model. Refuse what the installed transformers leaves
-    unread in config.json (version 4 takes its own rotary base for the `rope_parameters` of version
-    5)."""
+    """The configuration of a causal language model, read whole.
+
+    Version 4 of transformers would take its own rotary base for the `rope_parameters` that version
+    5 writes, without a word: Refuse what the installed one does not read.
+    """
     import transformers
     folder, gguf = model_files(path)
     config = transformers.AutoConfig.from_pretrained(folder, **gguf, **extra)
@@ -1051,18 +1050,26 @@ def model_config(path, **extra):
         return config
     extra.pop("trust_remote_code", None)
     written, _ = transformers.PretrainedConfig.get_config_dict(folder, **extra)
-    version, installed = written.get("transformers_version", "unknown"), transformers.__version__
-    for read, part in [(config, written), (config.get_text_config(), written.get("text_config") or {})]:
-        blank = type(read)()
-        unread = {key for key, value in part.items() if not hasattr(blank, key) and value is not None}
-        unread = {key for key in unread if key == "rope_parameters" or release(version) > release(installed)}
-        if "rope_parameters" in unread and translate_rope(read, part["rope_parameters"]):
-            unread.remove("rope_parameters")
-        if unread:
-            raise Refuse(f"model {path} was written by transformers {version}, and its config.json has "
-                         f"{', '.join(sorted(unread))}, which transformers {installed} does not read: install "
-                         "the newer one")
+    version = written.get("transformers_version", "unknown")
+    unread = unread_keys(config, written, version)
+    unread |= unread_keys(config.get_text_config(), written.get("text_config") or {}, version)
+    if unread:
+        raise Refuse(f"model {path} was written by transformers {version}, and its config.json has "
+                     f"{', '.join(sorted(unread))}, which transformers {transformers.__version__} "
+                     "does not read: install the newer one")
     return config
+
+
+def unread_keys(config, written, version):
+    """The keys of `written`, by this version of transformers, that the installed one ignores."""
+    import transformers
+    blank = type(config)()
+    unread = {key for key in written if written[key] is not None and not hasattr(blank, key)}
+    if release(version) <= release(transformers.__version__):
+        unread &= {"rope_parameters"}                      # the rest is a model's own remarks
+    if "rope_parameters" in unread and translate_rope(config, written["rope_parameters"]):
+        unread.remove("rope_parameters")
+    return unread
 
 
 def translate_rope(config, rope):
@@ -1072,8 +1079,8 @@ def translate_rope(config, rope):
     if scaling != {"rope_type": "default"}:
         named["rope_scaling"] = scaling
     takes = inspect.signature(type(config).__init__).parameters
-    if "rope_theta" not in rope or not set(named) <= set(takes):          # or a base for each kind of layer
-        return False
+    if "rope_theta" not in rope or not set(named) <= set(takes):
+        return False                                       # such as a base for each kind of layer
     for key, value in named.items():
         setattr(config, key, value)
     return True
@@ -1088,21 +1095,23 @@ def model_tokenizer(path, **extra):
     """The tokenizer of a language model, a hub name, folder or .gguf file."""
     import transformers
     folder, gguf = model_files(path)
-    files = [file for kind in ("tokenizer*", "vocab*", "*.model") for file in Path(folder).glob(kind)]
-    if Path(folder).is_dir() and not gguf and not files:
+    files = " ".join(file.name for file in Path(folder).glob("*"))
+    if Path(folder).is_dir() and not gguf and not re.search(r"tokenizer|vocab|\.model\b", files):
         raise Refuse(f"model {path}: the folder has no tokenizer: save the model's there too")
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, **gguf, **extra)
     except ValueError as e:
         if "TokenizersBackend" not in str(e):
             raise
-        raise Refuse(f"model {path}: its tokenizer was written by transformers 5, which transformers "
+        raise Refuse(f"model {path}: its tokenizer was written by transformers 5, which "
                      f"{transformers.__version__} does not read: install the newer one") from e
 
 
 def language_model(path, dtype, **extra):
-    """The causal language model of a hub name, folder or .gguf file, in eval mode. Weights in
-    pickle files are read only if remote code is trusted."""
+    """The causal language model of a hub name, folder or .gguf file, in eval mode.
+
+    Weights in pickle files are read only if remote code is trusted.
+    """
     import transformers
     folder, gguf = model_files(path)
     config = model_config(path, **extra)
@@ -1119,28 +1128,32 @@ def language_model(path, dtype, **extra):
         raise Refuse(f"model {path} needs {size / 1e9:,.0f} GB as {dtype}, this machine has "
                      f"{memory / 1e9:,.0f} GB of memory: take a smaller model", 4)
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf, **extra).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf,
+                                                                  **extra)
     except OSError as e:
         if not re.search("no file named .*safetensors|not appear to have a file named", str(e)):
             raise
-        raise Refuse(f"model {path} has no weights in safetensors files: pickle files can run code and are "
-                     "read only with --trust-remote-code; or save them as safetensors") from e
+        raise Refuse(f"model {path} has no weights in safetensors files: save them so, or add "
+                     "--trust-remote-code (pickle files can run code)") from e
+    return model.eval()
 
 
+ABSENT = ("is neither on the hub (or private: set HF_TOKEN) nor a file or folder here", 2)
+UNREACHABLE = ("cannot be fetched, the hub is not reachable: check the network, set "
+               "HF_HUB_OFFLINE=1 if it was fetched before, or give a local folder", 4)
 HUB_ERRORS = {       # class in the chain of causes, or HTTP status -> (what to say, exit code)
-    "GatedRepoError": ("is gated: accept its terms on https://huggingface.co/{page}, then `hf auth login` "
-                       "or set HF_TOKEN", 4),
-    "OfflineModeIsEnabled": ("is not in the local cache and HF_HUB_OFFLINE is set: unset it, or give a "
-                             "local folder", 4),
-    "RepositoryNotFoundError": ("is neither on the hub (or private: set HF_TOKEN) nor a folder here", 2),
-    "DatasetNotFoundError": ("is neither on the hub (or private: set HF_TOKEN) nor a file here", 2),
-    "HFValidationError": ("is neither a name on the hub nor a folder here", 2),
-    "LocalEntryNotFoundError": ("is not in the local cache and the hub is not reachable: check the network, "
-                                "or give a local folder", 4),
-    "ConnectionError": ("cannot be fetched, the hub is not reachable: check the network, set "
-                        "HF_HUB_OFFLINE=1 if it was fetched before, or give a local folder", 4),
-    "TransportError": ("cannot be fetched, the hub is not reachable: check the network", 4),
-    "Timeout": ("cannot be fetched, the hub does not answer: check the network", 4),
+    "GatedRepoError": ("is gated: accept its terms on https://huggingface.co/{page}, then "
+                       "`hf auth login` or set HF_TOKEN", 4),
+    "OfflineModeIsEnabled": ("is not in the local cache and HF_HUB_OFFLINE is set: unset it, or "
+                             "give a local folder", 4),
+    "RepositoryNotFoundError": ABSENT,
+    "DatasetNotFoundError": ABSENT,
+    "HFValidationError": ABSENT,
+    "LocalEntryNotFoundError": ("is not in the local cache and the hub is not reachable: check "
+                                "the network, or give a local folder", 4),
+    "ConnectionError": UNREACHABLE,
+    "TransportError": UNREACHABLE,                         # of httpx: also a hub that is too slow
+    "Timeout": UNREACHABLE,
     "RevisionNotFoundError": ("no longer has the revision that was cached: cache again", 3),
     "EntryNotFoundError": ("lacks a file that is needed", 3),
     "HTTP 401": ("cannot be fetched, the hub does not know the token: `hf auth login` again", 4),
@@ -1161,7 +1174,7 @@ def hub_errors(kind, name):
         chain, cause, status = [], e, None
         while cause:
             status = getattr(getattr(cause, "response", None), "status_code", status)
-            chain += [*(c.__name__ for c in type(cause).__mro__), f"HTTP {status}"]
+            chain += [parent.__name__ for parent in type(cause).__mro__] + [f"HTTP {status}"]
             cause = cause.__cause__ or cause.__context__
         unknown = (f"does not load: {type(e).__name__}: {first_lines(e)}", 3)
         said, code = next((HUB_ERRORS[c] for c in HUB_ERRORS if c in chain), unknown)
@@ -1185,11 +1198,10 @@ def decoder_layers(model, n_layers, name):
 
 
 def hook_point(layer, hook, name):
-    """The module of a decoder layer whose output is TransformerLens' hook_resid_post, hook_attn_out
-    or hook_mlp_out."""
+    """The module of a decoder layer whose output is `hook`, as TransformerLens names the hooks."""
     if hook == "resid_post":
         return layer
-    if hasattr(layer, "post_feedforward_layernorm"):       # Gemma-2, OLMo-2: the stream gets its output
+    if hasattr(layer, "post_feedforward_layernorm"):       # Gemma-2, OLMo-2: its output is added
         names = ["post_attention_layernorm" if hook == "attn_out" else "post_feedforward_layernorm"]
     elif hook == "attn_out":                               # the first two are of GLM-4, as above
         names = ["post_self_attn_layernorm", "self_attn", "attention", "attn", "self_attention"]
@@ -1198,7 +1210,8 @@ def hook_point(layer, hook, name):
     found = [getattr(layer, n) for n in names if hasattr(layer, n)]
     if not found:
         there = ", ".join(n for n, _ in layer.named_children())
-        raise Refuse(f"{name}: its layers have no {hook} (none of {', '.join(names)}), only {there}")
+        raise Refuse(f"{name}: its layers have no {hook} (none of {', '.join(names)}), only "
+                     f"{there}")
     return found[0]
 
 
@@ -1217,8 +1230,10 @@ def model_checksum(folder):
 
 
 class Refuse(Exception):
-    """What is wrong, where, and what to do, in one line. code: 2 usage, 3 data, 4 environment, 5 a
-    run went wrong, 6 busy."""
+    """What is wrong, where, and what to do, in one line.
+
+    code: 2 usage, 3 data, 4 environment, 5 a run went wrong, 6 busy.
+    """
 
     def __init__(self, message, code=3):
         super().__init__(message)
@@ -1226,9 +1241,11 @@ class Refuse(Exception):
 
 
 def run_script(main):
-    """Run a script's main(). What it refuses, or what the machine lacks, ends in one line on stderr
-    and an exit code that is not 0; anything else is a bug and shows its traceback. SIGTERM is
-    Ctrl-C."""
+    """Run a script's main(), and exit with its code.
+
+    What it refuses, or what the machine lacks, ends in one line on stderr and an exit code that is
+    not 0; anything else is a bug and shows its traceback. SIGTERM is Ctrl-C.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code, said = main() or 0, None
@@ -1252,14 +1269,12 @@ def run_script(main):
 
 
 def is_out_of_memory(e):
-    """Whether an exception says so; torch raises a plain RuntimeError where the CPU's memory
-    ends."""
+    """Whether an exception says so; for a CPU's memory torch raises a plain RuntimeError."""
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the script's docstring as it stands, no abbreviated flags, and errors in one
-    line."""
+    """argparse with the docstring as it stands, no abbreviated flags, and errors in one line."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False,
@@ -1287,14 +1302,12 @@ def shorten(text):
 
 
 def ranks():
-    """(rank, processes): which of the processes that torchrun started this is; (0, 1) without
-    it."""
+    """(rank, processes): which of torchrun's processes this is; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def pick_device(name=None):
-    """The device called `name`; without a name a GPU, under torchrun this process' own, else the
-    CPU."""
+    """The device called `name`. Default: a GPU, under torchrun this process' own, else the CPU."""
     if name is None and torch.cuda.is_available():
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     if name is None:
@@ -1309,8 +1322,7 @@ def pick_device(name=None):
 
 
 def check_name(flag, name, also=""):
-    """A name that becomes a folder's: no path, not hidden, not too long; `also` may be in it
-    too."""
+    """The name, which becomes a folder's: no path, not hidden, not too long. also: characters."""
     if not re.fullmatch(rf"[\w+][\w.+{also}-]{{0,199}}", name, re.ASCII):
         raise Refuse(f"{flag} {shorten(name)!r}: want a name of at most 200 letters, digits and "
                      ". _ + -", 2)
@@ -1336,14 +1348,14 @@ def files_checksum(files):
     return total.hexdigest()
 
 
-def write_file(path, data):
+def write_file(path, *blocks):
     """Write bytes so that `path` holds either all of them, on disk, or what it held before."""
     path = Path(path)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
-            f.write(data)
+            f.writelines(blocks)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -1358,9 +1370,11 @@ def write_file(path, data):
 
 
 def lock(folder, wait=False):
-    """Hold `folder`, made if need be, until the returned lock is released or the process ends. What
-    a killed process left half-written is removed. wait: for its holder; else Refuse if it is
-    held."""
+    """Hold `folder`, made if need be, until the returned lock is released or the process ends.
+
+    What a killed process left half-written is removed. wait: for its holder; else Refuse if it is
+    held.
+    """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         held = filelock.FileLock(Path(folder) / ".lock", timeout=-1 if wait else 0)
@@ -1406,43 +1420,61 @@ def read_json(path, *keys):
 BLANK = b"0" * 32            # stands in the file for its checksum while that is computed
 
 
-def write_tensors(path, tensors, meta=None):
-    """Write {name: tensor} and a JSON-able `meta` as one safetensors file; returns its checksum,
-    which the file also holds."""
-    header = {"checksum": BLANK.decode(), "format": FORMAT, **(meta or {})}
-    header = json.dumps(header, allow_nan=False)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    blob = bytearray(safetensors.torch.save(tensors, {"meta": header}))
-    at, said = blob.index(BLANK), checksum(blob)
-    blob[at:at + 32] = said.encode()
-    write_file(path, blob)
-    return said
-
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+# in the order in which safetensors stores them
+DTYPES = {"I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32,
+          "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
 
 
+def write_tensors(path, tensors, meta=None):
+    """Write {name: tensor} and `meta` as one safetensors file; returns the checksum in it.
+
+    By hand: safetensors.torch.save() copies all data, which is half of the host's time in stage 1.
+    """
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    about = {"checksum": BLANK.decode(), "format": FORMAT, **(meta or {})}
+    header = {"__metadata__": {"meta": json.dumps(about, allow_nan=False)}}
+    end, blocks = 0, []
+    for _, name in sorted((list(codes).index(t.dtype), name) for name, t in tensors.items()):
+        tensor = tensors[name].detach().cpu().contiguous()
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+        blocks.append(tensor.view(-1).view(torch.uint8).numpy())
+    header = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    header = len(header).to_bytes(8, "little") + header
+    hashed = xxhash.xxh3_128(header)
+    for block in blocks:
+        hashed.update(block)
+    written = hashed.hexdigest()
+    write_file(path, header.replace(BLANK, written.encode(), 1), *blocks)
+    return written
+
+
 def read_tensors(path, expected=None, buffer=None):
-    """({name: tensor}, meta) of a file by write_tensors; Refuse if any byte changed or its checksum
-    is not `expected`. buffer: a uint8 tensor to read into and to keep, which the tensors are then
-    views of."""
+    """({name: tensor}, meta) of a file by write_tensors.
+
+    Refuse if any byte changed or its checksum is not `expected`. buffer: a uint8 tensor to read
+    into and to keep, which the tensors are then views of.
+    """
     try:
         with open(path, "rb") as f:
             size = os.fstat(f.fileno()).st_size
             if buffer is None or len(buffer) < size:
                 buffer = torch.empty(size, dtype=torch.uint8)
             blob = memoryview(buffer.numpy())[:size]
-            if f.readinto(blob) != size:
-                raise ValueError("it became shorter while it was read")
-        start = 8 + int.from_bytes(blob[:8], "little")
-        header = json.loads(bytes(blob[8:start]))
-        meta = json.loads(header.pop("__metadata__")["meta"])
-        at = bytes(blob[:start]).index(meta["checksum"].encode())
-        hashed = xxhash.xxh3_128(blob[:at])
-        hashed.update(BLANK)
-        hashed.update(blob[at + 32:])
+            f.readinto(blob[:8])
+            start = 8 + int.from_bytes(blob[:8], "little")
+            f.readinto(blob[8:start])
+            header = json.loads(bytes(blob[8:start]))
+            meta = json.loads(header.pop("__metadata__")["meta"])
+            written = meta["checksum"].encode()
+            hashed = xxhash.xxh3_128(bytes(blob[:start]).replace(written, BLANK, 1))
+            for first in range(start, size, 1 << 20):      # a CPU's cache holds a block
+                block = blob[first:first + (1 << 20)]
+                f.readinto(block)
+                hashed.update(block)
         if hashed.hexdigest() != meta["checksum"]:
             raise ValueError("its checksum differs")
         tensors = {}
@@ -1504,6 +1536,5 @@ class Acts:
         return tensors
 
     def val(self):
-        """The held-out part: `tokens` [n, ctx] for a language model; `acts` and the true features
-        for synthetic data."""
+        """The held-out part: `tokens` [n, ctx]; of synthetic data `acts` and the true features."""
         return read_tensors(self.folder / self.meta["val"]["file"], self.meta["val"]["checksum"])[0]

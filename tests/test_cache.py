@@ -267,6 +267,18 @@ def test_the_batch_changes_no_row(here):
     torch.testing.assert_close(one["acts"], many["acts"])
 
 
+def test_the_bar_moves_with_each_batch(here, monkeypatch):
+    moved = []
+
+    def update(bar, n):
+        if not bar.disable and bar.desc == "caching":
+            moved.append(n)
+
+    monkeypatch.setattr(cache.tqdm, "update", update)
+    run("--model", "m", "--data", "t.jsonl", *SMALL, "--batch", 4)
+    assert moved == [4 * 8] * 20
+
+
 def test_bos_padding_and_outliers_are_left_out_and_counted(here):
     model = save(here / "m", words=tokenizer(bos=True))
     model.transformer.wte.weight.data[4 + 7] *= 1000          # w7: a norm far over 10 x the median
@@ -294,7 +306,7 @@ def test_bos_padding_and_outliers_are_left_out_and_counted(here):
     (dict(bos_token="<eos>"), []), (dict(padding_side="left"), [])])
 def test_contexts_start_with_bos_if_the_tokenizer_puts_one(words, starts):
     words = tokenizer(**words)                                             # the letter "a" is unknown to it
-    found = [context for context, _ in cache.contexts(texts(), words, 8, pack=True)]
+    found = [context for _, context in cache.contexts(texts(), words, 8, pack=True)]
     assert all(context[:len(starts)] == starts and len(context) == 8 for context in found)
     flat = [token for context in found for token in context[len(starts):]]
     ids = [words(text, add_special_tokens=False).input_ids for text in texts()]
@@ -539,7 +551,7 @@ BAD = [
     (2, "want 2 to 32", ["--ctx", "33"]),
     (2, "want a whole number above 0", ["--tokens", "1e6"]),
     (2, "want a name of at most 200 letters", ["--name", "../x"]),
-    (2, "no such folder", ["--model", "./nowhere"]),
+    (2, "./nowhere is neither on the hub", ["--model", "./nowhere"]),
     (2, "no config.json", ["--model", "empty_folder"]),
     (2, "--device", ["--device", "nonsense"]),
     (2, "leave --layer", ["--model", "synthetic", "--layer", "1"]),
@@ -547,8 +559,8 @@ BAD = [
     (3, "lists.jsonl, line 1: column 'text' holds list, not text", ["--data", "lists.jsonl"]),
     (3, "bytes.parquet, record 1: column 'text' holds bytes", ["--data", "bytes.parquet"]),
     (2, "no such file or folder", ["--data", "nothing.jsonl"]),
-    (3, "shorter than one context", ["--data", "short.jsonl"]),
-    (3, "shorter than one context", ["--data", "empty.txt"]),
+    (3, "too short for one context", ["--data", "short.jsonl"]),
+    (3, "too short for one context", ["--data", "empty.txt"]),
     (2, "want a .txt, .jsonl", ["--data", "empty_folder"]),
     (3, "bad.jsonl, line 2: not JSON", ["--data", "bad.jsonl"]),
     (3, "latin1.jsonl, line 3: not UTF-8 (byte 0xe9)", ["--data", "latin1.jsonl"]),
@@ -645,7 +657,7 @@ def test_a_model_that_can_not_be_read_is_one_line(here):
     edit(here / "m/config.json", quantization_config=None)
     Path("m/model.safetensors").unlink()
     torch.save(saved, "m/pytorch_model.bin")
-    assert "only with --trust-remote-code" in refused(3, *ask)
+    assert "no weights in safetensors files: save them so, or add --trust-remote-code" in refused(3, *ask)
     with open("m/model.safetensors", "wb") as f:
         f.truncate(10 ** 13)                                               # a hole of 10 TB
     with pytest.raises(sae.Refuse, match="model m needs .* GB as torch.float32, this machine has") as e:

@@ -188,7 +188,7 @@ def test_what_is_gated_says_what_to_accept_where_and_opens_with_the_token(hub, o
 def test_what_is_missing_or_out_of_reach_is_said_in_one_line(hub, online):
     for token in ({}, {"HF_TOKEN": "hf_bob"}):
         said = online.refuses(2, *ASK, "--model", "toys/nothing", **token)
-        assert "model toys/nothing is neither on the hub (or private: set HF_TOKEN) nor a folder" in said
+        assert "model toys/nothing is neither on the hub (or private: set HF_TOKEN) nor a file or folder" in said
     online.run(*ASK, "--name", "fetched")
     with hub.closed():
         for argv in (["--model", "toys/other"], [], ["--model", "words"]):

@@ -41,10 +41,10 @@ def new_way(script, folder, acts):
     tokens = torch.randint(3, 1000, (ROWS // CTX, CTX), dtype=torch.int32)
     mask = torch.ones(tokens.shape, dtype=torch.bool)
     cache = script.Cache(folder, of_source, args)
-    cache.begin({}, {"val": {"tokens": tokens}}, (0, [], 0), norm_limit=1e6)
+    cache.begin({"val": {"tokens": tokens}}, 0, norm_limit=1e6)
     started = time.process_time(), time.perf_counter()
     for part, of_part in enumerate(acts):
-        cache.add(part, part * len(tokens), tokens, mask, 0, of_part.flatten(0, 1), (0, [], 0))()
+        cache.add(part, tokens, mask, 0, of_part.flatten(0, 1))()
     cache.finish(PARTS, 0, 1)
     return time.process_time() - started[0], time.perf_counter() - started[1]
 
