@@ -8,8 +8,21 @@ import sys
 import pytest
 import torch
 
-from sae import (ROOT, Acts, Refuse, check_name, lock, natural, pick_device, positive_int, read_json,
-                 read_tensors, write_file, write_json, write_tensors)
+from sae import (
+    ROOT,
+    Acts,
+    Refuse,
+    check_name,
+    lock,
+    natural,
+    pick_device,
+    positive_int,
+    read_json,
+    read_tensors,
+    write_file,
+    write_json,
+    write_tensors,
+)
 from toys import mixture, write_cache
 
 TENSORS = {"acts": torch.randn(40, 8).bfloat16(), "tokens": torch.arange(40, dtype=torch.int32),
@@ -22,7 +35,9 @@ def test_tensors_come_back_with_their_meta_also_through_a_kept_buffer(tmp_path):
     for kept in (None, buffer):
         tensors, meta = read_tensors(tmp_path / "a.safetensors", said, kept)
         assert meta["step"] == 7 and meta["name"] == "ü" and tensors.keys() == TENSORS.keys()
-        assert all(torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in TENSORS.items())
+        assert all(
+            torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in TENSORS.items()
+        )
     first = buffer.data_ptr()
     assert first <= tensors["acts"].data_ptr() < first + len(buffer)      # views, no copies
 
@@ -88,8 +103,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_a_write_killed_half_way_leaves_the_old_file_and_the_lock_removes_the_rest(tmp_path):
     """The process dies before the rename: os.replace is never called."""
     write_file(tmp_path / "a", b"old")
-    code = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import sae\n"
-            f"os.replace = lambda *_: os.kill(os.getpid(), 9)\nsae.write_file({str(tmp_path / 'a')!r}, b'new')")
+    code = (
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import sae\n"
+        f"os.replace = lambda *_: os.kill(os.getpid(), 9)\nsae.write_file({str(tmp_path / 'a')!r}, b'new')"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     assert (tmp_path / "a").read_bytes() == b"old" and list(tmp_path.glob(".a.*.tmp"))
     lock(tmp_path).release()
@@ -108,7 +125,9 @@ def test_a_disk_that_is_full_is_one_line(tmp_path):
 
 def test_a_folder_in_use_is_refused_and_free_when_its_process_ends(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sae; held = sae.lock({str(tmp_path)!r}); print(1, flush=True); input()"
-    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert other.stdout.readline() == "1\n"
     with pytest.raises(Refuse, match="in use") as refused:
         lock(tmp_path)
@@ -118,23 +137,41 @@ def test_a_folder_in_use_is_refused_and_free_when_its_process_ends(tmp_path):
     lock(tmp_path).release()
 
 
-@pytest.mark.parametrize("does, code, says", [
-    ("raise sae.Refuse('no such run: a\\nb', 2)", 2, "error: no such run: a b\n"),
-    ("raise KeyboardInterrupt", 130, "interrupted: the same command goes on where this one stopped\n"),
-    ("open('/nowhere/x')", 4, "error: /nowhere/x: No such file or directory\n"),
-    ("raise MemoryError('12 GB')", 4, "error: out of memory: 12 GB\n"),
-    ("import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)", 130, "interrupted"),
-    ("return 0", 0, "")])
+@pytest.mark.parametrize(
+    "does, code, says",
+    [
+        ("raise sae.Refuse('no such run: a\\nb', 2)", 2, "error: no such run: a b\n"),
+        (
+            "raise KeyboardInterrupt",
+            130,
+            "interrupted: the same command goes on where this one stopped\n",
+        ),
+        ("open('/nowhere/x')", 4, "error: /nowhere/x: No such file or directory\n"),
+        ("raise MemoryError('12 GB')", 4, "error: out of memory: 12 GB\n"),
+        (
+            "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)",
+            130,
+            "interrupted",
+        ),
+        ("return 0", 0, ""),
+    ],
+)
 def test_a_script_ends_in_one_line_and_a_code(does, code, says):
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sae\ndef main():\n    {does}\nsae.run_script(main)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == code and done.stderr.startswith(says) and done.stderr.count("\n") == bool(says)
+    assert (
+        done.returncode == code
+        and done.stderr.startswith(says)
+        and done.stderr.count("\n") == bool(says)
+    )
 
 
 def test_a_reader_that_has_seen_enough_ends_a_script_quietly():
     script = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sae\ndef main():\n"
               "    for i in range(100_000): print('line', i)\nsae.run_script(main)")
-    writer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert writer.stdout.readline() == "line 0\n"
     writer.stdout.close()
     assert writer.wait() == 0 and writer.stderr.read() == ""
@@ -204,7 +241,9 @@ def test_a_missing_or_foreign_shard_is_refused(cache):
     os.remove(cache / "train_00001.safetensors")
     with pytest.raises(Refuse, match="is missing"):
         Acts(cache).shard(1)
-    (cache / "train_00001.safetensors").write_bytes((cache / "train_00000.safetensors").read_bytes())
+    (cache / "train_00001.safetensors").write_bytes(
+        (cache / "train_00000.safetensors").read_bytes()
+    )
     with pytest.raises(Refuse, match="another cache"):
         Acts(cache).shard(1)
 

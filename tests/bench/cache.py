@@ -7,6 +7,7 @@ files of 01_cache_acts.py, as after a forward pass on a GPU; the forward pass it
 checkouts take turns, each in a process of its own. Seconds are CPU seconds of the process (the disk is not
 measured) and, beside them, by the clock.
 """
+
 import argparse
 import importlib
 import json
@@ -30,8 +31,16 @@ def activations(part):
 
 
 def settings():
-    args = SimpleNamespace(dtype="bfloat16", tokens=ROWS * PARTS, rows_per_shard=ROWS, seed=0, window=None,
-                           ring=None, rank=0, processes=1)
+    args = SimpleNamespace(
+        dtype="bfloat16",
+        tokens=ROWS * PARTS,
+        rows_per_shard=ROWS,
+        seed=0,
+        window=None,
+        ring=None,
+        rank=0,
+        processes=1,
+    )
     return args, dict(source="model", model={}, layer=0, hook="resid_post", d_in=D_IN, ctx=CTX)
 
 
@@ -53,7 +62,11 @@ def old_way(script, folder, acts):
     """Seconds (CPU, clock) of the checkout before, with its ring and windows."""
     args, of_source = settings()
     source = script.LanguageModel.__new__(script.LanguageModel)
-    source.ctx, source.special, source.tokenizer = CTX, torch.tensor([1]), SimpleNamespace(pad_token_id=0)
+    source.ctx, source.special, source.tokenizer = (
+        CTX,
+        torch.tensor([1]),
+        SimpleNamespace(pad_token_id=0),
+    )
     contexts = torch.randint(3, 1000, (ROWS // CTX, CTX)).tolist()
     source.held_out = lambda: ({"val": {"tokens": torch.zeros(1, CTX)}}, (0, [], 0))
     cache = script.Cache(folder, of_source, 0, args)
@@ -78,7 +91,9 @@ def measure(checkout):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--before", help="folder of a checkout to compare with")
     p.add_argument("--turns", type=int, default=3)
     p.add_argument("--measure", help=argparse.SUPPRESS)
@@ -94,8 +109,10 @@ def main():
             seconds[checkout].append(json.loads(done.stdout.splitlines()[-1]))
     for checkout, pairs in seconds.items():
         cpu, clock = (statistics.median(values) for values in zip(*pairs))
-        print(f"{checkout}: {cpu / PARTS:.2f} CPU s a shard of {ROWS} x {D_IN}, {ROWS * PARTS / cpu:,.0f} "
-              f"rows/CPU s; by the clock {clock / PARTS:.2f} s, {ROWS * PARTS / clock:,.0f} rows/s")
+        print(
+            f"{checkout}: {cpu / PARTS:.2f} CPU s a shard of {ROWS} x {D_IN}, {ROWS * PARTS / cpu:,.0f} "
+            f"rows/CPU s; by the clock {clock / PARTS:.2f} s, {ROWS * PARTS / clock:,.0f} rows/s"
+        )
     if args.before:
         ratios = [a[0] / b[0] for a, b in zip(seconds[args.before], seconds[here])]
         print("before / now, CPU seconds: " + ", ".join(f"{ratio:.1f}" for ratio in ratios))

@@ -6,6 +6,7 @@ Both read the same files from the page cache, in turns; the plain read checks no
 median of plain over ours (1: as fast as reading alone), and the same for the old way: read(), checksum
 and safetensors' parser.
 """
+
 import argparse
 import statistics
 import sys
@@ -23,7 +24,9 @@ from toys import train_py, write_cache  # noqa: E402
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--rows", type=int, default=65_536)
     p.add_argument("--d-in", type=int, default=2304)
     p.add_argument("--shards", type=int, default=4)

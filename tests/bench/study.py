@@ -8,6 +8,7 @@
 All of them in one working folder, which needs 20 GB. What is finished is left alone, and the same
 call goes on where an interrupted one stopped.
 """
+
 import argparse
 import importlib
 import itertools
