@@ -1,11 +1,13 @@
-"""A small Hugging Face hub for tests: folders of files over HTTP, in the parts of the hub's interface that huggingface_hub, transformers and
-datasets ask for. As on the hub, a repository's commit is a checksum of its files, large files are redirected to another address, what is
-gated is refused without the token of somebody who was accepted, and a missing repository is not told from a private one without a token.
+"""A small Hugging Face hub for tests: folders of files over HTTP, in the parts of the hub's
+interface that huggingface_hub, transformers and datasets ask for. As on the hub, a repository's
+commit is a checksum of its files, large files are redirected to another address, what is gated
+is refused without the token of somebody who was accepted, and a missing repository is not told
+from a private one without a token.
 
-    with Hub(folder, accepted={"hf_anna": {"toys/gated"}}, gated={"toys/gated"}) as hub:     # folder/models/ORG/NAME/..., folder/datasets/ORG/NAME/...
+    with Hub(folder, accepted={"hf_anna": {"toys/gated"}}, gated={"toys/gated"}) as hub:
         ... HF_ENDPOINT=hub.url ...
-        hub.log                                                                              # [(method, path, bytes of content sent)]
-        with hub.closed(): ...                                                               # out of reach
+        hub.log                      # [(method, path, bytes of content sent)]
+        with hub.closed(): ...       # out of reach
 """
 
 import contextlib
@@ -19,7 +21,8 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 API = re.compile(
-    r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)(/(?P<ask>revision|tree|paths-info|auth-check))?(/(?P<revision>[^/]+))?(/(?P<path>.+))?"
+    r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)"
+    r"(/(?P<ask>revision|tree|paths-info|auth-check))?(/(?P<revision>[^/]+))?(/(?P<path>.+))?"
 )
 FILE = re.compile(
     r"/(?P<kind>datasets/|)(?P<name>[^/]+/[^/]+)/(?P<ask>resolve)/(?P<revision>[^/]+)/(?P<path>.+)"

@@ -1,5 +1,5 @@
-"""Promises of 01_cache_acts.py: what is cached is what the model computes, every row once, shuffled; what
-would be silent nonsense is refused; a kill changes nothing."""
+"""Promises of 01_cache_acts.py: what is cached is what the model computes, every row once,
+shuffled; what would be silent nonsense is refused; a kill changes nothing."""
 
 import argparse
 import gzip
@@ -231,7 +231,7 @@ def refused(code, *argv):
     return str(e.value)
 
 
-# ---- what is cached --------------------------------------------------------------------------------------
+# ---- what is cached ------------------------------------------------------------------------------
 
 
 def tokens_of(rows, n):
@@ -532,7 +532,7 @@ def test_synthetic_without_sae_lens_is_one_line(tmp_path, monkeypatch):
     assert "needs the package sae_lens" in refused(4, "--model", "synthetic", "--device", "cpu")
 
 
-# ---- going on --------------------------------------------------------------------------------------------
+# ---- going on ------------------------------------------------------------------------------------
 
 
 def test_a_finished_cache_is_left_alone_and_other_settings_are_refused(here, capsys):
@@ -564,12 +564,13 @@ sys.path.insert(0, sys.argv[1])
 cache = importlib.import_module("01_cache_acts")
 import torch, transformers
 torch.set_num_threads(1)                     # no threads yet, so that the process may be forked
-transformers.AutoModelForCausalLM.from_pretrained("m"), transformers.AutoTokenizer.from_pretrained("m")
+transformers.AutoModelForCausalLM.from_pretrained("m")
+transformers.AutoTokenizer.from_pretrained("m")
 from sae import run_script
 sys.argv = ["01_cache_acts.py", *sys.argv[2:]]
 
 def start(events=None, limit=None, **env):
-    '''The script in a fork that is killed at its n-th event: fsync, rename, truncation or removal.'''
+    '''The script in a fork that is killed at its n-th event: fsync, rename, truncation, removal.'''
     pid = os.fork()
     if pid:
         return pid
@@ -694,7 +695,7 @@ def test_a_folder_that_another_process_writes_is_refused(here):
     run("--model", "m", "--data", "t.jsonl", *SMALL)
 
 
-# ---- what is refused -------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 
 
 BAD = [
@@ -868,7 +869,7 @@ def test_a_gguf_file_is_a_model_or_one_line(here):
     assert "model m.gguf does not load" in said
 
 
-# ---- the embedded model ----------------------------------------------------------------------------------
+# ---- the embedded model --------------------------------------------------------------------------
 
 
 def test_a_short_embedded_build_is_repeatable_and_an_unfinished_one_is_done_again(

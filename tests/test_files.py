@@ -105,7 +105,8 @@ def test_a_write_killed_half_way_leaves_the_old_file_and_the_lock_removes_the_re
     write_file(tmp_path / "a", b"old")
     code = (
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import sae\n"
-        f"os.replace = lambda *_: os.kill(os.getpid(), 9)\nsae.write_file({str(tmp_path / 'a')!r}, b'new')"
+        f"os.replace = lambda *_: os.kill(os.getpid(), 9)\n"
+        f"sae.write_file({str(tmp_path / 'a')!r}, b'new')"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     assert (tmp_path / "a").read_bytes() == b"old" and list(tmp_path.glob(".a.*.tmp"))
@@ -124,7 +125,8 @@ def test_a_disk_that_is_full_is_one_line(tmp_path):
 
 
 def test_a_folder_in_use_is_refused_and_free_when_its_process_ends(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sae; held = sae.lock({str(tmp_path)!r}); print(1, flush=True); input()"
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sae\n"
+            f"held = sae.lock({str(tmp_path)!r}); print(1, flush=True); input()")
     other = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -157,7 +159,8 @@ def test_a_folder_in_use_is_refused_and_free_when_its_process_ends(tmp_path):
     ],
 )
 def test_a_script_ends_in_one_line_and_a_code(does, code, says):
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sae\ndef main():\n    {does}\nsae.run_script(main)"
+    script = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sae\n"
+              f"def main():\n    {does}\nsae.run_script(main)")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (
         done.returncode == code

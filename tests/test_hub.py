@@ -1,6 +1,6 @@
-"""Promises about the Hugging Face hub, kept against a small one on this machine (hub.py): models and data
-come by name, only what is needed of them, at one revision; what is gated, missing or out of reach ends in
-one line; what was fetched once serves offline."""
+"""Promises about the Hugging Face hub, kept against a small one on this machine (hub.py): models
+and data come by name, only what is needed of them, at one revision; what is gated, missing or
+out of reach ends in one line; what was fetched once serves offline."""
 
 import json
 import os
@@ -210,10 +210,8 @@ def test_what_is_gated_says_what_to_accept_where_and_opens_with_the_token(hub, o
 def test_what_is_missing_or_out_of_reach_is_said_in_one_line(hub, online):
     for token in ({}, {"HF_TOKEN": "hf_bob"}):
         said = online.refuses(2, *ASK, "--model", "toys/nothing", **token)
-        assert (
-            "model toys/nothing is neither on the hub (or private: set HF_TOKEN) nor a file or folder"
-            in said
-        )
+        where = "is neither on the hub (or private: set HF_TOKEN) nor a file or folder"
+        assert f"model toys/nothing {where}" in said
     online.run(*ASK, "--name", "fetched")
     with hub.closed():
         for argv in (["--model", "toys/other"], [], ["--model", "words"]):

@@ -1,11 +1,11 @@
 """How fast stage 1's host path is: everything between a forward pass and finished shards.
 
-    python tests/bench/cache.py [--before FOLDER]          FOLDER: a checkout whose 01_cache_acts.py is compared
+    python tests/bench/cache.py [--before FOLDER]     FOLDER: a checkout that is compared
 
-Parts of 65,536 rows of 2,304 as bfloat16 go through the mask, norms, statistics, shuffle, checksums and
-files of 01_cache_acts.py, as after a forward pass on a GPU; the forward pass itself is left out. The
-checkouts take turns, each in a process of its own. Seconds are CPU seconds of the process (the disk is not
-measured) and, beside them, by the clock.
+Parts of 65,536 rows of 2,304 as bfloat16 go through the mask, norms, statistics, shuffle, checksums
+and files of 01_cache_acts.py, as after a forward pass on a GPU; the forward pass itself is left
+out. The checkouts take turns, each in a process of its own. Seconds are CPU seconds of the process
+(the disk is not measured) and, beside them, by the clock.
 """
 
 import argparse
@@ -110,8 +110,9 @@ def main():
     for checkout, pairs in seconds.items():
         cpu, clock = (statistics.median(values) for values in zip(*pairs))
         print(
-            f"{checkout}: {cpu / PARTS:.2f} CPU s a shard of {ROWS} x {D_IN}, {ROWS * PARTS / cpu:,.0f} "
-            f"rows/CPU s; by the clock {clock / PARTS:.2f} s, {ROWS * PARTS / clock:,.0f} rows/s"
+            f"{checkout}: {cpu / PARTS:.2f} CPU s a shard of {ROWS} x {D_IN}, "
+            f"{ROWS * PARTS / cpu:,.0f} rows/CPU s; by the clock {clock / PARTS:.2f} s, "
+            f"{ROWS * PARTS / clock:,.0f} rows/s"
         )
     if args.before:
         ratios = [a[0] / b[0] for a, b in zip(seconds[args.before], seconds[here])]

@@ -2,9 +2,9 @@
 
     python tests/bench/loader.py [--rows 65536] [--d-in 2304] [--shards 4]
 
-Both read the same files from the page cache, in turns; the plain read checks nothing. Printed is the
-median of plain over ours (1: as fast as reading alone), and the same for the old way: read(), checksum
-and safetensors' parser.
+Both read the same files from the page cache, in turns; the plain read checks nothing. Printed is
+the median of plain over ours (1: as fast as reading alone), and the same for the old way: read(),
+checksum and safetensors' parser.
 """
 
 import argparse

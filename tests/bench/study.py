@@ -2,7 +2,7 @@
 
     python tests/bench/smollm2.py                   first: the language model and the text
     python tests/bench/study.py                     print the commands of all parts
-    python tests/bench/study.py synthetic           run a part: synthetic, yardsticks, ideas, exploratory
+    python tests/bench/study.py synthetic       a part: synthetic, yardsticks, ideas, exploratory
     python tests/bench/study.py tables              write the tables of STUDIES.md from the runs
 
 All of them in one working folder, which needs 20 GB. What is finished is left alone, and the same
