@@ -6,6 +6,9 @@ A latent competes by how high it is for itself, so that a few large latents don'
 
 On toys (300 steps) the rates' standard deviation over their mean is 0.25, with kwta_norm=0 0.49,
 for an explained variance of 0.685, with kwta_norm=0 0.690.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.60, the baseline's 0.40: worse;
+explained variance is 0.662, the baseline's 0.616: better.
 """
 import torch
 

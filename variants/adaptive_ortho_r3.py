@@ -6,6 +6,9 @@ enormous one passes, and ruins what follows the batches, the controller of L0 an
 threshold, rather than the weights. The gradient is clipped at a quantile of its recent norms, a
 limit that follows their scale, counted in `clipped`. On the default data no loss is a spike: there
 it is the clipping that acts.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.37, the baseline's 0.40: no
+difference that matters; explained variance is 0.606, the baseline's 0.616: can't be told from it.
 """
 import torch
 from torch import nn

@@ -3,6 +3,9 @@
 The highest pre-activations of a whole batch fire, so a row may use more latents than its neighbour.
 At inference a latent fires above a threshold, the moving average of the batches' cuts: a row is
 encoded alone.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.27, the baseline's 0.40: can't
+be told from it; explained variance is 0.816, the baseline's 0.616: better.
 """
 from sae import SAE
 

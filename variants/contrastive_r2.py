@@ -8,6 +8,9 @@ Why: be lenient while latents look for their features, strict at the end. The no
 Found (toy mixture, ReLU, L0 4, 300 steps, seeds 0 and 1): mean largest |cosine| of a used latent
 0.31 and 0.31 instead of 0.42 and 0.42, explained variance 0.545 and 0.538 instead of 0.561 and
 0.551.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.45, the baseline's 0.40: no
+difference that matters; explained variance is 0.599, the baseline's 0.616: worse.
 """
 import math
 

@@ -7,6 +7,9 @@ Why: two latents that always fire together are one. What fires together by chanc
 the batch does not in the other, so it cancels. The note's own form, div_product=batch, squares
 the whole batch's cosines: chance alone adds 1 / rows to every pair, a pressure on all latents to
 fall silent. A parent and its child fire together too: the penalty pays for absorption.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.58, the baseline's 0.40: can't
+be told from it; explained variance is 0.562, the baseline's 0.616: worse.
 """
 import torch
 

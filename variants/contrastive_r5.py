@@ -10,6 +10,9 @@ matrix, which gives the same at once.
 Found (toy mixture, ReLU, L0 4, 300 steps, seeds 0 and 1): mean |cosine| of the learned encoder
 columns of latents that fire together 0.114 and 0.113 instead of 0.123 and 0.122, explained
 variance 0.536 and 0.542 instead of 0.540 and 0.541.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.55, the baseline's 0.40: worse;
+explained variance is 0.564, the baseline's 0.616: worse.
 """
 import torch
 

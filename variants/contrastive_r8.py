@@ -12,6 +12,9 @@ mean. Because it draws its own batches its differences to other runs are not pai
 On the embedded model (in contrastive_r10, 479 steps), late in a shard, 60 % of its rows are known
 and the drawn rows' error is 1.16 times the mean. Groups are as full as each other there: the
 factors' logarithms have a standard deviation of 0.07.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.56, the baseline's 0.40: worse;
+explained variance is 0.582, the baseline's 0.616: worse.
 """
 import torch
 from torch.nn import functional as F

@@ -12,6 +12,9 @@ a factor of 1.
 
 On the embedded model (in contrastive_r10, 479 steps) 10.6 latents a row fall silent beside a
 winner, and the gates' standard deviation is 0.12.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.55, the baseline's 0.40: worse;
+explained variance is 0.587, the baseline's 0.616: worse.
 """
 import torch
 from torch import nn

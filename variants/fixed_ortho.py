@@ -5,6 +5,9 @@
 The plain form of the idea, with which adaptive orthogonality is compared. Without the factor d_in
 the mean is about 1 / d_in and acts on nothing. More latents than dimensions can't all be
 orthogonal: the penalty stays above (d_sae - d_in) / (d_sae - 1) (Welch).
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.32, the baseline's 0.40: can't
+be told from it; explained variance is 0.630, the baseline's 0.616: better.
 """
 from sae import SAE
 

@@ -5,6 +5,9 @@
 L1 shrinks every act that it keeps sparse. Here L1 falls on the gate relu(pre) alone, and the sizes
 are free. The step (pre > 0) passes no gradient: the gate learns from L1 and from its own
 reconstruction of the row with a frozen decoder (the penalty `gated`).
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.29, the baseline's 0.40: can't
+be told from it; explained variance is 0.803, the baseline's 0.616: better.
 """
 import torch
 from torch import nn

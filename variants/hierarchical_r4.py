@@ -8,6 +8,9 @@ for the whole batch (l1_per=batch), which the controller that holds L0 undoes. A
 large error raises the weight, which makes the error larger still. The clamp is the note's: set
 l1_target near the error that l0 allows, far from it the factor is the same for all rows. TopK kinds
 have no L1 penalty; there a row pays its factor less the mean factor (`row_l1`).
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.46, the baseline's 0.40: no
+difference that matters; explained variance is 0.530, the baseline's 0.616: worse.
 """
 import torch
 

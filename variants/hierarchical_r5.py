@@ -5,6 +5,9 @@ other's, averaged by how often they fire, and the rarer one restarts at the resi
 reconstructed row, optimizer moments cleared.
 
 On the default data it merges some 30 latents of 1,024 in a run (seed 0: 33).
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.46, the baseline's 0.40: no
+difference that matters; explained variance is 0.530, the baseline's 0.616: worse.
 """
 import torch
 from torch import nn

@@ -3,6 +3,9 @@
 L1 taxes a strong act as much as ten weak ones. The smaller p, the nearer the penalty is to a count
 of the latents that fire, which shrinks strong acts less. Annealed, because a small p from the start
 freezes whatever fires first.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.32, the baseline's 0.40: can't
+be told from it; explained variance is 0.653, the baseline's 0.616: better.
 """
 from sae import SAE, choice
 

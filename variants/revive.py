@@ -7,6 +7,10 @@ the start, their encoder has the others' mean norm (Bricken's 0.2 of it does not
 run).
 
 Idle on the default data: nothing dies.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.40, the baseline's 0.40: no
+difference that matters; explained variance is 0.616, the baseline's 0.616: no difference that
+matters.
 """
 import torch
 

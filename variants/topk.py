@@ -1,6 +1,9 @@
 """topk = baseline with the TopK activation: the l0 highest of a row fire, no penalty (Gao 2024).
 
 Nothing taxes an act, so nothing shrinks an act.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.50, the baseline's 0.40: can't
+be told from it; explained variance is 0.807, the baseline's 0.616: better.
 """
 from sae import SAE
 

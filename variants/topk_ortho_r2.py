@@ -5,6 +5,9 @@
 In relu(cos - tau)^2 a lower tau pushes harder, so tau falls while the pairs are too parallel. The
 note raises tau then, meaning a strength by it; here that lets go of just the pairs that are too
 parallel: tau_rule = note.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.31, the baseline's 0.40: can't
+be told from it; explained variance is 0.558, the baseline's 0.616: worse.
 """
 import torch
 

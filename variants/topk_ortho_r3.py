@@ -3,6 +3,9 @@
     threshold = moving average of (mean + pairs_std * std) over the scores of all pairs
 
 How many pairs pay then follows from how the scores are spread, not from a fixed share.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.34, the baseline's 0.40: can't
+be told from it; explained variance is 0.563, the baseline's 0.616: worse.
 """
 import torch
 

@@ -5,6 +5,9 @@
 The note wants a tenth of all latents active, which would fix L0 at a tenth of the dictionary. Here
 the base holds L0, and the target is l1_rate_target times the mean rate l0 / d_sae. The note's one
 weight for all, moved by the mean error: l1_form = global; the base's weight leaves it little to do.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.59, the baseline's 0.40: worse;
+explained variance is 0.440, the baseline's 0.616: worse.
 """
 import torch
 

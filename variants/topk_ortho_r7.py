@@ -5,6 +5,9 @@
 
 This happens before the activation, so TopK kinds still have l0 latents. In the note the weaker one
 only shrinks, by a share of itself: inhibition_form = scale. That stops no ReLU latent from firing.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.58, the baseline's 0.40: worse;
+explained variance is 0.459, the baseline's 0.616: worse.
 """
 import torch
 import torch.nn.functional as F

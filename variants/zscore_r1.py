@@ -13,6 +13,9 @@ o_ij is by interference_rule
     product       the note's: mean of acts_i acts_j, a moving average
 The last two punish firing together, as hierarchical features must, and so push towards absorption.
 Silent latents restart if they overlap with living ones (idle on the default data: none is silent).
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.52, the baseline's 0.40: can't
+be told from it; explained variance is 0.558, the baseline's 0.616: worse.
 """
 from statistics import NormalDist
 

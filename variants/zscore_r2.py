@@ -3,6 +3,9 @@
 The base starts a ReLU with biases at which a latent just fires, so that acts start near 0. The
 threshold needs no bias to be sparse: with biases of 0 what fires is well above 0, and the encoder
 is scaled to it. Unit decoder rows, the encoder their transpose and b_dec the mean are the base's.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.64, the baseline's 0.40: worse;
+explained variance is 0.762, the baseline's 0.616: better.
 """
 import torch
 

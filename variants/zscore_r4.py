@@ -3,6 +3,9 @@
 Meant to bring the reconstruction's length nearer to the row's, which it does only if an L1 penalty
 has made it short: the threshold shortens nothing. What explained variance gains is no merit of the
 latents: the path takes a tenth of the row, and so 19 % of any error.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.66, the baseline's 0.40: worse;
+explained variance is 0.815, the baseline's 0.616: better.
 """
 from variants.skip import Variant as Skip
 from variants.zscore_r3 import Variant as Base

@@ -6,6 +6,9 @@
 
 The note scales gradients, which Adam divides out again. A positive worth_power makes the rich
 richer, a negative one evens out.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.61, the baseline's 0.40: worse;
+explained variance is 0.789, the baseline's 0.616: better.
 """
 import torch
 

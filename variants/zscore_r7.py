@@ -3,6 +3,9 @@
     read = g (x - shift) / size + (1 - g) x, undone on the reconstruction; g = sigmoid(learned)
 
 Why: a row's length may say something; g decides how much of it the encoder sees.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.63, the baseline's 0.40: worse;
+explained variance is 0.784, the baseline's 0.616: better.
 """
 import torch
 from torch import nn

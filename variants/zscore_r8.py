@@ -6,6 +6,9 @@
 
 |s| < 1: exactly the same latents fire, at other strengths. Linear in what fires. What a latent
 means then depends on its company, which a probe can't see.
+
+On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.62, the baseline's 0.40: worse;
+explained variance is 0.793, the baseline's 0.616: better.
 """
 import torch
 from torch import nn
