@@ -65,7 +65,7 @@ def parse_args():
     p.add_argument("--tokens", type=positive_int, default=300_000,
                    help="tokens to run through the model; rows of synthetic (default: 300_000)")
     p.add_argument("--val-tokens", type=positive_int,
-                   help="held-out tokens (default: 32_768; at most a tenth of the same text)")
+                   help="held-out tokens (default: 16_384; at most a tenth of the same text)")
     p.add_argument("--ctx", type=positive_int, default=128, help="tokens in a context")
     p.add_argument("--no-pack", dest="pack", action="store_false",
                    help="one document a context, instead of one after another")
@@ -648,7 +648,7 @@ class LanguageModel:
         return dict(source="model", model=model, layer=layer, hook=args.hook,
                     hook_name=f"blocks.{layer}.hook_{args.hook}", d_in=self.d_in, ctx=self.ctx,
                     pack=args.pack, data=self.text.description,
-                    val_tokens=args.val_tokens or 32_768)
+                    val_tokens=args.val_tokens or 16_384)
 
     @functools.cached_property
     def model(self):
@@ -712,7 +712,7 @@ class LanguageModel:
         Without files val.*, a tenth of what there is at most.
         """
         args, files, start = self.args, self.text.held_out_files, 0
-        n = max(1, (args.val_tokens or 32_768) // self.ctx)
+        n = max(1, (args.val_tokens or 16_384) // self.ctx)
         documents = self.text.read(files) if files else self.text.train()
         found = contexts(documents, self.tokenizer, self.ctx, args.pack, group=1)
         if files:

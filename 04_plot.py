@@ -846,7 +846,8 @@ def lines(*metrics, scale="linear"):
     """Curves of the groups that have the first metric, and of the baseline; mean and sd."""
     def draw(data):
         runs = data.valid.assign(run=data.valid.folder.map(str))
-        curves = data.curves[data.curves.metric.isin({*metrics, *NULLS.values()})]
+        wanted = {*metrics, *(NULLS[m] for m in metrics if m in NULLS)}
+        curves = data.curves[data.curves.metric.isin(wanted)]
         curves = runs[["run", "group"]].merge(curves)
         having = runs.run.isin(curves.run[curves.metric == metrics[0]])
         if not having.any():

@@ -80,7 +80,8 @@ def everything(rng, shift=0.0):
             "pairs": {"rows": [256, 1024, 4096], "null": [0.01] * 3, "coactivation": pairs,
                       "preact": pairs}}},
         "sparse_probing": {"eval_result_metrics": {"sae": probing, "llm": model},
-                           "eval_result_details": []},
+                           "eval_result_details": [
+                               {"dataset_name": "kind_results", **probing, **model}]},
         "forget": {"metrics": {"forget_added": 0.5 + shift, "retain_added": 0.01}},
         "stability": {"metrics": {"matched": 0.7, "again": 0.5, "best": 0.8, "null": 0.3}},
         "features": {"latents": [{
