@@ -4,7 +4,7 @@ Two latents for one feature split its firing between them. The rarer one's weigh
 other's, averaged by how often they fire, and the rarer one restarts at the residual of a badly
 reconstructed row, optimizer moments cleared.
 
-On the default data it merges some 30 latents of 1,024 in a run (seed 0: 33).
+It idles on the default data: in 142 steps no two latents get so near (merged 0, seed 0).
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.46, the baseline's 0.40: no
 difference that matters; explained variance is 0.530, the baseline's 0.616: worse.
