@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae import ROOT, Acts, Refuse, load_run, read_json, read_log, read_tensors
+from sae import ROOT, Acts, Refuse, load_run, pick_device, read_json, read_log, read_tensors
 from toys import mixture, train_py, write_cache
 
 X = mixture(n_rows=20_000)[0]                        # 15,904 rows to train on: 62 steps of 256
@@ -382,3 +382,22 @@ def test_a_study_is_its_rows_in_order():
     assert train_py.find_variants(["contrastive", "topk"]) == [
         f"contrastive_r{n}" for n in range(1, 11)
     ] + ["topk"]
+
+
+def test_log_lines_wait_for_no_disk(here, monkeypatch):
+    """As many fsyncs in a long run as in a short one: a log line costs none."""
+    counts, plain = [], os.fsync
+    for steps in ("50", "200"):
+        calls = []
+        monkeypatch.setattr(os, "fsync", lambda f: (calls.append(f), plain(f))[1])
+        call(monkeypatch, "--variant", "topk", "--seed", "0", "--steps", steps, *SMALL)
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_driver_without_a_gpu_is_said_loudly(monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/proc/driver/nvidia")
+    assert pick_device().type == "cpu"
+    assert "finds no GPU although a driver is there" in capsys.readouterr().err
