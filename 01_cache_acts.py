@@ -1049,17 +1049,20 @@ def row_norms(acts, index, limit, layer):
 def to_host(acts, kept):
     """A function of (begin, end) that returns these of the rows `kept`, on the CPU.
 
-    From a GPU they are copied without waiting for that.
+    From a GPU they are copied while the model goes on.
     """
     if acts.device.type == "cpu":
         return lambda begin, end: acts[kept[begin:end]]
     on_gpu = acts[kept.to(acts.device)]
     host = torch.empty(on_gpu.shape, dtype=on_gpu.dtype, pin_memory=True)
-    host.copy_(on_gpu, non_blocking=True)
-    copied = torch.cuda.current_stream(acts.device).record_event()
+    side = torch.cuda.Stream(acts.device)
+    side.wait_stream(torch.cuda.current_stream(acts.device))
+    with torch.cuda.stream(side):
+        host.copy_(on_gpu, non_blocking=True)
+    on_gpu.record_stream(side)
 
     def rows(begin, end):
-        copied.synchronize()
+        side.synchronize()
         return host[begin:end]
     return rows
 

@@ -806,10 +806,11 @@ def name_runs(axis, title, names):
     axis.set_xlabel("")
 
 
-def by_run(*metrics, beside=("baseline",)):
+def by_run(*metrics, bars=False, beside=("baseline",)):
     """A final metric against the run: baseline, r1, r2 ...; mean and sd over seeds.
 
-    beside: variants whose mean is a line through each panel.
+    bars: instead of points, where a note has them. beside: variants whose mean is a line through
+    each panel.
     """
     def draw(data):
         shown = measured(data.valid, metrics)
@@ -818,7 +819,8 @@ def by_run(*metrics, beside=("baseline",)):
         figure, cells = grid(panels(data.valid), shown)
         legend = {}
         for axis, title, runs, metric in cells:
-            draw_by_run(axis, runs, metric, joined=not title.endswith((" all runs", " yardsticks")))
+            joined = not title.endswith((" all runs", " yardsticks"))
+            draw_by_run(axis, runs, metric, bars, joined)
             of_cache = data.valid[data.valid.acts.isin(runs.acts) & data.valid.group.isin(beside)]
             for (name, members), style in zip(of_cache.groupby("group"), ("--", ":")):
                 axis.axhline(members[metric].mean(), color="#222222", lw=0.8, ls=style, label=name,
@@ -831,11 +833,14 @@ def by_run(*metrics, beside=("baseline",)):
     return draw
 
 
-def draw_by_run(axis, runs, metric, joined):
+def draw_by_run(axis, runs, metric, bars, joined):
     """One panel of by_run: means, seeds, and what chance gives."""
     sns.stripplot(runs, x="group", y=metric, color="#999999", size=2.5, jitter=False, ax=axis)
-    sns.pointplot(runs, x="group", y=metric, errorbar="sd", color=COLOURS[0], ms=4, lw=1,
-                  linestyle="-" if joined else "none", err_kws={"lw": 1}, ax=axis)
+    about = dict(data=runs, x="group", y=metric, errorbar="sd", err_kws={"lw": 1}, ax=axis)
+    if bars:
+        sns.barplot(**about, color="#9CC4DE", width=0.65, zorder=0)
+    else:
+        sns.pointplot(**about, color=COLOURS[0], ms=4, lw=1, linestyle="-" if joined else "none")
     if NULLS.get(metric) in runs:
         level = runs.groupby("group", sort=False)[NULLS[metric]].mean()
         what = "the model's own" if metric.startswith("probe") else "chance"
@@ -1044,8 +1049,8 @@ PLOTS = {
     "pareto": scatter(("l0", "explained_variance"), ("l0", "ce_recovered"), ("l0", "mcc")),
     "controls": controls,
     # note 000
-    "absorption_scores": by_run("absorption_full", "absorption_fraction", "absorption"),
-    "feature_splits": by_run("absorption.splits"),
+    "absorption_scores": by_run("absorption_full", "absorption_fraction", "absorption", bars=True),
+    "feature_splits": by_run("absorption.splits", bars=True),
     "final_losses": final_losses,
     "letter_absorption": heat("absorption.full_absorption_rate",
                               "full absorption rate by first letter"),
@@ -1060,7 +1065,7 @@ PLOTS = {
     # note 002
     "training_curves": lines("log.loss", "log.loss_recon", scale="log"),
     "sparsity_evolution": lines("log.zeros"),
-    "feature_correlations": by_run("geometry.correlation", "geometry.mean_abs_cosine"),
+    "feature_correlations": by_run("geometry.correlation", "geometry.mean_abs_cosine", bars=True),
     "feature_usage": lines("usage", scale="log"),
     "tau_fixed_adaptive": lines("log.tau", "log.pair_cos", "log.pair_over",
                                 "log.explained_variance"),

@@ -19,12 +19,13 @@ torch.set_num_threads(1)                        # bits depend on it, and toys ar
 
 
 @pytest.fixture(autouse=True)
-def own_signals():
-    """pytest's Ctrl-C is as before after a test that called a script in this process."""
+def own_process():
+    """pytest's Ctrl-C and torch's determinism are as before after a script in this process."""
     before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
     yield
     for sign, handler in before.items():
         signal.signal(sign, handler)
+    torch.use_deterministic_algorithms(True)
 
 
 def pytest_configure(config):

@@ -221,6 +221,9 @@ class Stream:
     def synchronize(self):
         pass
 
+    def wait_stream(self, other):
+        pass
+
     def is_capturing(self):                      # Adam asks, of a CUDA graph
         return False
 

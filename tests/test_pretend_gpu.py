@@ -1,4 +1,5 @@
 """Promises on a GPU that a machine without one can check: devices, and operators started there."""
+import importlib
 import shutil
 import sys
 from pathlib import Path
@@ -7,9 +8,10 @@ import pytest
 import torch
 from pretend_gpu import HERE, pretended
 
-from sae import read_json, variant_names
+from sae import SAE, read_json, variant_names
 from toys import build, mixture, steps, train_py, write_cache
 
+cache_py = importlib.import_module("01_cache_acts")
 X = mixture(4096)[0]
 
 
@@ -89,6 +91,30 @@ def test_stage_2_runs_there(tmp_path, monkeypatch):
             assert train_py.main() == 0
         configs = [read_json(path) for path in sorted(Path("runs").glob("*/config.json"))]
         assert all(config["device"].startswith(device) for config in configs)
+        assert torch.are_deterministic_algorithms_enabled() == (device == "cpu")
         final[device] = [config["final"]["explained_variance"] for config in configs]
         shutil.rmtree("runs")
     assert final["cuda"] == pytest.approx(final["cpu"], abs=0.02)
+
+
+def test_the_path_on_a_gpu_is_a_fixed_rule_of_sizes():
+    """Sparse for at most 0.9 % of the latents, if the products outweigh the launches."""
+    large = {"d_sae": 1024, "batch_size": 2**21}
+    with pretended():
+        for settings, path in (
+            ({"l0": 9.0, **large}, "sparse"),
+            ({"l0": 10.0, **large}, "dense"),
+            ({"l0": 9.0, **large, "batch_size": 2**20}, "dense"),
+        ):
+            assert SAE(32, 10, **settings).to("cuda").path == path
+
+
+def test_a_part_is_copied_from_there_whole_and_in_order():
+    """Stage 1: the rows that are kept, as they were on the GPU when the copy was asked for."""
+    kept = torch.tensor([5, 0, 3])
+    with pretended():
+        there = X.to("cuda")
+        rows = cache_py.to_host(there, kept)
+        there.zero_()                                # the model goes on
+        assert torch.equal(rows(0, 3), X[kept]) and torch.equal(rows(1, 2), X[[0]])
+        assert not rows(0, 3).is_cuda
