@@ -627,6 +627,17 @@ def test_clamping_planted_latents_costs_the_topic_and_not_the_rest(world):
     assert planted["details"]["settings"][0]["n_features"] == 4
 
 
+def test_latents_are_clamped_as_saebench_clamps_them(world):
+    from sae_bench.evals.unlearning.utils import intervention
+    sae, latents = random_sae(world.toy), list(range(0, 40, 3))
+    x = world.toy.shard(0)["acts"][:40].float().view(8, 5, -1)
+    plain = SimpleNamespace(encode=sae.encode, decode=lambda acts: acts @ sae.W_dec.detach())
+    theirs = intervention.anthropic_clamp_resid_SAE_features(x, None, plain, latents, 7.0)
+    ours = ev.clamp(sae, latents, 7.0, x)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert (ours != x).any() and torch.equal(ours[:, 0], x[:, 0])
+
+
 def test_forgets_clean_losses_are_the_models_own(world):
     settings = {"texts": 5, "context_length": CTX}
     run = make_run("random", random_sae(world.toy))
