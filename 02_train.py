@@ -51,7 +51,7 @@ DEFAULT_VARIANTS = ["baseline", "topk", "batch_topk", "matryoshka", "contrastive
                     "adaptive_ortho_r1", "topk_ortho_r1", "zscore_r1", "hierarchical_r2"]
 DEFAULT_SEEDS = [0, 1, 2]
 SAMPLE_ROWS = 16_384         # that init_from_data sees, fewer where they have more than ...
-SAMPLE_PRE = 2 ** 28         # ... so many pre-activations
+SAMPLE_PRE = 2 ** 26         # ... so many pre-activations
 REFUSED_IN_A_ROW = 10        # steps; then the run has failed
 
 
@@ -390,7 +390,17 @@ def read_ahead(acts, order, device):
             yield rows
 
 
-def train(runs, acts, plan, batch_size, device, checkpoint_every):
+def side_by_side(n_runs, device):
+    """map() for something done with each run: several at a time on a CPU, with its share of the
+    threads each, which uses the cores better than threads inside each operation do."""
+    workers = min(n_runs, torch.get_num_threads()) if device.type == "cpu" else 1
+    if workers < 2:
+        return map
+    torch.set_num_threads(torch.get_num_threads() // workers)
+    return ThreadPoolExecutor(workers).map
+
+
+def train(runs, acts, plan, batch_size, device, checkpoint_every, each=map):
     """Train all runs together; the batch that most of them take is prepared once."""
     steps = runs[0].steps
     log_every = max(1, min(50, steps // 100))
@@ -405,7 +415,7 @@ def train(runs, acts, plan, batch_size, device, checkpoint_every):
             log_now = (step + 1) % log_every == 0 or step + 1 == steps
             common = slice((step - begin) * batch_size, (step - begin + 1) * batch_size)
             due = [run for run in runs if not run.failure and run.next_step == step]
-            take_step(due, rows, common, i, log_now)
+            take_step(due, rows, common, i, log_now, each)
             alive = [run for run in runs if not run.failure]
             if not alive:
                 return
@@ -422,18 +432,19 @@ def train(runs, acts, plan, batch_size, device, checkpoint_every):
         run.finish()
 
 
-def take_step(runs, rows, common, shard, log_now):
+def take_step(runs, rows, common, shard, log_now, each):
     """One step of each run on its batch of `rows`, for most runs the slice `common`."""
-    shared = None
-    for run in runs:
+    def step(run):
         sae = run.sae
         sae.step, sae.position, sae.shard = run.next_step, common.start, shard
         chosen = choose(run, len(rows))
-        if chosen == common and shared is None:
-            shared = sae.normalise(rows[common])
         if chosen is not None:
             x = shared if chosen == common else sae.normalise(rows[chosen])
             attempt(run, run.train_on, x, log_now)
+
+    if runs:
+        shared = runs[0].sae.normalise(rows[common])
+        list(each(step, runs))
 
 
 def choose(run, n_rows):
@@ -579,7 +590,8 @@ def main():
         return 0
     rank, processes = ranks()
     device = pick_device(args.device)
-    torch.use_deterministic_algorithms(device.type == "cpu")
+    if device.type == "cpu":               # use_deterministic_algorithms(), without its imports
+        torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision("high")
 
@@ -606,17 +618,17 @@ def main():
     runs = runs[rank::processes]
 
     # train those that are not there yet
+    each = side_by_side(len(runs), device)
     todo = [run for run in runs if not run.is_finished()]
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already "
               "(same settings, data, code)")
-    for run in todo:
-        attempt(run, run.start, acts, device)
+    list(each(lambda run: attempt(run, run.start, acts, device), todo))
     alive = [run for run in todo if not run.failure]
     if alive:
         print(f"training {len(alive)} run{'s' * (len(alive) > 1)} of {steps} steps of {batch_size} "
               f"rows, from one pass over {acts.folder} ({acts.rows:,} rows)", flush=True)
-        train(alive, acts, plan, batch_size, device, args.checkpoint)
+        train(alive, acts, plan, batch_size, device, args.checkpoint, each)
     if runs:
         print(table(runs))
     if any(run.failure or run.config.get("void") for run in runs):

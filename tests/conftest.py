@@ -14,7 +14,7 @@ import mutants  # noqa: E402
 if os.environ.get("MUTANT"):
     mutants.apply(os.environ["MUTANT"])
 
-torch.use_deterministic_algorithms(True)        # as 02_train.py does on a CPU
+torch.set_deterministic_debug_mode("error")      # as 02_train.py does on a CPU
 torch.set_num_threads(1)                        # bits depend on it, and toys are faster so
 
 
@@ -25,7 +25,7 @@ def own_process():
     yield
     for sign, handler in before.items():
         signal.signal(sign, handler)
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
 
 
 def pytest_configure(config):

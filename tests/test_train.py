@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -69,6 +70,24 @@ def test_one_pass_serves_all_runs_and_company_changes_none(here, monkeypatch):
     shutil.rmtree("runs")
     assert call(monkeypatch, "--variant", "topk", "--seed", "1", *SMALL) == 0
     assert equal(weights("topk-batch_size=256-d_sae=64-l0=4.0-s1"), together)
+
+
+def test_runs_side_by_side_have_the_bits_of_one_after_another(here, monkeypatch):
+    args = ["--variant", "contrastive_r10", "topk", "zscore_r9", "--seed", "0", *SMALL]
+    threads, plain = set(), train_py.Run.train_on
+    monkeypatch.setattr(
+        train_py.Run,
+        "train_on",
+        lambda run, x, log_now: (threads.add(threading.get_ident()), plain(run, x, log_now))[1],
+    )
+    call(monkeypatch, *args)
+    expected = {p.name: weights(p.name) for p in Path("runs").iterdir()}
+    assert len(threads) == 1
+    shutil.rmtree("runs")
+    torch.set_num_threads(3)
+    assert call(monkeypatch, *args) == 0
+    assert len(threads) == 4 and torch.get_num_threads() == 1
+    assert all(equal(found, weights(name)) for name, found in expected.items())
 
 
 def test_a_run_folder_says_what_ran(here, monkeypatch):
