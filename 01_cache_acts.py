@@ -32,6 +32,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, islice
 from pathlib import Path
 
+# Before torch loads, as in 02_train.py: what its threads do while they wait, and large pages.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 import huggingface_hub
 import safetensors.torch
 import tokenizers
