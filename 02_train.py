@@ -627,7 +627,7 @@ def main():
     alive = [run for run in todo if not run.failure]
     if alive:
         print(f"training {len(alive)} run{'s' * (len(alive) > 1)} of {steps} steps of {batch_size} "
-              f"rows, from one pass over {acts.folder} ({acts.rows:,} rows)", flush=True)
+              f"rows of {acts.folder} ({acts.rows:,} rows)", flush=True)
         train(alive, acts, plan, batch_size, device, args.checkpoint, each)
     if runs:
         print(table(runs))

@@ -411,7 +411,7 @@ class SAE(nn.Module):
     dead_after = 0.1          # dead: silent for this fraction of the run
 
     off = {}                  # a variant: the settings that switch its idea off
-    fixed = {}                # a variant: a parent's settings that have no effect any more -> why
+    fixed = {}                # a variant: a parent's settings that its idea replaces -> why
     counts = ()               # a variant: names in stats that tell what its mechanism did
     paired = True             # False: the variant draws its own batches
 
@@ -737,15 +737,16 @@ class SAE(nn.Module):
         return torch.cat(rarer), torch.cat(nearest)
 
     def bad_rows(self, out, n):
-        """Indices of n rows of the batch, drawn by their squared error (Bricken 2023); n <= B."""
+        """Indices of n rows of the batch, drawn by the square of their squared error, as in Bricken
+        2023; n <= B."""
         error = (out.x - out.x_hat).float().pow(2).sum(-1)
         return error.pow(2).multinomial(n, generator=self.generator("bad_rows"))
 
     @torch.no_grad()
     def reset_latents(self, opt, which, directions, x, encoder=1.0):
         """Restart latents `which` [n] at `directions` [n, d_in]: unit decoder rows, encoder columns
-        of `encoder` times the others' mean norm, firing on the rows x [B, d_in] at the wanted rate.
-        Exactly their optimizer moments are cleared."""
+        of `encoder` times the others' mean norm, with relu and jumprelu firing on the rows x
+        [B, d_in] at the wanted rate. Exactly their optimizer moments are cleared."""
         others = torch.ones(self.d_sae, dtype=torch.bool, device=which.device)
         others[which] = False
         norm = self.W_enc.norm(dim=0)[others if others.any() else which].mean()
@@ -949,6 +950,7 @@ def parent_of(name):
 def parse_settings(cls, pairs):
     """['l0=32', 'clip=0.5'] -> {'l0': 32.0, 'clip': 0.5}: settings of `cls`, of their types."""
     known, found, variant = cls.settings(), {}, cls.__module__.split(".")[-1]
+    del known["paired"]                    # says something of the variant's batches
     for pair in pairs:
         key, _, text = pair.partition("=")
         if not key or not text:

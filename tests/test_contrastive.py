@@ -687,6 +687,13 @@ def test_r9_a_gate_decides_who_wins_and_is_learned():
     assert trained("contrastive_r9")[0].gate.std() > 0.01
 
 
+def test_r9_a_losers_gradient_fades_as_its_value_does_and_its_winner_is_not_pushed_down():
+    sae = competing([2.0, 1.8], wta_radius=1)
+    sae.pre_acts(torch.zeros(1, D_IN))[0, 11].backward()       # of the loser's value
+    fade = torch.tensor(-0.1 / 0.2).exp()
+    assert torch.allclose(sae.b_enc.grad[10:12], torch.tensor([0.0, fade]))
+
+
 def test_r9_competition_is_what_neighbours_do_beside_each_other():
     acts = torch.zeros(2, 64)
     acts[0, 20], acts[0, 22], acts[0, 30] = 2.0, 3.0, 5.0

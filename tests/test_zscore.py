@@ -21,6 +21,7 @@ MUTANTS = [
     "zscore_r1:revive_every=0.0",
     "zscore_r1:-saelens_weights",
     "zscore_r1:-after_step",
+    "zscore_r1:-reset_latents",
     "zscore_r2:zscore_init=False",
     "zscore_r2:interference_warmup=0.0",
     "zscore_r3:interference_weight=0.1",
@@ -236,6 +237,16 @@ def test_dead_copies_come_to_life_and_the_dictionary_becomes_more_diverse():
         and (rates(left) == 0).sum() == 16
     )
     assert nearest(revived) < nearest(left) - 0.05
+
+
+@pytest.mark.parametrize("variant", ["zscore_r1", "zscore_r2", "zscore_r8"])
+def test_restarted_latents_fire_at_about_the_wanted_rate(variant):
+    sae, opt = build(variant, data())
+    steps(sae, opt, data(), stop=20)
+    directions = torch.randn(8, D_IN, generator=generator("restart"))
+    sae.reset_latents(opt, torch.arange(8), directions, data()[:2048])
+    rate = rates(sae.eval())[:8]
+    assert (rate - 4 / 64).abs().max() < 0.04
 
 
 def test_captured_is_the_share_of_the_first_directions():

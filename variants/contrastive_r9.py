@@ -47,7 +47,7 @@ class Variant(Base):
         pre = super().pre_acts(x)
         if not self.wta_strength:
             return pre
-        score = pre.relu()
+        score = pre.detach().relu()
         if self.wta_gated:
             score = score * 2 * torch.sigmoid(self.gate)
         best = F.max_pool1d(score[:, None], 2 * self.radius + 1, 1, self.radius)[:, 0]

@@ -1,6 +1,6 @@
 """ortsae = baseline + each latent is pushed away from the nearest of a random chunk (OrtSAE 2025).
 
-    ortsae = mean over latents i of (max over j != i of its chunk of cos(d_i, d_j))^2
+    ortsae = mean over latents i of max(0, max over j != i of its chunk of cos(d_i, d_j))^2
 
 Absorption and composition show as latents whose directions overlap; this charges each latent for
 its largest overlap. Chunks of the dictionary are drawn in every step, so that every pair meets now

@@ -2,8 +2,8 @@
 
 Near-parallel: a cosine of the decoder rows above prune_threshold; antiparallel latents are no
 doubles. Why: doubles waste latents and split a feature's firing. The pruned latent restarts in a
-random direction that is orthogonal to the survivors nearest to it, firing at the wanted rate, its
-optimizer moments cleared.
+random direction that is orthogonal to the survivors nearest to it, with relu and jumprelu firing
+at the wanted rate, its optimizer moments cleared.
 """
 import torch
 

@@ -141,6 +141,13 @@ class Variant(Base):
         cosines = (part @ living.T for part in rows.split(1024))
         return torch.cat([self.pair_cost(cos, cos).sum(1) for cos in cosines])
 
+    @torch.no_grad()
+    def reset_latents(self, opt, which, directions, x, encoder=1.0):
+        super().reset_latents(opt, which, directions, x, encoder)
+        if self.zscore_threshold:                          # to fire at the wanted rate
+            std, mean = torch.std_mean(self.pre_acts(x)[:, which].float(), 0, correction=0)
+            self.pre_mean[which], self.pre_std[which] = mean, std
+
     def after_step(self, opt, out):
         if self.interference_rule != "decoder":
             self.together.lerp_(self.firing_together(out.acts), self.memory(self.zscore_memory))
@@ -150,11 +157,12 @@ class Variant(Base):
 
     def captured(self, acts):
         """Share of the covariance of acts [B, d_sae] in its first interference_rank directions."""
-        rank = min(self.interference_rank, *acts.shape)
-        with torch.random.fork_rng():                      # the SVD draws from the global generator
-            torch.manual_seed(self.step)
-            strengths = torch.pca_lowrank(acts, min(2 * rank, *acts.shape))[1][:rank]
-        return strengths.square().sum() / (acts - acts.mean(0)).square().sum().clamp_min(1e-12)
+        rank, acts, g = self.interference_rank, acts - acts.mean(0), self.generator("captured")
+        near = torch.randn(acts.shape[1], min(2 * rank, *acts.shape), generator=g, device=g.device)
+        for _ in range(3):                                 # Halko 2011; torch's draws globally
+            near = torch.linalg.qr(acts.T @ torch.linalg.qr(acts @ near).Q).Q
+        strengths = torch.linalg.svdvals(acts @ near)[:rank]
+        return strengths.square().sum() / acts.square().sum().clamp_min(1e-12)
 
     def saelens_weights(self):
         """A JumpReLU in SAELens' words."""
