@@ -1,13 +1,13 @@
-"""Train SAEs on cached activations: many variants, seeds and settings from one pass over the data.
+"""Train SAEs on cached activations: many variants, seeds and settings on the same batches.
 
     python 02_train.py                                      the README's comparison, on acts/tiny
     python 02_train.py --acts gemma-2-2b_l12 --variant topk topk_ortho --set d_sae=16384 l0=80
-    python 02_train.py --variant topk --sweep l0=8,16,32    one run per value
+    python 02_train.py --variant topk --sweep l0=8,16,32    a run per value and seed
     python 02_train.py --list                               all variants with their lineage
     torchrun --nproc-per-node 4 02_train.py --variant all   each process trains its share of runs
 
 Reads acts/NAME/ and variants/*.py. Writes for each run runs/NAME/, NAME = variant, acts (unless the
-default), settings that differ from their default, seed:
+default), settings that differ from their default, steps unless one pass, seed:
     config.json               what ran: settings, data, code, versions, how it ended
     code.py                   the source files of the class chain, base first
     metrics.jsonl             one line per log: losses, L0, explained variance, dead latents ...
@@ -17,8 +17,10 @@ default), settings that differ from their default, seed:
 A run that is finished with the same settings, data and code is left alone; an interrupted one goes
 on from its last checkpoint, and ends with the same bits (on a CPU, at the same number of threads).
 """
+import functools
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -41,7 +43,7 @@ import safetensors
 import torch
 from tqdm import tqdm
 
-from sae import (FORMAT, ROOT, Acts, Out, Parser, Refuse, check_name, checksum, docstring_line,
+from sae import (FORMAT, ROOT, SAE, Acts, Out, Parser, Refuse, check_name, checksum, docstring_line,
                  generator, is_out_of_memory, load_variant, lock, natural, parent_of,
                  parse_settings, pick_device, positive_int, ranks, read_json, read_tensors,
                  run_script, variant_names, write_file, write_json, write_tensors)
@@ -50,8 +52,8 @@ DEFAULT_ACTS = "tiny"
 DEFAULT_VARIANTS = ["baseline", "topk", "batch_topk", "matryoshka", "contrastive_r2",
                     "adaptive_ortho_r1", "topk_ortho_r1", "zscore_r1", "hierarchical_r2"]
 DEFAULT_SEEDS = [0, 1, 2]
-SAMPLE_ROWS = 16_384         # that init_from_data sees, fewer where they have more than ...
-SAMPLE_PRE = 2 ** 26         # ... so many pre-activations
+SAMPLE_ROWS = 16_384         # that init_from_data sees; fewer where latents are many, but enough
+SAMPLE_PRE = 2 ** 26         # pre-activations
 REFUSED_IN_A_ROW = 10        # steps; then the run has failed
 
 
@@ -66,7 +68,9 @@ class Run:
         defaults = self.cls.settings()
         changed = {k: v for k, v in sorted(settings.items()) if v != defaults[k]}
         parts = [variant] + [acts.folder.name] * (acts.folder.name != DEFAULT_ACTS)
-        parts += [f"{k}={v}" for k, v in changed.items()] + [f"s{seed}"]
+        parts += [f"{k}={v}" for k, v in changed.items()]
+        one_pass = sum(steps_of_shards(acts, settings.get("batch_size", defaults["batch_size"])))
+        parts += [f"steps={steps}"] * (steps != one_pass) + [f"s{seed}"]
         self.name = check_name("--set: the run's name", "-".join(parts), also="=")
         self.folder = Path("runs") / self.name
         identity = {"variant": variant, "acts_checksum": acts.checksum, "seed": seed,
@@ -77,6 +81,7 @@ class Run:
         self.config = {"format": FORMAT, "name": self.name, "lineage": docstring_line(variant),
                        "parent": parent_of(variant), "paired": self.cls.paired,
                        "acts": acts.folder.name, "d_in": acts.d_in, "identity": self.identity,
+                       "base_checksum": base_checksum(),
                        **described, **identity}
         self.next_step, self.seconds, self.refused, self.refused_in_a_row = 0, 0.0, 0, 0
         self.failure, self.last, self.acted = None, {}, {}
@@ -238,6 +243,12 @@ class Run:
         print(f"error: {self.name}: {self.failure}", file=sys.stderr)
 
 
+@functools.cache
+def base_checksum():
+    """Two runs are comparable only if the base under their variants is the same."""
+    return SAE.code_checksum()
+
+
 def attempt(run, action, *args):
     """action(*args) for `run`; what its variant does wrong ends this run and no other. A disk that
     is full or memory that is out is not the variant's fault."""
@@ -278,9 +289,14 @@ def unpack(sae, opt, tensors, plain):
 
 
 def sample(acts, sae):
-    """Normalised rows for init_from_data, the same for every run of a width: the first shard's
-    first."""
-    rows = acts.shard(0)["acts"][:min(SAMPLE_ROWS, SAMPLE_PRE // sae.d_sae)]
+    """Normalised rows for init_from_data, the same for every run of a width and L0: the first
+    shard's first."""
+    enough = math.ceil(4 * sae.d_sae / sae.l0)             # for each latent to fire on 4 of them
+    rows = acts.shard(0)["acts"][:min(SAMPLE_ROWS, max(enough, SAMPLE_PRE // sae.d_sae))]
+    if 2 * len(rows) < enough:
+        raise Refuse(f"d_sae={sae.d_sae} l0={sae.l0:g}: of {len(rows)} rows, from which it starts, "
+                     "a latent would fire on less than two: want a larger l0, a smaller d_sae, or "
+                     "a cache with more --rows-per-shard")
     return sae.normalise(rows.to(sae.scale.device))
 
 
@@ -347,10 +363,14 @@ def check_losses(terms):
 # ---- one pass over the data for all runs ---------------------------------------------------------
 
 
+def steps_of_shards(acts, batch_size):
+    return [shard["rows"] // batch_size for shard in acts.shards]
+
+
 def plan_shards(acts, batch_size, steps=None):
     """[(shard, its steps)] in training order, for `steps` or one pass. Batches don't straddle
     shards. Each pass has the shards in a new order."""
-    sizes = [shard["rows"] // batch_size for shard in acts.shards]
+    sizes = steps_of_shards(acts, batch_size)
     if not sum(sizes):
         raise Refuse(f"{acts.folder} has {acts.rows} rows, no shard has a batch of {batch_size}: "
                      "cache more tokens, or --set batch_size=", 2)
@@ -458,9 +478,8 @@ def progress(runs):
     """Medians over the runs, for the progress bar."""
     last = [run.last for run in runs]
     middle = {key: sorted(line[key] or 0 for line in last)[len(last) // 2]
-              for key in ("tokens_per_s", "explained_variance", "l0", "dead")}
-    return {"tok/s": f"{middle['tokens_per_s'] / len(runs):,.0f}x{len(runs)}",
-            "L0": f"{middle['l0']:.1f}", "EV": f"{middle['explained_variance']:.3f}",
+              for key in ("explained_variance", "l0", "dead")}
+    return {"L0": f"{middle['l0']:.1f}", "EV": f"{middle['explained_variance']:.3f}",
             "dead": f"{middle['dead']:.1%}"}
 
 
@@ -545,7 +564,13 @@ def interrupted(folder):
     for path in sorted(Path("runs").glob("*/config.json")):
         config = read_json(path, "status", "acts")
         if config["status"] == "training" and config["acts"] == folder.name:
-            found.append((config["variant"], config["settings"], config["seed"], config["steps"]))
+            lost = config["settings"].keys() - load_variant(config["variant"]).settings().keys()
+            if lost:
+                print(f"note: {path.parent} is left: {config['variant']} has no {', '.join(lost)} "
+                      "any more")
+            else:
+                found.append((config["variant"], config["settings"], config["seed"],
+                              config["steps"]))
     if not found:
         raise Refuse(f"--resume: no interrupted run on {folder}")
     return found
@@ -607,7 +632,7 @@ def main():
              for variant, settings, _, steps in wanted}
     if len(sizes) > 1:
         raise Refuse("all runs of a call share their batches: want one batch_size and number of "
-                     "steps", 2)
+                     "steps (runs to resume: give each kind its own command again)", 2)
     (batch_size, steps), = sizes
     acts = Acts(folder)
     plan = plan_shards(acts, batch_size, steps)

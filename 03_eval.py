@@ -674,8 +674,9 @@ def duplicate_of(run):
         return len(load_variant(config["variant"]).chain()), folder.name
 
     for path in sorted(run.folder.parent.glob("*/config.json")):
-        other = read_json(path)
-        if other.get("sae_checksum") == run.config["sae_checksum"]:
+        other = read_json(path, "acts")
+        same = other.get("sae_checksum") == run.config["sae_checksum"]
+        if same and other["acts"] == run.config["acts"]:
             if order(path.parent, other) < order(run.folder, run.config):
                 return path.parent.name
     return ""
@@ -937,6 +938,8 @@ def siblings(run):
     found = {}
     for folder in sorted(run.folder.parent.iterdir()):
         if re.fullmatch(rf"{re.escape(stem)}-s\d+", folder.name) and folder.name != run.name:
+            if not (folder / "config.json").exists():      # its training was killed at its start
+                continue
             config = read_json(folder / "config.json")
             if all(config.get(key) == run.config.get(key) for key in same):
                 found[folder.name] = config["sae_checksum"]
@@ -2176,7 +2179,7 @@ def identity(name, run, acts):
     """What a result belongs to; one that differs in any of these is made again."""
     return {"name": name, "version": VERSION, "run": run.name, "control": run.is_control,
             "sae_checksum": run.config["sae_checksum"], "acts": acts.folder.name,
-            "acts_checksum": acts.checksum, "d_in": acts.d_in,
+            "acts_checksum": acts.checksum, "val": acts.meta["val"]["checksum"], "d_in": acts.d_in,
             **{key: acts.meta[key] for key in ("model", "layer", "hook_name")},
             "d_sae": run.config["settings"]["d_sae"],
             "settings": EVALS[name].settings(acts), "inputs": EVALS[name].inputs(run)}
@@ -2354,6 +2357,15 @@ def missing(name, acts, runs, force):
     return [run for run in runs if force or not stored(name, run, acts)]
 
 
+def load_model(acts, device, failures):
+    """The language model; False if it can't be had, which is said: what needs none goes on."""
+    try:
+        return LanguageModel(acts, device)
+    except Refuse as error:
+        report(str(acts.folder), error, failures)
+        return False
+
+
 def evaluate_cache(acts, folders, args, names, device, failures):
     """Make what is missing of the named evaluations for the runs of a cache; print the table."""
     locks = [lock(folder) for folder in folders]
@@ -2367,7 +2379,9 @@ def evaluate_cache(acts, folders, args, names, device, failures):
         for name in fitting(names, acts, args.eval):
             todo = missing(name, acts, runs, args.force)
             if todo and EVALS[name].reads_model and acts.meta["source"] == "model":
-                model = model or LanguageModel(acts, device)
+                if model is None:
+                    model = load_model(acts, device, failures)
+                todo = todo if model else []
             if todo:
                 evaluate(name, acts, model, todo, failures)
         seen += runs
@@ -2393,7 +2407,11 @@ def main():
     asked = EVALS if args.eval == ["all"] else args.eval or DEFAULT
     names = [name for name in EVALS if name in asked]
     for acts_name, folders in finished(run_folders(args.runs), failures).items():
-        evaluate_cache(Acts(Path("acts") / acts_name), folders, args, names, device, failures)
+        try:
+            acts = Acts(Path("acts") / acts_name)
+            evaluate_cache(acts, folders, args, names, device, failures)
+        except Refuse as error:            # the other caches go on
+            report(f"runs of acts/{acts_name}", error, failures)
     return 5 if failures else 0
 
 

@@ -195,6 +195,9 @@ def read_usage(path):
     return [("usage", places, np.percentile(rates, 100 - places))]
 
 
+MEASURED_ON = ("version", "acts_checksum", "val", "settings")       # keys of a file eval/NAME.json
+
+
 def read_evaluations(folder, row):
     """[(metric, x, y)] of the folder's evaluations; their numbers and guards are added to `row`.
 
@@ -214,6 +217,9 @@ def read_evaluations(folder, row):
         row["invalid" if path.stem == "core" else "caveats"] += invalid
         if path.stem == "core" or not invalid:
             numbers, more = read_evaluation(path.stem, result)
+            # what its numbers were measured on, and how
+            on = json.dumps([result.get(key) for key in MEASURED_ON], sort_keys=True)
+            row["measured_on"] |= {name: on for name in numbers if name not in row}
             lacking = {"l0", "explained_variance"} - numbers.keys()
             if path.stem == "core" and lacking and not invalid:
                 raise Refuse(f"{path} has no {' or '.join(sorted(lacking))}: "
@@ -231,10 +237,12 @@ def read_run(folder):
     control = not (folder / "config.json").exists()
     needed = ("name", "variant", "acts", "seed", "settings", "status", "parent", "steps")
     config = {} if control else read_json(folder / "config.json", *needed)
-    row = {key: config.get(key) for key in (*needed, "acts_checksum", "sae_checksum", "acted")}
+    kept = ("acts_checksum", "sae_checksum", "code_checksum", "base_checksum", "acted")
+    row = {key: config.get(key) for key in (*needed, *kept)}
     row |= {"folder": folder, "control": control, "paired": config.get("paired", True),
             "d_sae": config.get("settings", {}).get("d_sae"),
-            "invalid": ["void"] * bool(config.get("void")), "caveats": [], "whys": [], "stale": []}
+            "invalid": ["void"] * bool(config.get("void")), "caveats": [], "whys": [], "stale": [],
+            "measured_on": {}}
     curves = read_evaluations(folder, row)
 
     # what training logged, and how often each latent fires
@@ -289,6 +297,7 @@ def read_runs(folders):
     curves = curves.astype({"run": "category", "metric": "category", "y": float})
     runs, controls = table[~table.control].copy(), table[table.control]
     name_groups(runs)
+    mark_other_code(runs)
     runs = runs.sort_values(["acts", "order", "seed"], kind="stable").reset_index(drop=True)
     return runs, controls[controls.acts.isin(runs.acts)], curves
 
@@ -306,6 +315,7 @@ def name_groups(runs):
     than half of a cache's runs have; group: variant and its other overrides; study: the name
     before _r1 ...
     """
+    runs["settings"] = [{**run.settings, "steps": run.steps} for run in runs.itertuples()]
     runs["overrides"] = runs.apply(lambda r: {k: str(v) for k, v in r.settings.items()
                                               if f"-{k}={v}-" in f"{r['name']}-"}, axis=1)
     usual = {acts: usual_settings(list(of_cache)) for acts, of_cache in
@@ -315,6 +325,16 @@ def name_groups(runs):
     runs["study"] = runs.variant.str.extract(r"(.+)_r\d+$")[0].fillna("yardsticks")
     ranks = {name: i for i, name in enumerate(sorted(runs.group.unique(), key=natural))}
     runs["order"] = runs.group.map(ranks)
+
+
+def mark_other_code(runs):
+    """Take runs out whose variant had other code than most seeds of their group, or no most."""
+    known = runs[(runs.problem == "") & runs.code_checksum.notna()]
+    for _, members in known.groupby(["acts", "group"]):
+        counts = members.code_checksum.value_counts()
+        most = counts.index[0] if counts.iloc[0] > len(members) / 2 else None
+        odd = members.index[members.code_checksum != most]
+        runs.loc[odd, "problem"] = "other code than its other seeds: train them again"
 
 
 def usual_settings(overrides):
@@ -334,11 +354,12 @@ def name_group(run):
 # ---- comparisons: the same seed at the same L0 ---------------------------------------------------
 
 
-def twins(run, others):
+def twins(run, others, l0):
     """The runs of `others` that `run` may be compared with, by L0; or in words why there are none.
 
-    others: valid runs of one variant. Of those of the same data, seed, length and width the one
-    with the least different settings and the nearest L0, and all that differ from it in l0 alone.
+    others: valid runs of one variant. Of those of the same data, seed, length, width and base the
+    one with the least different settings and, over its seeds, the L0 nearest to l0, and all that
+    differ from it in l0 alone. l0: the median of the run's seeds, so that each gets the same.
     """
     same = others[(others.seed == run["seed"]) & (others.steps == run["steps"])
                   & (others.acts_checksum == run["acts_checksum"])]
@@ -347,9 +368,18 @@ def twins(run, others):
     same = same[same.d_sae == run["d_sae"]]
     if same.empty:
         return "another width"
+    rows = run["settings"].get("batch_size")
+    same = same[[settings.get("batch_size") == rows for settings in same.settings]]
+    if same.empty:
+        return "another batch size"
+    known = same.base_checksum.notna() & (run["base_checksum"] is not None)
+    same = same[~known | (same.base_checksum == run["base_checksum"])]
+    if same.empty:
+        return "trained by another sae.py"
     unlike = same.settings.map(lambda settings: count_unlike(settings, run["settings"]))
     alike = same[unlike == unlike.min()]
-    nearest = alike.loc[(alike.l0 / run.get("l0", math.nan) - 1).abs().fillna(0).idxmin()]
+    off = (others.groupby("group").l0.median() / l0 - 1).abs().fillna(0)
+    nearest = alike.loc[min(alike.index, key=lambda i: (off[alike.group[i]], alike.group[i]))]
     curve = alike.settings.map(lambda settings: count_unlike(settings, nearest.settings) == 0)
     return alike[curve].sort_values("l0")
 
@@ -360,11 +390,15 @@ def count_unlike(a, b):
     return len(differ) - 0.5 * ("activation" in differ)
 
 
-def value_at_l0(curve, l0, metric):
-    """A metric of `curve`, runs sorted by L0, at `l0`; or in words why there is none."""
+def value_at_l0(curve, l0, metric, on=None):
+    """A metric of `curve`, runs sorted by L0, at `l0`; or in words why there is none. on: what it
+    has to be measured on."""
     curve = curve[curve[metric].notna()]
     if curve.empty:
         return "not measured"
+    curve = curve[curve.measured_on.map(lambda found: found.get(metric)) == on] if on else curve
+    if curve.empty:
+        return "evaluated on other data or otherwise: 03_eval.py again"
     xs, ys = curve.l0.to_numpy(float), curve[metric].to_numpy(float)
     above = np.searchsorted(xs, l0, side="right")
     if 0 < above < len(xs) and xs[above] <= WIDEST * xs[above - 1]:
@@ -383,14 +417,14 @@ def difference(members, curves, metric, paired):
     """
     mine, theirs, lost = [], [], Counter()
     for run, curve in zip(members, curves):
-        value = run.get(metric, math.nan)
+        value, on = run.get(metric, math.nan), run["measured_on"].get(metric)
         if run["problem"]:
             lost[run["problem"]] += 1
         elif value is None or math.isnan(value):
             lost["not measured"] += 1
         elif isinstance(curve, str):
             lost[curve] += 1
-        elif isinstance(other := value_at_l0(curve, run["l0"], metric), str):
+        elif isinstance(other := value_at_l0(curve, run["l0"], metric, on), str):
             lost[other] += 1
         else:
             mine.append(value)
@@ -415,7 +449,8 @@ def compare(runs, metric):
         for whose, other in (("baseline", "baseline"), ("parent", members.parent.iloc[0])):
             others = runs[(runs.variant == other) & (runs.acts == acts)]
             valid = others[others.problem == ""]
-            curves = [twins(run, valid) for _, run in members.iterrows()]
+            l0 = members.get("l0", pd.Series(dtype=float)).dropna().median()
+            curves = [twins(run, valid, l0) for _, run in members.iterrows()]
             if valid.empty:
                 curves = [no_other(other, others)] * len(members)
             paired = members.paired.all() and others.paired.all()

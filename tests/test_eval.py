@@ -16,7 +16,7 @@ from evaluation import (CPU, CTX, D, LAYERS, VOCAB, build, configurations, core,
 from toys import orthonormal
 
 from sae import (SAE, Acts, generator, load_variant, read_json, read_tensors, run_script, unit,
-                 variant_names, write_json)
+                 variant_names, write_json, write_tensors)
 
 
 # ---- the language model --------------------------------------------------------------------------
@@ -450,6 +450,10 @@ def test_of_two_runs_with_the_same_weights_the_idea_is_the_duplicate(known, tmp_
     found = evaluate("core", acts, runs)
     assert {name: "duplicate" in fired(r, "invalid") for name, r in found.items()} == {
         "adaptive_ortho_r1": True, "baseline": False, "other": False}
+    path = tmp_path / "baseline" / "config.json"
+    write_json(path, read_json(path) | {"acts": "another"})            # a cache of its own
+    found = evaluate("core", acts, runs[:1])
+    assert "duplicate" not in fired(found["adaptive_ortho_r1"], "invalid")
 
 
 def test_a_run_of_another_layer_is_stale_and_a_void_one_is_invalid(known, tmp_path):
@@ -644,6 +648,46 @@ def test_an_evaluation_that_does_not_fit_is_said_and_fails_no_run(place, monkeyp
     monkeypatch.setitem(eval_py.EVALS, "geometry", eval_py.Evaluation(unfit))
     done = script(place[0], "runs/topk-s0", "--eval", "geometry")
     assert done.code == 0 and "no geometry: the tokenizer has no words" in done.out
+
+
+def test_held_out_rows_that_were_made_again_make_results_again(place, tmp_path):
+    shutil.copytree(place[0], tmp_path, dirs_exist_ok=True)
+    before = read_json(tmp_path / "runs/topk-true-s0/eval/core.json")
+    meta = read_json(tmp_path / "acts/true/meta.json")
+    path = tmp_path / "acts/true" / meta["val"]["file"]
+    tensors = {name: tensor[:500] for name, tensor in read_tensors(path)[0].items()}
+    meta["val"]["checksum"] = write_tensors(path, tensors)
+    write_json(tmp_path / "acts/true/meta.json", meta)
+    script(tmp_path, "runs/topk-true-s0", "--eval", "core")
+    after = read_json(tmp_path / "runs/topk-true-s0/eval/core.json")
+    assert after["rows"] == 500 and before["rows"] > 500
+
+
+def test_a_cache_that_is_gone_does_not_keep_the_others_from_being_evaluated(place, tmp_path):
+    shutil.copytree(place[0], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "acts" / "toy")
+    done = script(tmp_path, "--eval", "core", "--force")
+    assert done.code == 5 and "no activations in acts/toy" in done.err
+    assert "acts/true\n" in done.out and "topk-true-s0" in done.out
+
+
+def test_without_the_language_model_the_rest_is_evaluated(place, tmp_path):
+    shutil.copytree(place[0], tmp_path, dirs_exist_ok=True)
+    meta = read_json(tmp_path / "acts/toy/meta.json")
+    meta["model"]["path"] = str(tmp_path / "gone")
+    write_json(tmp_path / "acts/toy/meta.json", meta)
+    done = script(tmp_path, "runs/topk-s0", "runs/topk-s1", "--eval", "core", "geometry")
+    assert done.code == 5 and done.err.count("error:") == 1 and "gone" in done.err
+    assert read_json(tmp_path / "runs/topk-s0/eval/geometry.json")["metrics"]["coherence"] > 0
+
+
+def test_a_seed_that_was_killed_at_its_start_is_no_sibling(place, tmp_path):
+    shutil.copytree(place[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "runs/topk-s7").mkdir()
+    done = script(tmp_path, "runs/topk-s0", "runs/topk-s1", "--eval", "stability")
+    assert done.code == 0
+    others = read_json(tmp_path / "runs/topk-s0/eval/stability.json")["details"]["others"]
+    assert list(others) == ["topk-s1"]
 
 
 def test_a_run_of_another_width_is_said_in_one_line(place, tmp_path):

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae import ROOT, Acts, Refuse, load_run, pick_device, read_json, read_log, read_tensors
+from sae import (ROOT, SAE, Acts, Refuse, load_run, pick_device, read_json, read_log, read_tensors,
+                 write_json)
 from toys import mixture, train_py, write_cache
 
 X = mixture(n_rows=20_000)[0]                        # 15,904 rows to train on: 62 steps of 256
@@ -401,6 +402,42 @@ def test_a_study_is_its_rows_in_order():
     assert train_py.find_variants(["contrastive", "topk"]) == [
         f"contrastive_r{n}" for n in range(1, 11)
     ] + ["topk"]
+
+
+def test_a_run_of_other_length_has_a_name_of_its_own(here, monkeypatch):
+    args = ["--variant", "topk", "--seed", "0", *SMALL]
+    call(monkeypatch, *args)
+    call(monkeypatch, *args, "--steps", "62")            # one pass
+    call(monkeypatch, *args, "--steps", "20")
+    names = {p.name: read_json(p / "config.json")["steps"] for p in Path("runs").iterdir()}
+    name = "topk-batch_size=256-d_sae=64-l0=4.0"
+    assert names == {f"{name}-s0": 62, f"{name}-steps=20-s0": 20}
+
+
+def test_a_start_sees_enough_rows_for_each_latent_to_fire(here, monkeypatch):
+    acts = Acts(Path("acts/tiny"))
+    monkeypatch.setattr(train_py, "SAMPLE_PRE", 1)       # as if latents were very many
+    sae = SAE(32, 100, d_sae=64, l0=4.0)
+    x = train_py.sample(acts, sae)
+    assert len(x) == 4 * 64 / 4
+    sae.init_from_data(x)
+    assert (sae(X[:1000]).acts > 0).float().sum(-1).mean() > 2
+    with pytest.raises(Refuse, match="a latent would fire on less than two"):
+        train_py.sample(acts, SAE(32, 100, d_sae=64, l0=0.001))
+
+
+def test_runs_whose_settings_are_gone_do_not_keep_others_from_being_resumed(
+    here, monkeypatch, capsys
+):
+    call(monkeypatch, "--variant", "topk", "--seed", "0", "1", *SMALL)
+    for seed, more in (("0", {}), ("1", {"gone": 1.0})):
+        path = Path(f"runs/topk-batch_size=256-d_sae=64-l0=4.0-s{seed}/config.json")
+        config = read_json(path)
+        write_json(path, config | {"status": "training", "settings": config["settings"] | more})
+    assert call(monkeypatch, "--resume") == 0
+    assert "is left: topk has no gone any more" in capsys.readouterr().out
+    status = [read_json(path)["status"] for path in sorted(Path("runs").glob("*/config.json"))]
+    assert status == ["done", "training"]
 
 
 def test_log_lines_wait_for_no_disk(here, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from test_plot import make_control, make_run, plot, read_data
 
-from sae import ROOT
+from sae import ROOT, read_json, write_json
 
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 nulls = importlib.import_module("nulls")
@@ -186,6 +186,17 @@ def test_runs_that_differ_in_another_setting_are_not_interpolated_between(tmp_pa
     assert judge(tmp_path)["topk"]["mean"] == pytest.approx(0.2, abs=0.002)      # the nearest L0's
 
 
+def test_each_seed_is_compared_with_the_same_settings(tmp_path):
+    for seed, (a, b) in enumerate([(15.9, 16.2), (16.3, 16.1), (15.9, 16.2)]):
+        for lr, l0, value in ((0.01, a, 0.7), (0.1, b, 0.8)):
+            make_run(tmp_path, "baseline", seed, sets={"lr": lr},
+                     core={"l0": l0, "explained_variance": value})
+        make_run(tmp_path, "topk", seed, core={"l0": 16.0, "explained_variance": 0.85 + seed / 1e4})
+    row = judge(tmp_path)["topk"]
+    assert row["mean"] == pytest.approx(0.15, abs=0.01)
+    assert max(row.deltas) - min(row.deltas) < 0.02
+
+
 # ---- with whom -----------------------------------------------------------------------------------
 
 
@@ -199,6 +210,36 @@ def test_only_runs_of_the_same_seed_length_and_width_are_compared(tmp_path):
     none = "cannot tell (no run of the same seed and length)"
     assert verdicts(tmp_path) == {"wide-d_sae=128": "cannot tell (another width)", "long": none,
                                   "other": none, "seeds": none}
+
+
+def test_runs_of_another_batch_size_or_base_are_not_compared(tmp_path):
+    plant(tmp_path, "baseline", [0.0] * 3, base_checksum="one")
+    plant(tmp_path, "topk", [0.1] * 3, sets={"batch_size": 64}, base_checksum="one")
+    plant(tmp_path, "gated", [0.1] * 3, base_checksum="two")
+    plant(tmp_path, "skip", [0.05 + e for e in SMALL[:3]], base_checksum="one")
+    assert verdicts(tmp_path) == {"topk-batch_size=64": "cannot tell (another batch size)",
+                                  "gated": "cannot tell (trained by another sae.py)",
+                                  "skip": "better (3 seeds)"}
+
+
+def test_a_seed_that_ran_other_code_is_out(tmp_path):
+    plant(tmp_path, "baseline", [0.0] * 4)
+    plant(tmp_path, "topk", [0.05 + e for e in SMALL[:4]], code_checksum="old")
+    make_run(tmp_path, "topk", 0, core={"explained_variance": 0.1}, code_checksum="new")
+    row = judge(tmp_path)["topk"]
+    assert row.verdict == "better (3 of 4 seeds)"
+    assert list(row.lost) == ["other code than its other seeds: train them again"]
+    make_run(tmp_path, "topk", 1, core={"explained_variance": 0.1}, code_checksum="new")
+    assert verdicts(tmp_path)["topk"].startswith("cannot tell (other code")    # two against two
+
+
+def test_a_metric_measured_on_other_data_or_otherwise_is_not_compared(tmp_path):
+    plant(tmp_path, "baseline", [0.0] * 3)
+    plant(tmp_path, "topk", [0.05 + e for e in SMALL[:3]])
+    assert verdicts(tmp_path) == {"topk": "better (3 seeds)"}
+    for path in tmp_path.glob("topk-s*/eval/core.json"):
+        write_json(path, read_json(path) | {"val": "another"})
+    assert verdicts(tmp_path)["topk"].startswith("cannot tell (evaluated on other data")
 
 
 def test_a_variant_is_also_compared_with_the_row_before(tmp_path):
