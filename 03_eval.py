@@ -12,7 +12,7 @@ runs/NAME/eval/EVAL.json, and for controls runs/controls-ACTS/KIND/eval/EVAL.jso
     geometry    coherence, rank, condition numbers, correlations, random projections
     stability   which latents the other seeds of the same settings find again
     features    for some latents the contexts in which they fire most
-    absorption, sparse_probing, scr, tpp, unlearning, forget ...: SAEBench's; see below
+    absorption, sparse_probing, scr, tpp, unlearning: SAEBench's; forget: ours, on the same text
 
 A result that belongs to the same weights, activations and settings is left alone, unless --force.
 Numbers are in fp32, sums in fp64.
@@ -2117,8 +2117,8 @@ def marked(decode, tokens, at, before=16, after=4):
 
 @torch.no_grad()
 def make_controls(acts, runs):
-    """Controls as wide and as sparse as the runs were to be (medians): an untrained SAE, random
-    directions, PCA, and the mean of the training rows."""
+    """Controls as sparse as the runs were to be (medians): an untrained SAE and random directions,
+    as wide as they; PCA; the mean of the training rows."""
     device = runs[0].sae.b_dec.device
     rows = training_rows(acts, 16_384, device)
     d_sae, l0 = (median_low(run.config["settings"][key] for run in runs) for key in ("d_sae", "l0"))
@@ -2398,7 +2398,7 @@ def main():
     parser.add_argument("--eval", nargs="+", choices=[*EVALS, "all"], metavar="NAME",
                         help=f"which (default: {' '.join(DEFAULT)}): {', '.join(EVALS)}, all")
     parser.add_argument("--controls", action="store_true",
-                        help="also SAEs that have learned nothing, as wide and sparse as the runs")
+                        help="also SAEs that have learned nothing, as sparse as the runs")
     parser.add_argument("--force", action="store_true", help="evaluate again what is there already")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     args = parser.parse_args()

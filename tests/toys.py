@@ -40,7 +40,7 @@ def normalised(x):
 
 def hierarchy(n_rows=40_000, trees=6, children=3, p_parent=0.25, p_child=0.6, noise=0.02, seed=0):
     """Trees of a parent and mutually exclusive children, which fire only with it: what provokes
-    absorption (FAIR_TESTS 3.2). True L0 = trees p_parent (1 + p_child).
+    absorption. True L0 = trees p_parent (1 + p_child).
 
     -> x [n, 32]; on [n, features] bool; directions [features, 32]; parent [features] index or -1.
     """

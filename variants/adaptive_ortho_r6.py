@@ -1,7 +1,8 @@
 """adaptive_ortho_r6 = skip on adaptive_ortho_r5 + latent dropout in training (skip_dropout).
 
-The path takes over what any linear map can do. The dropout hides each act from the decoder with a
-chance of latent_dropout and scales up the others, so that no latent becomes indispensable.
+The path, a small learned multiple of the row, takes over what needs no latent. The dropout hides
+each act from the decoder with a chance of latent_dropout and scales up the others, so that no
+latent becomes indispensable.
 
 What the note hopes for, a better reconstruction when random latents are lost, the path brings and
 the dropout undoes. On toys (300 steps), explained variance whole and with 30 % of the acts lost:

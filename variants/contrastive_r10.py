@@ -1,4 +1,4 @@
-"""contrastive_r10 = revive + prune + contrastive_r9 + orthonormal decoder blocks, decorrelation.
+"""contrastive_r10 = revive + prune + contrastive_r9 + orthonormal decoder blocks (hard_ortho).
 
     decorrelation = contrastive_r4's diversity of the activations less their means
 

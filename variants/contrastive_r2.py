@@ -1,4 +1,4 @@
-"""contrastive_r2 = contrastive_r1 + the threshold tau falls over the run (cosine annealing).
+"""contrastive_r2 = contrastive_r1 + the threshold tau falls over the run (cosine_threshold).
 
     tau(t) = con_tau_end + (con_tau - con_tau_end) (1 + cos(pi t)) / 2,   t in [0, 1] the progress
 

@@ -1,7 +1,7 @@
-"""contrastive_r3 = latent_l1 on contrastive_r2 + L1 weights follow use, within bounds that shrink.
+"""contrastive_r3 = latent_l1 on contrastive_r2 + L1 weights follow use, in bounds (lambda_bounds).
 
     lambda_i = rate_i / (2 mean rate), within low .. high
-    (low, high) goes from (0.02, 1) to (0.01, 0.5) over the run
+    (low, high) shrinks from (0.02, 1) to (0.01, 0.5) over the run
 
 Why: a rare latent pays less for firing than a much used one, so that the work is shared. The
 note's run itself had one weight for all that falls from 0.5 to 0.01; the controller of L0 undoes

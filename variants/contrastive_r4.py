@@ -25,7 +25,8 @@ class Variant(Base):
     counts = ("together",)                # mean cosine of the used latents' activations
 
     def overlap(self, acts, latents):
-        """Squared cosines between the columns of acts of `latents`, 0 on the diagonal [n, n]."""
+        """Products of the cosines in two halves of the columns of acts of `latents` (batch: squared
+        cosines), 0 on the diagonal [n, n]."""
         others = 1 - torch.eye(len(latents), device=acts.device)
         first, second = (acts[::2], acts[1::2]) if self.div_product == "halves" else (acts, acts)
         first = self.column_cosines(first, latents) * others

@@ -1,11 +1,12 @@
 """contrastive_r5 = contrastive_r4 + Gram-Schmidt on encoder columns that fire together.
 
 Why: latents that fire together and listen in the same direction can't tell their features apart.
-The most used latents are put into blocks that fire together. Inside a block Gram-Schmidt takes
-from each encoder column what the columns before it, the more used ones, listen to; its length is
-kept. The note orthogonalises the activations of a batch, which would make a row's encoding depend
-on the rows beside it: no switch for that. Computed by the Cholesky factor of each block's Gram
-matrix, which gives the same at once.
+The most used latents are put into blocks that fire together: one leads, the others follow in the
+order in which they fire with it. Inside a block Gram-Schmidt takes from each encoder column what
+the columns before it listen to; its length is about kept, but a near copy fades. The note
+orthogonalises the activations of a batch, which would make a row's encoding depend on the rows
+beside it: no switch for that. Computed by the Cholesky factor of each block's Gram matrix, which
+gives the same at once.
 
 Found (toy mixture, ReLU, L0 4, 300 steps, seeds 0 and 1): mean |cosine| of the learned encoder
 columns of latents that fire together 0.114 and 0.113 instead of 0.123 and 0.122, explained

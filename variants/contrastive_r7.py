@@ -1,4 +1,4 @@
-"""contrastive_r7 = contrastive_r6 + latents in groups, of which a row uses few (group sparsity).
+"""contrastive_r7 = contrastive_r6 + latents in groups, of which a row uses few (groups).
 
     score of group g on a row = sum over its latents of relu(pre)^2 / the group's usual energy
     group_lasso = mean over rows of  sum_g |acts_g| / sqrt(d_in)

@@ -3,8 +3,8 @@
 Few, general latents first, special ones later: so the hierarchy is hoped to be learned from the
 top. What is scheduled is L0, not the weight: a weight that falls to zero ends nowhere in particular
 (linear_form=weight is that, the note's; its SAE had an L0 of 1735 of 2304 latents), whereas here
-the end is l0 and can be compared. linear_start above 1 is the opposite, L0 falls to l0, as
-FAIR_TESTS proposes. The note also makes d_sae = d_in: --set d_sae=..., for its baseline too.
+the end is l0 and can be compared. linear_start above 1 is the opposite, L0 falls to l0, as is
+usual for annealed TopK. The note also makes d_sae = d_in: --set d_sae=..., for its baseline too.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.39, the baseline's 0.40: no
 difference that matters; explained variance is 0.569, the baseline's 0.616: worse.

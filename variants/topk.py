@@ -1,4 +1,4 @@
-"""topk = baseline with the TopK activation: the l0 highest of a row fire, no penalty (Gao 2024).
+"""topk = baseline with the TopK activation: the l0 highest of a row fire, no L1 penalty (Gao 2024).
 
 Nothing taxes an act, so nothing shrinks an act.
 

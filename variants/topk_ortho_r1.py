@@ -1,4 +1,4 @@
-"""topk_ortho_r1 = baseline + the decoders of each batch's most related pairs part (top-k pairs).
+"""topk_ortho_r1 = baseline + the decoders of each batch's most related pairs part (fixed).
 
     ortho = mean over the selected pairs of relu(cos(d_i, d_j) - tau)^2
 

@@ -1,6 +1,7 @@
 """topk_ortho_r6 = latent_l1 on topk_ortho_r5 + L1 weights follow the rates (adaptive L1).
 
-    weight_i <- weight_i exp(gain * (rate_i / target - 1)), within l1_low .. l1_high
+    weight_i <- weight_i exp(gain / (1 % of the steps) * clamp(rate_i / target - 1, -1, 1)),
+                within l1_low .. l1_high
 
 The note wants a tenth of all latents active, which would fix L0 at a tenth of the dictionary. Here
 the base holds L0, and the target is l1_rate_target times the mean rate l0 / d_sae. The note's one

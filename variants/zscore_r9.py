@@ -2,6 +2,7 @@
 
     read = sum_p w_p ((1 - k_p) (x - shift) / size^p + k_p x), undone on the reconstruction
     w = softmax of learned numbers, equal at first; k_p = sigmoid of learned ones
+    shift, size: the row's as zscore_r7 reads them, after its blend
 
 Why powers: the note's scales 0.1, 0.5, 1, 2 as factors on the normed row would all say the same. As
 powers they go from hardly normed to turned over: at 2 short rows become the long ones.

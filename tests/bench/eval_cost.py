@@ -7,7 +7,7 @@ CPU seconds of one process with one thread. SAEs are random: TopK, 1,024 latents
 sae_bench, both work on the embedded model, absorption on 12 words of a letter in prompts, the
 others on passages of documentation that stand in the columns of one of its data sets. sae_bench is
 timed on one SAE and on two; the difference is what a further one costs. Writes nothing but a
-temporary folder. What was measured is in RESULTS.md.
+temporary folder.
 """
 import argparse
 import contextlib

@@ -1,6 +1,6 @@
-"""How often 04_plot.py calls a difference that is not there, and finds one that is. 5 minutes.
+"""How often 04_plot.py calls a difference that is not there, and finds one that is. 4 minutes.
 
-    python tests/bench/nulls.py          10,000 experiments a cell; prints the tables of RESULTS.md
+    python tests/bench/nulls.py          10,000 experiments a cell; what RESULTS.md sums up
 
 An experiment is a baseline and `tried` variants on the same seeds; its verdicts are made by the
 functions that 04_plot.py uses. Values are in units of the explained variance, whose margin is 0.01.
