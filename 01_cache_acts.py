@@ -189,7 +189,11 @@ def docstrings(source):
     except (SyntaxError, ValueError):        # a template, or a file for another Python
         return []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docs = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    nodes = [tree]
+    for node in nodes:           # grows while it is walked; expressions, which hold none, are most
+        nodes += [child for child in ast.iter_child_nodes(node)
+                  if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case))]
+    docs = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
     return [doc for doc in docs if doc and len(doc) >= RECIPE["doc_min"]]
 
 
@@ -199,13 +203,14 @@ def spelling(records):
     counts = Counter(word for text in docs for word in re.findall(r"\b[A-Za-z]{2,12}\b", text))
     common = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:RECIPE["spelling_words"]]
     rng = random.Random(RECIPE["seed"])
+    words = {held_out: [word for word, _ in common if is_held_out(word) == held_out]
+             for held_out in (False, True)}
     documents = []
     for i in range(RECIPE["spelling_docs"]):
         module = f"spelling_{i}"
-        held_out = is_held_out(module)                   # such a document spells held-out words
-        words = [word for word, _ in common if is_held_out(word) == held_out]
+        mine = words[is_held_out(module)]                # a held-out document spells such words
         lines = [f"{rng.choice(['', ' '])}{word} has the first letter: {word[0].upper()}"
-                 for word in rng.sample(words, 8)]
+                 for word in rng.sample(mine, 8)]
         about = dict(package="spelling", module=module, kind="spelling")
         documents.append(dict(text="\n".join(lines), **about))
     return documents
@@ -275,7 +280,8 @@ def train_tiny(tokens, held_out, tokenizer):
     bar = tqdm(range(R["steps"]), desc="training the language model", unit="step")
     for step in bar:
         batch = tokens[step * R["batch"]:(step + 1) * R["batch"]]
-        logits = model(batch, use_cache=False).logits[:, :-1]
+        # without a mask transformers would look for several texts in a context, slowly
+        logits = model(batch, torch.ones_like(batch), use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -794,8 +800,9 @@ class LanguageModel:
 
         with hooks(points, keep):
             for batch in tokens.split(self.args.batch):
-                with contextlib.suppress(Stop):
-                    self.model(batch.long().to(self.device), use_cache=False)
+                ids = batch.long().to(self.device)
+                with contextlib.suppress(Stop):            # for the mask see train_tiny()
+                    self.model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
                 at += batch.numel()
                 bar.update(batch.numel())
         return list(acts.values())

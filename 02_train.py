@@ -93,7 +93,10 @@ class Run:
             return False
         try:
             config = read_json(self.folder / "config.json", "status", "identity")
-            if config["status"] != "done" or config["identity"] != self.identity:
+            if config["status"] != "done":
+                return False
+            if config["identity"] != self.identity:
+                print(f"note: {self.name}: data or code changed since: it is trained again")
                 return False
             read_tensors(self.folder / "sae.safetensors", config["sae_checksum"])
         except Refuse as e:

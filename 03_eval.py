@@ -150,7 +150,7 @@ class LanguageModel:
 
         handle = self.point.register_forward_hook(stop)
         try:
-            self.model(input_ids=tokens, attention_mask=mask, use_cache=False)
+            self.run(tokens, mask)
         except Reached as reached:
             return reached.args[0]
         finally:
@@ -166,11 +166,16 @@ class LanguageModel:
 
         handle = self.point.register_forward_hook(splice) if replace else None
         try:
-            out = self.model(input_ids=tokens, attention_mask=mask, use_cache=False)
+            return self.run(tokens, mask).logits.float()
         finally:
             if handle:
                 handle.remove()
-        return out.logits.float()
+
+    def run(self, tokens, mask):
+        """The forward pass."""
+        if mask is None:         # transformers would look for several texts in a context, slowly
+            mask = torch.ones_like(tokens)
+        return self.model(input_ids=tokens, attention_mask=mask, use_cache=False)
 
 
 def hidden_of(out):

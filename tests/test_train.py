@@ -203,6 +203,7 @@ def test_a_finished_run_is_left_alone_until_its_data_or_settings_change(here, mo
     assert (next(Path("runs").iterdir()) / "sae.safetensors").stat().st_mtime_ns == at
     write_cache(here / "acts" / "tiny", X + 1)
     call(monkeypatch, *args)
+    assert "data or code changed since: it is trained again" in capsys.readouterr().out
     assert (next(Path("runs").iterdir()) / "sae.safetensors").stat().st_mtime_ns > at
 
 
