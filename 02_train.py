@@ -618,8 +618,8 @@ def main():
         return 0
     rank, processes = ranks()
     device = pick_device(args.device)
-    if device.type == "cpu":               # use_deterministic_algorithms(), without its imports
-        torch.set_deterministic_debug_mode("error")
+    # use_deterministic_algorithms(), without its imports
+    torch.set_deterministic_debug_mode("error" if device.type == "cpu" else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision("high")
 
