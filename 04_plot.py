@@ -20,7 +20,7 @@ import json
 import math
 import re
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,9 +73,9 @@ LEVEL = 0.05                 # false better or worse in at most this share of ex
 MIN_SEEDS = 3                # two seeds have an interval of 12.7 standard errors to either side
 SAME_L0 = 0.05               # runs whose L0 differs by no more than this share may be compared
 WIDEST = 2.0                 # two L0s further apart than this factor are not interpolated between
-RULE = """A difference is taken between runs of the same seed, data, length and width and at the
-same L0: interpolated in log L0 between two runs of the other variant at most a factor of 2 apart,
-or to one run within 5 %, never extrapolated. *Better* and *worse* ask for two things: a p of at
+RULE = """A difference is taken between runs of the same seed, batches, length, width and base code,
+evaluated on the same data, and at the same L0: interpolated in log L0 between two runs of the other
+variant at most a factor of 2 apart, or to one run within 5 %, never extrapolated. *Better* and *worse* ask for two things: a p of at
 most 5 % (twice that of the paired t test, for so few seeds can't show that they are normal, and
 after Holm's correction for all variants and settings tried) and a mean difference of at least what
 matters. *No difference seen* is a finding: the whole 95 % interval is smaller than what matters.
@@ -894,21 +894,24 @@ def lines(*metrics, scale="linear"):
             return None
         shown = [m for m in metrics if (curves.metric == m).any()]
         figure, cells = grid(panels(runs[having | (runs.variant == "baseline")]), shown)
-        for axis, _, part, metric in cells:
+        legends = defaultdict(dict)      # of each row of panels: a run may be in some of them alone
+        for axis, title, part, metric in cells:
             mine = curves[curves.run.isin(part.run)].astype({"x": float})
-            draw_lines(axis, mine[mine.metric == metric], metric, scale)
+            styles = looks(part.group.unique())
+            draw_lines(axis, mine[mine.metric == metric], metric, scale, styles)
             null = mine[mine.metric == NULLS.get(metric)]
             if len(null):
                 axis.plot(null.groupby("x").y.mean(), ":", color="#888888", lw=1.6, label="chance")
+            legends[title] |= dict(zip(*reversed(axis.get_legend_handles_labels())))
             if metric == shown[-1]:
-                axis.legend(**RIGHT)
+                names = sorted(legends[title], key=[*styles, "chance"].index)
+                axis.legend([legends[title][name] for name in names], names, **RIGHT)
         return figure
     return draw
 
 
-def draw_lines(axis, curves, metric, scale):
+def draw_lines(axis, curves, metric, scale, styles):
     """One panel of lines: a mean over seeds in a band of their standard deviation."""
-    styles = looks(curves.group.unique())
     if metric.startswith("log."):
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
         axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))

@@ -237,6 +237,21 @@ FROM_THE_NOTES = """absorption_scores feature_splits final_losses letter_absorpt
     controls""".split()
 
 
+def test_a_run_has_one_colour_in_a_figure_and_the_legend_says_it(root):
+    """Also where one panel of the figure lacks a run that another has."""
+    both = {"tau": 0.3, "pair_cos": 0.2}
+    make_run(root, "baseline", core={})
+    make_run(root, "contrastive_r2", core={}, log={"tau": 0.3})
+    make_run(root, "topk_ortho_r1", core={}, log=both, settings=SETTINGS | {"ortho_tau": 0.1})
+    axes = plot.PLOTS["tau_fixed_adaptive"](read_data(root)).axes
+    seen = {(line.get_label(), line.get_color()) for axis in axes for line in axis.get_lines()}
+    assert sorted(name for name, _ in seen) == ["baseline", "contrastive_r2", "topk_ortho_r1"]
+    legend = next(axis.get_legend() for axis in axes if axis.get_legend())
+    said = {(text.get_text(), line.get_color())
+            for text, line in zip(legend.get_texts(), legend.get_lines())}
+    assert said == seen
+
+
 def test_everything_that_the_notes_name_is_drawn_and_on_the_page(root, call_main, capsys,
                                                                  monkeypatch):
     monkeypatch.setitem(plot.STYLE, "savefig.dpi", 30)       # it is the drawing that takes time
