@@ -75,13 +75,14 @@ SAME_L0 = 0.05               # runs whose L0 differs by no more than this share 
 WIDEST = 2.0                 # two L0s further apart than this factor are not interpolated between
 RULE = """A difference is taken between runs of the same seed, batches, length, width and base code,
 evaluated on the same data, and at the same L0: interpolated in log L0 between two runs of the other
-variant at most a factor of 2 apart, or to one run within 5 %, never extrapolated. *Better* and *worse* ask for two things: a p of at
-most 5 % (twice that of the paired t test, for so few seeds can't show that they are normal, and
-after Holm's correction for all variants and settings tried) and a mean difference of at least what
-matters. *No difference seen* is a finding: the whole 95 % interval is smaller than what matters.
-*Cannot tell* is all else, fewer than 3 seeds included; seeds that were lost are counted in the
-verdict, "better (5 of 8 seeds)". *Invalid* runs are in no comparison, and a variant that draws its
-own batches is compared by Welch's test, because its seeds are not paired."""
+variant at most a factor of 2 apart, or to one run within 5 %, never extrapolated. *Better* and
+*worse* ask for two things: a p of at most 5 % (twice that of the paired t test, for so few seeds
+can't show that they are normal, and after Holm's correction for all variants and settings tried)
+and a mean difference of at least what matters. *No difference seen* is a finding: the whole 95 %
+interval is smaller than what matters. *Cannot tell* is all else, fewer than 3 seeds included; seeds
+that were lost are counted in the verdict, "better (5 of 8 seeds)". *Invalid* runs are in no
+comparison, and a variant that draws its own batches is compared by Welch's test, because its seeds
+are not paired."""
 
 
 def mean_difference(mine, theirs, paired=True):
