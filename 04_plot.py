@@ -450,7 +450,7 @@ def compare(runs, metric):
         for whose, other in (("baseline", "baseline"), ("parent", members.parent.iloc[0])):
             others = runs[(runs.variant == other) & (runs.acts == acts)]
             valid = others[others.problem == ""]
-            l0 = members.get("l0", pd.Series(dtype=float)).dropna().median()
+            l0 = members.l0.quantile() if "l0" in members else math.nan
             curves = [twins(run, valid, l0) for _, run in members.iterrows()]
             if valid.empty:
                 curves = [no_other(other, others)] * len(members)
@@ -573,7 +573,7 @@ def uninformative(data, acts):
     found = {}
     for metric, about in METRICS.items():
         if about.better and metric in valid and metric in controls:
-            as_good = about.better * (controls[metric] - valid[metric].median()) >= 0
+            as_good = about.better * (controls[metric] - valid[metric].quantile()) >= 0
             if as_good.any():
                 found[metric] = [folder.name for folder in controls.folder[as_good]]
     return found

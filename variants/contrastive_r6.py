@@ -4,8 +4,7 @@ A latent that fires often settles early and a rare one hardly moves; the penalti
 the often used ones. What is balanced, and how, is in grad_balance; the note's own form is
 balance_of=gradient.
 
-Found (toys): the longest move is within 5 % of the median one, 1.2 times it and more without; on
-the embedded model (in contrastive_r10, 479 steps) about twice without.
+Found (toys): the longest move is within 5 % of the median one, 1.2 times it and more without.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.61, the baseline's 0.40: worse;
 explained variance is 0.540, the baseline's 0.616: worse.
