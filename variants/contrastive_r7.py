@@ -11,10 +11,10 @@ that the controller of L0 can take them back. The note normalises each group's a
 forward pass: group_norm=forward gives them the same length on every row, one learned length per
 group, which loses how strongly a group fires.
 
-Found: in the default job (seed 0) a row uses 4.0 groups instead of 9.3 before the mask closes, at L0
-16, and its top group has 0.50 of its energy instead of 0.44. Toy mixture, 8 groups, 200 steps, seed
-0: 2.0 groups instead of 3.0, explained variance 0.545 instead of 0.501. The top group's share did
-not move there (0.66).
+Found: in the default job (seed 0) a row uses 4.0 groups instead of 9.3 before the mask closes, at
+L0 16, and its top group has 0.50 of its energy instead of 0.44. Toy mixture, 8 groups, 200 steps,
+seed 0: 2.0 groups instead of 3.0, explained variance 0.545 instead of 0.501. The top group's share
+did not move there (0.66).
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.55, the baseline's 0.40: worse;
 explained variance is 0.583, the baseline's 0.616: worse.

@@ -9,9 +9,9 @@ learn faster, and rows that are reconstructed badly are looked at more often. Th
 row of the shard in memory is remembered until the next shard comes; an unseen row counts as the
 mean. Because it draws its own batches its differences to other runs are not paired.
 
-In the default job (seed 0), late in a shard, 61 % of its rows are known and the drawn rows' error is
-1.17 times the mean. Groups are as full as each other there: the factors' logarithms have a standard
-deviation of 0.06.
+In the default job (seed 0), late in a shard, 61 % of its rows are known and the drawn rows' error
+is 1.17 times the mean. Groups are as full as each other there: the factors' logarithms have a
+standard deviation of 0.06.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.56, the baseline's 0.40: worse;
 explained variance is 0.582, the baseline's 0.616: worse.
