@@ -32,11 +32,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, islice
 from pathlib import Path
 
-# Before torch loads, as in 02_train.py: what its threads do while they wait, and large pages.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 import huggingface_hub
 import safetensors.torch
 import tokenizers
@@ -189,10 +184,10 @@ def docstrings(source):
     except (SyntaxError, ValueError):        # a template, or a file for another Python
         return []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    holders = (ast.stmt, ast.excepthandler, ast.match_case)      # not expressions: most of the tree
     nodes = [tree]
-    for node in nodes:           # grows while it is walked; expressions, which hold none, are most
-        nodes += [child for child in ast.iter_child_nodes(node)
-                  if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case))]
+    for node in nodes:                       # grows while it is walked
+        nodes += [child for child in ast.iter_child_nodes(node) if isinstance(child, holders)]
     docs = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
     return [doc for doc in docs if doc and len(doc) >= RECIPE["doc_min"]]
 
@@ -208,9 +203,9 @@ def spelling(records):
     documents = []
     for i in range(RECIPE["spelling_docs"]):
         module = f"spelling_{i}"
-        mine = words[is_held_out(module)]                # a held-out document spells such words
+        chosen = rng.sample(words[is_held_out(module)], 8)       # held-out words if it is held out
         lines = [f"{rng.choice(['', ' '])}{word} has the first letter: {word[0].upper()}"
-                 for word in rng.sample(mine, 8)]
+                 for word in chosen]
         about = dict(package="spelling", module=module, kind="spelling")
         documents.append(dict(text="\n".join(lines), **about))
     return documents
@@ -280,7 +275,7 @@ def train_tiny(tokens, held_out, tokenizer):
     bar = tqdm(range(R["steps"]), desc="training the language model", unit="step")
     for step in bar:
         batch = tokens[step * R["batch"]:(step + 1) * R["batch"]]
-        # without a mask transformers would look for several texts in a context, slowly
+        # without a mask transformers looks for several texts in a context: a tenth of a step
         logits = model(batch, torch.ones_like(batch), use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
@@ -801,7 +796,7 @@ class LanguageModel:
         with hooks(points, keep):
             for batch in tokens.split(self.args.batch):
                 ids = batch.long().to(self.device)
-                with contextlib.suppress(Stop):            # for the mask see train_tiny()
+                with contextlib.suppress(Stop):            # why a mask: see train_tiny()
                     self.model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
                 at += batch.numel()
                 bar.update(batch.numel())

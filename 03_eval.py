@@ -173,8 +173,8 @@ class LanguageModel:
 
     def run(self, tokens, mask):
         """The forward pass."""
-        if mask is None:         # transformers would look for several texts in a context, slowly
-            mask = torch.ones_like(tokens)
+        if mask is None:         # without one transformers looks for several texts in a context,
+            mask = torch.ones_like(tokens)                 # which takes a fifth of a pass
         return self.model(input_ids=tokens, attention_mask=mask, use_cache=False)
 
 

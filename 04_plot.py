@@ -218,16 +218,22 @@ def read_evaluations(folder, row):
         row["invalid" if path.stem == "core" else "caveats"] += invalid
         if path.stem == "core" or not invalid:
             numbers, more = read_evaluation(path.stem, result)
-            # what its numbers were measured on, and how
-            on = json.dumps([result.get(key) for key in MEASURED_ON], sort_keys=True)
-            row["measured_on"] |= {name: on for name in numbers if name not in row}
             lacking = {"l0", "explained_variance"} - numbers.keys()
             if path.stem == "core" and lacking and not invalid:
                 raise Refuse(f"{path} has no {' or '.join(sorted(lacking))}: "
                              "03_eval.py --eval core --force")
-            row |= {name: value for name, value in numbers.items() if name not in row}
+            add_numbers(row, numbers, result)
             curves += more
     return curves
+
+
+def add_numbers(row, numbers, result):
+    """Add an evaluation's numbers to `row` that are not there yet, and what they were measured
+    on."""
+    new = {name: value for name, value in numbers.items() if name not in row}
+    on = json.dumps([result.get(key) for key in MEASURED_ON], sort_keys=True)
+    row["measured_on"] |= dict.fromkeys(new, on)
+    row |= new
 
 
 def read_run(folder):
@@ -316,6 +322,7 @@ def name_groups(runs):
     than half of a cache's runs have; group: variant and its other overrides; study: the name
     before _r1 ...
     """
+    # a run's length is in its name like a setting
     runs["settings"] = [{**run.settings, "steps": run.steps} for run in runs.itertuples()]
     runs["overrides"] = runs.apply(lambda r: {k: str(v) for k, v in r.settings.items()
                                               if f"-{k}={v}-" in f"{r['name']}-"}, axis=1)
@@ -329,12 +336,13 @@ def name_groups(runs):
 
 
 def mark_other_code(runs):
-    """Take runs out whose variant had other code than most seeds of their group, or no most."""
+    """Take out the runs that ran other code than most seeds of their group; without a majority
+    all."""
     known = runs[(runs.problem == "") & runs.code_checksum.notna()]
     for _, members in known.groupby(["acts", "group"]):
         counts = members.code_checksum.value_counts()
-        most = counts.index[0] if counts.iloc[0] > len(members) / 2 else None
-        odd = members.index[members.code_checksum != most]
+        usual = counts.index[0] if counts.iloc[0] > len(members) / 2 else None
+        odd = members.index[members.code_checksum != usual]
         runs.loc[odd, "problem"] = "other code than its other seeds: train them again"
 
 
@@ -369,8 +377,8 @@ def twins(run, others, l0):
     same = same[same.d_sae == run["d_sae"]]
     if same.empty:
         return "another width"
-    rows = run["settings"].get("batch_size")
-    same = same[[settings.get("batch_size") == rows for settings in same.settings]]
+    size = run["settings"].get("batch_size")
+    same = same[[settings.get("batch_size") == size for settings in same.settings]]
     if same.empty:
         return "another batch size"
     known = same.base_checksum.notna() & (run["base_checksum"] is not None)

@@ -20,12 +20,13 @@ torch.set_num_threads(1)                        # bits depend on it, and toys ar
 
 @pytest.fixture(autouse=True)
 def own_process():
-    """pytest's Ctrl-C and torch's determinism are as before after a script in this process."""
+    """Ctrl-C and torch's determinism and threads are as before after a script in this process."""
     before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
     yield
     for sign, handler in before.items():
         signal.signal(sign, handler)
     torch.set_deterministic_debug_mode("error")
+    torch.set_num_threads(1)
 
 
 def pytest_configure(config):

@@ -315,6 +315,7 @@ def test_a_void_run_is_marked(here, monkeypatch, capsys):
 @pytest.mark.parametrize("args, code, says", [
     (["--variant", "topkk"], 2, "did you mean topk"),
     (["--variant", "topk", "--set", "lo=3"], 2, "no such setting"),
+    (["--variant", "topk", "--set", "paired=false"], 2, "no such setting"),
     (["--variant", "topk_ortho_r1", "--set", "pair_rule=jaccard"], 2, "want "),
     (["--acts", "tinny"], 2, "there are tiny"),
     (["--acts", "../tiny"], 2, "want a name"),
@@ -423,8 +424,10 @@ def test_a_start_sees_enough_rows_for_each_latent_to_fire(here, monkeypatch):
     assert len(x) == 4 * 64 / 4
     sae.init_from_data(x)
     assert (sae(X[:1000]).acts > 0).float().sum(-1).mean() > 2
-    with pytest.raises(Refuse, match="a latent would fire on less than two"):
+    with pytest.raises(Refuse, match="a latent would fire less than twice"):
         train_py.sample(acts, SAE(32, 100, d_sae=64, l0=0.001))
+    sae = SAE(32, 100, d_sae=64, l0=0.001, activation="topk")          # has no bias to start
+    assert len(train_py.sample(acts, sae)) > 1000
 
 
 def test_runs_whose_settings_are_gone_do_not_keep_others_from_being_resumed(

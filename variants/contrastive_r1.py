@@ -1,8 +1,8 @@
 """contrastive_r1 = baseline + used decoder rows closer than tau are pushed apart (jl_ema).
 
     contrast = mean over used i of  sum over near j of  v_i v_j relu(|cos(d_i, d_j)| - tau)^2
-    v = sqrt(rate / mean rate); rate: how often a latent fires, a moving average over 2 % of the run
-        (the note's is over 10 batches)
+    v = sqrt(rate / mean rate)
+    rate = how often a latent fires, a moving average over 2 % of the run (the note: 10 batches)
 
 Why: two much used latents of nearly the same direction share what one should say alone. A
 Johnson-Lindenstrauss projection finds the `con_nearest` others near each of the most used

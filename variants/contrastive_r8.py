@@ -1,4 +1,4 @@
-"""contrastive_r8 = latent_lr + contrastive_r7 + rates per group, bad rows drawn (adaptive_lr).
+"""contrastive_r8 = latent_lr + contrastive_r7 + rates per group, bad rows more often (adaptive_lr).
 
     factor on the moves of a group's latents = (mean energy / its energy) ^ latent_lr_power
     chance of a row = (1 - sample_strength) / n + sample_strength * its error / the sum of errors

@@ -1,10 +1,10 @@
 """revive = baseline + silent latents restart where the reconstruction is worst (Bricken 2023).
 
-A latent that never fires gets no gradient from the rows, but AuxK's. Every revive_every of the run
-those that were silent for revive_silent of it restart in the directions of this batch's residuals,
-of rows drawn by the square of their squared error as in Bricken, at most one a row. With relu and
-jumprelu they fire at the wanted rate from the start. Their encoder has the others' mean norm
-(Bricken's 0.2 of it does not grow in a short run).
+A latent that never fires gets a gradient from AuxK alone. Every revive_every of the run those that
+were silent for revive_silent of it restart in the directions of this batch's residuals, of rows
+drawn by the square of their squared error as in Bricken, at most one a row. With relu and jumprelu
+they fire at the wanted rate from the start. Their encoder has the others' mean norm (Bricken's 0.2
+of it does not grow in a short run).
 
 Idle on the default data: nothing dies.
 
