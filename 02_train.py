@@ -425,33 +425,40 @@ def side_by_side(n_runs, device):
     return ThreadPoolExecutor(workers).map
 
 
+def batches(acts, plan, batch_size, first, device):
+    """Yield (step, shard, the shard's rows, the slice of them that is the common batch) for the
+    steps from `first` on."""
+    ends = list(itertools.accumulate(n for _, n in plan))
+    todo = [(shard, end - n, end) for (shard, n), end in zip(plan, ends) if end > first]
+    ahead = read_ahead(acts, [shard for shard, _, _ in todo], device)
+    for (shard, begin, end), rows in zip(todo, ahead):
+        for step in range(max(first, begin), end):
+            start = (step - begin) * batch_size
+            yield step, shard, rows, slice(start, start + batch_size)
+
+
 def train(runs, acts, plan, batch_size, device, checkpoint_every, each):
     """Train all runs together; the batch that most of them take is prepared once."""
-    steps = runs[0].steps
+    steps, first = runs[0].steps, min(run.next_step for run in runs)
     log_every = max(1, min(50, steps // 100))
-    ends = list(itertools.accumulate(n for _, n in plan))
-    first = min(run.next_step for run in runs)
-    todo = [(i, end - n, end) for (i, n), end in zip(plan, ends) if end > first]
     bar = tqdm(total=steps, initial=first, unit="step", desc="training", mininterval=1,
                disable=True if ranks()[0] else None)
     saved = time.perf_counter()
-    for (i, begin, end), rows in zip(todo, read_ahead(acts, [i for i, _, _ in todo], device)):
-        for step in range(max(first, begin), end):
-            log_now = (step + 1) % log_every == 0 or step + 1 == steps
-            common = slice((step - begin) * batch_size, (step - begin + 1) * batch_size)
-            due = [run for run in runs if not run.failure and run.next_step == step]
-            take_step(due, rows, common, i, log_now, each)
-            alive = [run for run in runs if not run.failure]
-            if not alive:
-                return
-            bar.update()
-            if log_now:
-                bar.set_postfix(progress(alive))
-                if time.perf_counter() - saved > checkpoint_every and step + 1 < steps:
-                    for run in alive:
-                        if run.next_step == step + 1:
-                            run.save_checkpoint()
-                    saved = time.perf_counter()
+    for step, shard, rows, common in batches(acts, plan, batch_size, first, device):
+        log_now = (step + 1) % log_every == 0 or step + 1 == steps
+        due = [run for run in runs if not run.failure and run.next_step == step]
+        take_step(due, rows, common, shard, log_now, each)
+        alive = [run for run in runs if not run.failure]
+        if not alive:
+            return
+        bar.update()
+        if log_now:
+            bar.set_postfix(progress(alive))
+            if time.perf_counter() - saved > checkpoint_every and step + 1 < steps:
+                for run in alive:
+                    if run.next_step == step + 1:          # not one that is ahead of the others
+                        run.save_checkpoint()
+                saved = time.perf_counter()
     bar.close()
     for run in alive:
         run.finish()
