@@ -18,6 +18,7 @@ import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -32,6 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, islice
 from pathlib import Path
 
+import fsspec
 import huggingface_hub
 import safetensors.torch
 import tokenizers
@@ -61,7 +63,7 @@ def parse_args():
     p.add_argument("--data", help="text: hub data set, file or folder (default for tiny: its own)")
     p.add_argument("--column", default="text", help="column of the data that holds the text")
     p.add_argument("--split", default="train", help="split of the data")
-    p.add_argument("--config", help="configuration of a hub data set that has several")
+    p.add_argument("--config", help="configuration of a data set that has several")
     p.add_argument("--tokens", type=positive_int, default=300_000,
                    help="tokens to run through the model; rows of synthetic (default: 300_000)")
     p.add_argument("--val-tokens", type=positive_int,
@@ -418,14 +420,14 @@ class Text:
 
     def __init__(self, args, data):
         self.name, self.column, path = data, args.column, Path(data)
-        self.description = dict(name=data, column=args.column, split=args.split)
-        if args.config:
-            self.description["config"] = args.config
+        self.description = dict(name=data, column=args.column, split=args.split, config=args.config)
         self.files = self.held_out_files = None
         if path.is_file() and kind_of(path):
+            if args.config:
+                raise Refuse("--config names a folder of a data set, --data is a file", 2)
             self.files, self.held_out_files = [path], []
         elif path.exists():
-            self.take_folder(path, args.split)
+            self.take_folder(path, args.split, args.config)
         elif kind_of(path):
             raise Refuse(f"--data {data}: no such file or folder", 2)
         elif huggingface_hub.constants.HF_HUB_OFFLINE:  # what `hf download` left in the hub's cache
@@ -442,7 +444,7 @@ class Text:
         if self.files and "revision" not in self.description:
             self.description["checksum"] = files_checksum(self.files + self.held_out_files)
 
-    def take_folder(self, folder, split, config=None):
+    def take_folder(self, folder, split, config):
         """Choose a folder's files: of one kind and split, and under `config` if it is given."""
         there = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
         kind = main_kind(there)
@@ -470,9 +472,9 @@ class Text:
 
     def read(self, files):
         for path in files:
-            if path.suffix == ".txt":
+            if suffix_of(path) == ".txt":
                 yield from read_txt(path)
-            elif path.suffix == ".jsonl":
+            elif suffix_of(path) == ".jsonl":
                 yield from texts(read_jsonl(path), self.column, f"{path}, line")
             else:
                 yield from texts(read_table(path), self.column, f"{path}, record")
@@ -480,23 +482,27 @@ class Text:
     def hub_records(self):
         with hub_errors("data set", self.name):
             about = self.description
-            yield from load_dataset(self.name, about.get("config"), split=about["split"],
+            yield from load_dataset(self.name, about["config"], split=about["split"],
                                     revision=about["revision"], streaming=True)
 
 
 def main_kind(files):
-    """The kind of most files; a .txt beside tables is a licence. None if no file holds data."""
+    """The kind of most files; a .txt beside a table is a licence. None if no file holds data."""
     counts = Counter(map(kind_of, files))
     del counts[None]
-    if len(counts) > 1:
+    if len(counts) > 1 and 2 * counts["text"] <= counts.total():
         del counts["text"]
     return max(counts, key=counts.get, default=None)
 
 
+def suffix_of(path):
+    """.jsonl of data.jsonl.gz."""
+    return next((suffix for suffix in reversed(path.suffixes) if suffix not in PACKED), None)
+
+
 def kind_of(path):
     """json, parquet, csv or text; None for a file that is no data."""
-    suffixes = [suffix for suffix in path.suffixes if suffix not in PACKED]
-    return KINDS.get(suffixes[-1]) if suffixes else None
+    return KINDS.get(suffix_of(path))
 
 
 def split_of(path, folder):
@@ -508,7 +514,7 @@ def split_of(path, folder):
 def read_txt(path):
     """Documents of about 10,000 characters, cut at line ends."""
     line = 0
-    with open(path, "rb") as f:
+    with unpacked(path) as f:
         while lines := f.readlines(10_000):
             where = f"{path}, line {line + 1} or after"
             yield checked(as_text(b"".join(lines), where, first=line == 0), where)
@@ -517,13 +523,22 @@ def read_txt(path):
 
 def read_jsonl(path):
     """The records of a file with one JSON object a line; None for an empty line."""
-    with open(path, "rb") as f:
+    with unpacked(path) as f:
         for number, line in enumerate(f, 1):
             text = as_text(line, f"{path}, line {number}", first=number == 1)
             try:
                 yield json.loads(text) if text.strip() else None
             except ValueError as e:
                 raise Refuse(f"{path}, line {number}: not JSON ({e})") from None
+
+
+@contextlib.contextmanager
+def unpacked(path):
+    """The bytes of a file, which may be compressed."""
+    if path.suffix == ".zst" and not importlib.util.find_spec("zstandard"):
+        raise Refuse(f"{path} needs the package zstandard: pip install zstandard", 4)
+    with hub_errors("data file", path), fsspec.open(str(path), compression="infer") as f:
+        yield io.BufferedReader(f)
 
 
 def read_table(path):
@@ -565,12 +580,15 @@ def texts(records, column, where):
 
 
 def checked(text, where):
-    """The text. Refuse what no text holds: half a surrogate pair, or NULs (of UTF-16)."""
-    odd = re.search("[\0\ud800-\udfff]", text)
+    """The text without NULs, of which large corpora hold a few. Refuse what no text holds: half a
+    surrogate pair, or as many NULs as UTF-16 has."""
+    plain = text.replace("\0", "")
+    odd = re.search("[\ud800-\udfff]", text) or (
+        0 < len(plain) < 0.9 * len(text) and re.search("\0", text))
     if odd:
         raise Refuse(f"{where}: holds the character U+{ord(odd[0]):04X}, as no proper text does: "
                      "repair it and save it as UTF-8")
-    return text
+    return plain
 
 
 def contexts(documents, tokenizer, ctx, pack, group=64):
@@ -729,9 +747,9 @@ class LanguageModel:
             found = found[:max(1, len(found) // 10)]
             start = max((n_read for n_read, _ in found), default=0)
         if not found or next(self.stream(start), None) is None:
-            raise Refuse(f"--data {self.text.name}: the text is too short for one context of "
-                         f"{self.ctx} tokens to hold out and one of other documents: give more "
-                         "text, or a smaller --ctx")
+            raise Refuse(f"--data {self.text.name}: the text is too short, or too few documents, "
+                         f"for one context of {self.ctx} tokens to hold out and one of other "
+                         "documents: give more, or a smaller --ctx")
         tokens, mask, _ = self.block([context for _, context in found])
         return {"val": dict(tokens=tokens, mask=mask)}, start
 
@@ -861,9 +879,10 @@ class Cache:
             wanted = flat(self.settings)[key]
             raise Refuse(f"{self.folder} was made with {key} {there.get(key)}, not {wanted}: give "
                          "another --name, or delete that folder", 2)
-        for shard in self.meta["shards"]:
-            path = self.folder / shard["file"]
-            if not path.exists() or path.stat().st_size != shard["bytes"]:
+        sizes = {shard["file"]: shard["bytes"] for shard in self.meta["shards"]}
+        for name in [self.meta["val"]["file"], *sizes]:
+            path = self.folder / name
+            if not path.exists() or path.stat().st_size != sizes.get(name, path.stat().st_size):
                 raise Refuse(f"{path} is missing or cut short: delete {self.folder}, cache again")
         return "complete" if self.meta["complete"] else "begun"
 
@@ -879,15 +898,12 @@ class Cache:
                      "complete": False, "shards": [], "versions": versions()}
         write_json(self.folder / "meta.json", self.meta)
 
-    def check_disk(self):
-        """Refuse if the disk can't hold the cache; scratch shrinks while the shards grow."""
+    def bytes_to_come(self):
+        """How much the cache will grow; scratch shrinks while the shards grow."""
         there = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        rows = self.n_contexts * self.ctx + 2 * self.settings["rows_per_shard"]
-        need = rows * self.width - there
-        free = shutil.disk_usage(self.folder).free
-        if need > free:
-            raise Refuse(f"{self.folder} needs {need / 1e9:,.2f} GB, its disk has "
-                         f"{free / 1e9:,.2f} GB free: make room, or ask for fewer --tokens", 4)
+        rows = self.n_contexts * self.ctx
+        rows += 2 * min(rows, self.settings["rows_per_shard"])
+        return rows * self.width - there
 
     def part(self, number):
         return self.scratch / f"part_{number:05d}.safetensors"
@@ -931,8 +947,14 @@ class Cache:
 
     def finish(self, n_parts, rank, processes):
         """Turn the parts into shards; rank 0 lists them in meta.json and tidies up."""
-        wait_for([self.part(number) for number in range(n_parts)])
-        parts = [read_tensors(self.part(number)) for number in range(n_parts)]
+        paths = [self.part(number) for number in range(n_parts)]
+        try:
+            wait_for(paths, unless=lambda: self.state() == "complete")
+            parts = [read_tensors(path) for path in paths]
+        except Refuse:
+            if self.state() == "complete":  # rank 0 had all that it needed, and has tidied up
+                return
+            raise
         total = {key: sum(meta[key] for _, meta in parts) for key in TOTALS}
         if not total["rows"]:
             raise Refuse(f"{self.folder}: the text has only special tokens: give other text")
@@ -1086,9 +1108,9 @@ def flat(value, prefix=""):
     return {key: v for k, inner in value.items() for key, v in flat(inner, f"{prefix} {k}").items()}
 
 
-def wait_for(paths):
+def wait_for(paths, unless=lambda: False):
     """Block until the other processes have written these files; torchrun stops all if one fails."""
-    while not all(path.exists() for path in paths):
+    while not all(path.exists() for path in paths) and not unless():
         time.sleep(0.2)
 
 
@@ -1119,8 +1141,8 @@ def main():
         if not caches:
             return
         begin(source, caches)
-        for cache in caches if rank == 0 else []:
-            cache.check_disk()
+        if rank == 0:
+            check_disk(caches)
         fill(source, caches, rank, processes)
     finally:
         for one in held:
@@ -1137,6 +1159,15 @@ def begin(source, caches):
             cache.begin(files, start, limit)
 
 
+def check_disk(caches):
+    """Refuse if the disk can't hold the caches."""
+    need, free = sum(cache.bytes_to_come() for cache in caches), shutil.disk_usage("acts").free
+    if need > free:
+        raise Refuse(f"{', '.join(str(cache.folder) for cache in caches)}: {need / 1e9:,.2f} GB to "
+                     f"write, the disk has {free / 1e9:,.2f} GB free: make room, or ask for fewer "
+                     "--tokens", 4)
+
+
 def fill(source, caches, rank, processes):
     """Run the text through the model, once for all caches, and finish them."""
     # go on after the parts that every cache has
@@ -1149,8 +1180,9 @@ def fill(source, caches, rank, processes):
             unit="tokens", unit_scale=True, disable=rank > 0) as bar:
         writing = []
         while number * per_part < end and (found := list(islice(stream, per_part))):
-            if number % processes == rank:
-                jobs = run_part(source, caches, number, found, bar)
+            missing = [cache for cache in caches if not cache.part(number).exists()]
+            if missing and number % processes == rank:
+                jobs = run_part(source, missing, number, found, bar)
                 for job in writing:
                     job.result()
                 writing = [writer.submit(job) for job in jobs]
@@ -1165,7 +1197,6 @@ def fill(source, caches, rank, processes):
 
 def run_part(source, caches, number, found, bar):
     """Run a part's contexts through the model; returns the functions that write it, one a cache."""
-    caches = [cache for cache in caches if not cache.part(number).exists()]
     tokens, mask, padding, acts = source.run(found, number * caches[0].per_part,
                                              [cache.layer for cache in caches], bar)
     return [cache.add(number, tokens, mask, padding, of_layer)
@@ -1177,7 +1208,8 @@ def folders(args, layers):
     name = args.name
     if name is None:
         hook = "" if args.hook == "resid_post" else f"_{args.hook}"
-        name = re.sub(r"[^\w.+-]", "_", Path(args.model).name.removesuffix(".gguf")) + hook
+        model = Path(args.model).absolute().name            # also of the folder "."
+        name = re.sub(r"[^\w.+-]", "_", model.removesuffix(".gguf")) + hook
     numbered = len(layers) > 1 or (args.layer and args.name is None)
     return [Path("acts") / (f"{name}_l{layer}" if numbered else name) for layer in layers]
 

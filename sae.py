@@ -897,7 +897,7 @@ def code_of(text):
         documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
         if documented and ast.get_docstring(node):
             node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
+    return ast.unparse(tree).replace("'", '"')             # Python 3.12 quotes f-strings otherwise
 
 
 def in_blocks(*tensors):
@@ -1031,6 +1031,8 @@ def model_files(path):
     path = Path(path)
     found = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
     if found and found[0].is_file() and not (path / "config.json").is_file():
+        if len(found) > 1:
+            raise Refuse(f"model {path}: the folder has {len(found)} .gguf files: name one", 2)
         return str(found[0].parent), {"gguf_file": found[0].name}
     if path.is_dir() and not (path / "config.json").is_file():
         raise Refuse(f"model {path}: the folder has no config.json, so it is not a model", 2)
@@ -1067,6 +1069,7 @@ def unread_keys(config, written, version):
     import transformers
     blank = type(config)()
     unread = {key for key in written if written[key] is not None and not hasattr(blank, key)}
+    unread.discard("auto_map")                             # of --trust-remote-code
     if release(version) <= release(transformers.__version__):
         unread &= {"rope_parameters"}                      # the rest is a model's own remarks
     if "rope_parameters" in unread and translate_rope(config, written["rope_parameters"]):
@@ -1310,7 +1313,7 @@ def ranks():
 
 def pick_device(name=None):
     """The device called `name`. Default: a GPU, under torchrun this process' own, else the CPU."""
-    if name is None and torch.cuda.is_available():
+    if name in (None, "cuda") and torch.cuda.is_available():
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     if name is None:
         if torch.version.cuda and Path("/proc/driver/nvidia").exists():

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -445,6 +446,18 @@ def test_a_file_named_val_is_the_held_out_part_and_split_chooses_among_the_other
     )
 
 
+def test_a_configuration_is_a_folder_of_the_data_and_many_texts_outweigh_a_table(here):
+    for config, word in (("en", "w1"), ("de", "w2")):
+        write_jsonl(here / "d" / config / "train.jsonl", [f"{word} " * 100] * 9)
+    for config, token in (("en", 5), ("de", 6)):
+        run("--model", "m", "--data", "d", "--config", config, "--name", config, *SMALL)
+        assert set(all_rows(f"acts/{config}")["tokens"].tolist()) == {token}
+    assert "data config" in refused(2, "--model", "m", "--data", "d", "--name", "en", *SMALL)
+    names = [Path(f"{i}.txt") for i in range(9)]
+    assert cache.main_kind([*names, Path("about.csv")]) == "text"
+    assert cache.main_kind([names[0], Path("rows.csv")]) == "csv"
+
+
 def test_the_same_text_in_any_format_gives_the_same_rows(here):
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("datasets")
@@ -454,6 +467,7 @@ def test_the_same_text_in_any_format_gives_the_same_rows(here):
     (here / "blank.jsonl").write_bytes(b"\n" + (here / "a.jsonl").read_bytes())
     (here / "u2028.jsonl").write_text((here / "a.jsonl").read_text().replace(" w", "\u2028w", 1))
     (here / "z.jsonl.gz").write_bytes(gzip.compress((here / "a.jsonl").read_bytes()))
+    write_jsonl(here / "nul.jsonl", ["\0\0", *documents[:-1], "\0" + documents[-1] + "\0"])
     table = pandas.DataFrame({"x": range(20), "text": documents})
     table.to_parquet(here / "b.parquet")
     table.to_csv(here / "c.csv")
@@ -465,6 +479,7 @@ def test_the_same_text_in_any_format_gives_the_same_rows(here):
         "bom.jsonl",
         "blank.jsonl",
         "z.jsonl.gz",
+        "nul.jsonl",
         "b.parquet",
         "c.csv",
         "d.json",
@@ -472,6 +487,10 @@ def test_the_same_text_in_any_format_gives_the_same_rows(here):
     ):
         assert list(cache.Text(column, data).train())[-20:] == documents, data
     assert "".join(cache.Text(column, "u2028.jsonl").train()).count("\u2028") == 1
+    (here / "t.txt").write_text("\n".join(documents))
+    (here / "t.txt.gz").write_bytes(gzip.compress((here / "t.txt").read_bytes()))
+    plain, packed = (list(cache.Text(column, f"t.txt{end}").train()) for end in ("", ".gz"))
+    assert plain == packed == ["\n".join(documents)]
 
 
 def test_text_files_and_the_embedded_model_need_no_datasets(here, monkeypatch):
@@ -553,9 +572,17 @@ def test_a_finished_cache_is_left_alone_and_other_settings_are_refused(here, cap
         assert f"was made with {key} " in refused(2, *ask, *argv)
     write_jsonl(here / "t.jsonl", texts(seed=9))
     assert "was made with data checksum" in refused(2, *ask)
-    (here / "acts/m/train_00001.safetensors").unlink()
     write_jsonl(here / "t.jsonl", texts())
-    assert "missing or cut short" in refused(3, *ask)
+    for name in ("train_00001", "val"):
+        (here / f"acts/m/{name}.safetensors").rename(here / "aside")
+        assert f"{name}.safetensors is missing or cut short" in refused(3, *ask)
+        (here / "aside").rename(here / f"acts/m/{name}.safetensors")
+
+
+def test_a_model_in_this_folder_names_its_cache(here, monkeypatch):
+    monkeypatch.chdir("m")
+    run("--model", ".", "--data", "../t.jsonl", *SMALL)
+    assert sae.Acts("acts/m").rows > 500
 
 
 DRIVER = """
@@ -667,6 +694,42 @@ def test_killed_at_every_event_and_run_again_the_bytes_are_the_same(here):
     drive(here, 10_000)
 
 
+def test_parts_with_gaps_are_gone_on_from_and_a_late_process_finds_the_cache_complete(
+        here, monkeypatch):
+    ask = ["--model", "m", "--data", "t.jsonl", *SMALL]
+    finish, seen = cache.Cache.finish, []
+
+    def interrupted(self, *args):
+        seen.append((self, args))
+        for number in (1, 3):            # of a process that had got less far
+            self.part(number).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.Cache, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(*ask)
+    run(*ask)
+    went_on = contents("acts")
+    shutil.rmtree("acts")
+    run(*ask)
+    assert contents("acts") == went_on
+    (late, (n_parts, _, _)), = seen
+    process = threading.Thread(target=late.finish, args=(n_parts, 1, 2), daemon=True)
+    process.start()
+    process.join(20)
+    assert not process.is_alive() and contents("acts") == went_on
+
+
+def test_the_caches_of_a_call_have_to_fit_together(here, monkeypatch):
+    free = shutil.disk_usage(".")._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    run("--model", "m", "--data", "t.jsonl", "--layer", "0", *SMALL)
+    with pytest.raises(sae.Refuse, match="m_l1, acts/m_l2: 0.00 GB to write") as e:
+        run("--model", "m", "--data", "t.jsonl", "--layer", "1", "2", *SMALL)
+    assert e.value.code == 4
+
+
 def test_a_bit_that_flips_in_scratch_is_noticed(here, monkeypatch):
     ask = ["--model", "m", "--data", "t.jsonl", *SMALL]
     finish = cache.Cache.finish
@@ -713,9 +776,10 @@ BAD = [
     (3, "lists.jsonl, line 1: column 'text' holds list, not text", ["--data", "lists.jsonl"]),
     (3, "bytes.parquet, record 1: column 'text' holds bytes", ["--data", "bytes.parquet"]),
     (2, "no such file or folder", ["--data", "nothing.jsonl"]),
-    (3, "too short for one context", ["--data", "short.jsonl"]),
-    (3, "too short for one context", ["--data", "empty.txt"]),
+    (3, "too short, or too few documents, for one context", ["--data", "short.jsonl"]),
+    (3, "too short, or too few documents, for one context", ["--data", "empty.txt"]),
     (2, "want a .txt, .jsonl", ["--data", "empty_folder"]),
+    (2, "--data is a file", ["--config", "en"]),
     (3, "bad.jsonl, line 2: not JSON", ["--data", "bad.jsonl"]),
     (3, "latin1.jsonl, line 3: not UTF-8 (byte 0xe9)", ["--data", "latin1.jsonl"]),
     (3, "half.jsonl, line 2: holds the character U+D83D", ["--data", "half.jsonl"]),
@@ -791,9 +855,10 @@ def test_a_config_that_this_transformers_does_not_read_is_translated_or_refused(
     assert (
         plain[rows["context"].long(), rows["position"].long()] - rows["acts"]
     ).abs().max() > 0.01
-    edit(config, transformers_version="99.0", wobble=3)
+    edit(config, transformers_version="99.0", wobble=3, auto_map={"AutoModel": "code.Model"})
     said = refused(3, "--model", "v5", *ask, "--name", "x")
-    assert "written by transformers 99.0" in said and "wobble" in said and T.__version__ in said
+    assert "written by transformers 99.0" in said and "has wobble," in said
+    assert T.__version__ in said
     if T.__version__ < "5":
         edit(
             config,
@@ -867,6 +932,10 @@ def test_a_gguf_file_is_a_model_or_one_line(here):
     Path("m.gguf").write_bytes(b"GGUF")
     said = refused(3, "--model", "m.gguf", "--data", "t.jsonl", *SMALL)
     assert "model m.gguf does not load" in said
+    for name in ("q2", "q8"):
+        Path("empty").mkdir(exist_ok=True)
+        Path(f"empty/{name}.gguf").write_bytes(b"GGUF")
+    assert "2 .gguf files" in refused(2, "--model", "empty", "--data", "t.jsonl", *SMALL)
 
 
 # ---- the embedded model --------------------------------------------------------------------------

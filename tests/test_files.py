@@ -200,6 +200,14 @@ def test_a_device_that_is_not_there_is_refused(name):
         pick_device(name)
 
 
+def test_each_process_of_torchrun_has_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert pick_device("cuda") == pick_device() == torch.device("cuda:3")
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+
+
 # ---- a cache -------------------------------------------------------------------------------------
 
 

@@ -444,6 +444,8 @@ def test_a_code_checksum_is_of_the_code_and_not_of_its_comments():
     a = "def f(x):\n    '''One.'''\n    return x + 1   # why\n"
     b = "def f(x):\n    '''Two.'''\n\n    return x+1\n"
     assert sae_py.code_of(a) == sae_py.code_of(b) != sae_py.code_of(a.replace("+ 1", "+ 2"))
+    nested = """print(f"{x['a']} {'b'}", 'c')"""              # in any version of Python
+    assert sae_py.code_of(nested) == nested.replace("'", '"')
 
 
 def test_unknown_variants_are_named_with_the_closest():
