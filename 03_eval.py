@@ -109,16 +109,17 @@ class Reached(Exception):
 class LanguageModel:
     """The language model in fp32, read at stage 1's hook and run on with other values there."""
 
-    def __init__(self, acts, device):
+    def __init__(self, acts, device, trust_remote_code=False):
         meta = acts.meta["model"]
         self.path, self.d_in, self.device = meta["path"], acts.d_in, device
         is_local = Path(self.path).exists()
         if is_local and meta["revision"] not in (None, model_checksum(self.path)):
             raise Refuse(f"the language model in {self.path} has changed since its activations "
                          "were cached: put it back, or cache again")
-        self.revision = {} if is_local else {"revision": meta["revision"]}
+        self.extra = {} if is_local else {"revision": meta["revision"]}
+        self.extra["trust_remote_code"] = trust_remote_code
         with hub_errors("model", self.path):
-            self.model = language_model(self.path, torch.float32, **self.revision).to(device)
+            self.model = language_model(self.path, torch.float32, **self.extra).to(device)
         layers = decoder_layers(self.model.base_model, meta["n_layers"], self.path)
         self.point = hook_point(layers[acts.meta["layer"]], acts.meta["hook"], self.path)
 
@@ -127,7 +128,7 @@ class LanguageModel:
         import transformers
         with hub_errors("model", self.path):
             tokenizer = transformers.AutoTokenizer.from_pretrained(
-                self.path, add_bos_token=True, padding_side="right", **self.revision)
+                self.path, add_bos_token=True, padding_side="right", **self.extra)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
         return tokenizer
@@ -2362,10 +2363,10 @@ def missing(name, acts, runs, force):
     return [run for run in runs if force or not stored(name, run, acts)]
 
 
-def load_model(acts, device, failures):
+def load_model(acts, device, args, failures):
     """The language model; False if it can't be had, which is said: what needs none goes on."""
     try:
-        return LanguageModel(acts, device)
+        return LanguageModel(acts, device, args.trust_remote_code)
     except Refuse as error:
         report(str(acts.folder), error, failures)
         return False
@@ -2385,7 +2386,7 @@ def evaluate_cache(acts, folders, args, names, device, failures):
             todo = missing(name, acts, runs, args.force)
             if todo and EVALS[name].reads_model and acts.meta["source"] == "model":
                 if model is None:
-                    model = load_model(acts, device, failures)
+                    model = load_model(acts, device, args, failures)
                 todo = todo if model else []
             if todo:
                 evaluate(name, acts, model, todo, failures)
@@ -2406,6 +2407,8 @@ def main():
                         help="also SAEs that have learned nothing, as sparse as the runs")
     parser.add_argument("--force", action="store_true", help="evaluate again what is there already")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--trust-remote-code", action="store_true",
+                        help="as in stage 1")
     args = parser.parse_args()
     device, failures = pick_device(args.device), []
 

@@ -78,6 +78,20 @@ def test_a_language_model_that_changed_since_is_refused(tmp_path):
         eval_py.LanguageModel(Acts(tmp_path), CPU)
 
 
+def test_a_pickle_is_read_if_remote_code_is_trusted_as_in_stage_1(tmp_path):
+    _, tokens, _ = language_cache(tmp_path)
+    before = eval_py.LanguageModel(Acts(tmp_path), CPU)
+    torch.save(before.model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    meta = read_json(tmp_path / "meta.json")
+    meta["model"]["revision"] = eval_py.model_checksum(tmp_path / "model")
+    write_json(tmp_path / "meta.json", meta)
+    with pytest.raises(eval_py.Refuse, match="--trust-remote-code"):
+        eval_py.LanguageModel(Acts(tmp_path), CPU)
+    after = eval_py.LanguageModel(Acts(tmp_path), CPU, trust_remote_code=True)
+    assert torch.equal(after.activations(tokens), before.activations(tokens))
+
+
 # ---- core ----------------------------------------------------------------------------------------
 
 
