@@ -14,8 +14,9 @@ default), settings that differ from their default, steps unless one pass, seed:
     start.safetensors         the weights that training started from
     sae.safetensors           the SAE; applies to raw activations
     checkpoint.safetensors    while training
-A run that is finished with the same settings, data and code is left alone; an interrupted one goes
-on from its last checkpoint, and ends with the same bits (on a CPU, at the same number of threads).
+A run that is finished with the same settings, data and code (sae.py's first part and the variant)
+is left alone; an interrupted one goes on from its last checkpoint, and ends with the same bits (on
+a CPU, at the same number of threads a run: the runs of a call share them).
 """
 import functools
 import itertools
@@ -224,7 +225,8 @@ class Run:
 
     def void(self):
         """Why the run's numbers say nothing, in words; [] if they may."""
-        finite = all(v.isfinite().all() for v in self.sae.state_dict().values())
+        # not buffers: windows over past steps may not be full
+        finite = all(p.isfinite().all() for p in self.sae.parameters())
         final, many = numbers(self.last), f"{self.refused} of {self.steps} steps were refused"
         found = {"its weights are not finite": not finite,
                  "no latent fires": final["l0"] == 0,
@@ -557,11 +559,12 @@ def find_variants(names):
 def combinations(cls, sets, sweeps):
     """The settings of each run of a sweep: `sets` in all, times every combination of swept
     values."""
-    fixed, grid = parse_settings(cls, sets), []
+    fixed, grid, swept = parse_settings(cls, sets), [], set()
     for sweep in sweeps:
         key, _, values = sweep.partition("=")
-        if key in fixed:
-            raise Refuse(f"--sweep {key}: --set gives it too", 2)
+        if key in fixed or key in swept:
+            raise Refuse(f"--sweep {key}: given twice, want --sweep {key}=V1,V2", 2)
+        swept.add(key)
         grid.append([parse_settings(cls, [f"{key}={value}"]) for value in values.split(",")])
     found = []
     for chosen in itertools.product(*grid):
@@ -578,10 +581,13 @@ def interrupted(folder):
     for path in sorted(Path("runs").glob("*/config.json")):
         config = read_json(path, "status", "acts")
         if config["status"] == "training" and config["acts"] == folder.name:
-            lost = config["settings"].keys() - load_variant(config["variant"]).settings().keys()
+            known = {}
+            if config["variant"] in variant_names():
+                known = load_variant(config["variant"]).settings()
+            lost = config["settings"].keys() - known.keys()
             if lost:
-                print(f"note: {path.parent} is left: {config['variant']} has no {', '.join(lost)} "
-                      "any more")
+                print(f"note: {path.parent} is left: variants/{config['variant']}.py is gone, or "
+                      f"has no {', '.join(sorted(lost)[:3])} any more")
             else:
                 found.append((config["variant"], config["settings"], config["seed"],
                               config["steps"]))
@@ -614,7 +620,8 @@ def parse_args():
                    help="one run per value (and combination)")
     p.add_argument("--steps", type=positive_int, help="steps to take (default: one pass)")
     p.add_argument("--resume", action="store_true",
-                   help="go on with every interrupted run on these activations, start no new one")
+                   help="go on with every interrupted run on these activations and with no other; "
+                   "--variant, --seed, --set, --sweep and --steps do not count")
     p.add_argument("--checkpoint", type=natural, default=60, metavar="SECONDS",
                    help="how often, at most (default: 60)")
     p.add_argument("--list", action="store_true", help="print all variants with their lineage")

@@ -863,12 +863,13 @@ class SAE(nn.Module):
     @classmethod
     def check(cls, settings):
         """Refuse settings that no run can have; `settings` has them all."""
-        inf = math.inf
-        for name, low, high in (("d_sae", 1, 2 ** 24), ("l0", 1e-9, settings["d_sae"]),
+        inf, few = math.inf, 1 if settings["activation"] == "topk" else 1e-9
+        for name, low, high in (("d_sae", 1, 2 ** 24), ("l0", few, max(1, settings["d_sae"] / 2)),
                                 ("lr", 1e-12, inf), ("lr_warmup", 0, 1), ("lr_decay", 0, 1),
                                 ("clip", 1e-12, inf), ("batch_size", 1, 2 ** 24),
                                 ("micro_batches", 1, settings["batch_size"]),
-                                ("sparsity_start", 1e-9, inf), ("dead_after", 0, 1)):
+                                ("sparsity_start", 1e-9, inf), ("sparsity_warmup", 0, 1),
+                                ("dead_after", 0, 1)):
             if not low <= settings[name] <= high:
                 raise Refuse(f"--set {name}={settings[name]}: want {low:g} to {high:g}", 2)
         for name, value in settings.items():
@@ -1256,7 +1257,7 @@ def run_script(main):
         code, said = main() or 0, None
         sys.stdout.flush()
     except KeyboardInterrupt:
-        code, said = 130, "interrupted: the same command goes on where this one stopped"
+        code, said = 130, "interrupted: the same command goes on from what is saved"
     except Refuse as e:
         code, said = e.code, f"error: {e}"
     except BrokenPipeError:                                # `| head -1` has read enough

@@ -146,7 +146,7 @@ def test_a_folder_in_use_is_refused_and_free_when_its_process_ends(tmp_path):
         (
             "raise KeyboardInterrupt",
             130,
-            "interrupted: the same command goes on where this one stopped\n",
+            "interrupted: the same command goes on from what is saved\n",
         ),
         ("open('/nowhere/x')", 4, "error: /nowhere/x: No such file or directory\n"),
         ("raise MemoryError('12 GB')", 4, "error: out of memory: 12 GB\n"),
