@@ -47,11 +47,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from sae import (SAE, Acts, Parser, Refuse, checksum, decoder_layers, files_checksum, generator,
-                 hook_point, hub_errors, language_model, load_run, load_variant, lock,
-                 model_checksum, pick_device, read_json, read_log, read_tensors, run_folders,
-                 run_script, unit, write_file, write_json, write_tensors)
+                 hook_point, hub_errors, language_model, load_run, lock,
+                 model_checksum, model_tokenizer, pick_device, read_json, read_log, read_tensors,
+                 run_folders, run_script, unit, write_file, write_json, write_tensors)
 
-VERSION = 5                  # of the evaluations here; a result of another version is made again
+VERSION = 6                  # of the evaluations here; a result of another version is made again
 LOADED = 2 ** 33             # bytes of SAEs that are in memory at the same time, or one SAE
 CODES = 2 ** 25              # entries of [rows, d_sae] that are made at a time
 LOGITS = {"cpu": 2 ** 22, "cuda": 2 ** 28}     # entries of [tokens, vocabulary] at a time
@@ -125,10 +125,9 @@ class LanguageModel:
 
     @functools.cached_property
     def tokenizer(self):
-        import transformers
         with hub_errors("model", self.path):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                self.path, add_bos_token=True, padding_side="right", **self.extra)
+            tokenizer = model_tokenizer(self.path, add_bos_token=True, padding_side="right",
+                                        **self.extra)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
         return tokenizer
@@ -188,15 +187,17 @@ class Predictions:
     """The language model on one batch of contexts: clean, and with other activations at the hook.
 
     Positions are counted in two ways. Ours: rows, which are neither BOS, EOS and padding (mask) nor
-    above the cache's norm limit; a prediction counts from a row, of a row. SAEBench's: all of mask.
+    above the cache's norm limit; a prediction counts from a row, of a row. SAEBench's: all of mask,
+    and of what follows there padding alone is left out, which packed contexts don't have.
     """
 
-    def __init__(self, model, tokens, mask, norm_limit):
+    def __init__(self, model, tokens, mask, norm_limit, packed=True):
         def keep(hidden):
             self.hidden = hidden
             return hidden
 
         self.model, self.tokens, self.mask = model, tokens, mask
+        self.followed = mask[:, :-1] if packed else mask[:, :-1] & mask[:, 1:]
         log_p = model.logits(tokens, replace=keep).log_softmax(-1)
         self.p = log_p.exp()
         self.entropy = -torch.linalg.vecdot(self.p, log_p)
@@ -225,7 +226,7 @@ class Predictions:
     def saebench_sums(self, ce, kl):
         """Summed as SAEBench does: all that is predicted from a token of `mask`; the loss has no
         last position."""
-        return total(ce[self.mask[:, :-1]]), total(kl[self.mask])
+        return total(ce[self.followed]), total(kl[self.mask])
 
 
 def next_token_loss(log_p, tokens):
@@ -255,7 +256,8 @@ def held_out(acts, model, device):
         if model is None:
             yield Batch(part["acts"].float(), part.get("features"), None)
         elif part["mask"].any():
-            found = Predictions(model, part["tokens"].long(), part["mask"], acts.norm_limit)
+            found = Predictions(model, part["tokens"].long(), part["mask"], acts.norm_limit,
+                                acts.meta.get("pack", True))
             yield Batch(found.hidden[found.rows], None, found)
 
 
@@ -276,8 +278,10 @@ def forward_in_blocks(sae, x):
 def evaluate_core(acts, model, runs, settings):
     """Core metrics and guards of all runs from one pass over the held-out data."""
     device = runs[0].sae.b_dec.device
-    failed, data, truth = {}, Data(acts, device), load_truth(acts, device)
-    scores = {run: Score(run.sae, truth) for run in runs}
+    failed, scores, data, truth = {}, {}, Data(acts, device), load_truth(acts, device)
+    for run in runs:
+        with noting(failed, run):
+            scores[run] = Score(run.sae, truth)
     with torch.no_grad():
         for batch in held_out(acts, model, device):
             data.add(batch)
@@ -319,10 +323,10 @@ class Data:
         """Losses clean, with zeros for the rows (ours) and with zeros everywhere (SAEBench's)."""
         s = self.language
         s["predictions"] += found.counted.sum().item()
-        s["saebench_ce"] += found.mask[:, :-1].sum().item()
+        s["saebench_ce"] += found.followed.sum().item()
         s["saebench_kl"] += found.mask.sum().item()
         s["ce_clean"] += total(found.clean[found.counted])
-        s["ce_loss_without_sae"] += total(found.clean[found.mask[:, :-1]])
+        s["ce_loss_without_sae"] += total(found.clean[found.followed])
         ce, kl = found.our_sums(*found.spliced(found.with_rows(0.0)))
         s["ce_zero"] += ce
         s["kl_zero"] += kl
@@ -592,8 +596,6 @@ GUARDS = [
           "as many principal components explain {explained_variance_pca:.3f}", below=0.0),
     Guard("not unit", INVALID, "decoder_norm_error",
           "decoder rows are not of length 1: off by up to {decoder_norm_error:.2g}", above=0.01),
-    Guard("duplicate", INVALID, "duplicate_of",
-          "the weights of {duplicate_of}: an idea that never acted, or a copied run"),
     Guard("stale", INVALID, "differs", "trained on another {differs} than {acts} has now"),
     Guard("stale", CAVEAT, "changed", "{changed} was cached again since training"),
     Guard("dead latents", CAVEAT, "dead", "{dead:.0%} of the latents never fire", above=0.1),
@@ -637,7 +639,7 @@ def gather_facts(run, metrics, acts):
     """What guards ask: the metrics and what the run's files say. None: not known."""
     sae, config = run.sae, run.config
     broken = [name for name, value in metrics.items() if not math.isfinite(value or 0.0)]
-    broken += [name for name, value in sae.state_dict().items() if not value.isfinite().all()]
+    broken += [name for name, value in sae.named_parameters() if not value.isfinite().all()]
     facts = {**metrics, "not_finite": ", ".join(broken), "control": config.get("control", ""),
              "l0_share": metrics["l0"] / sae.d_sae, "l0_per_dimension": metrics["l0"] / sae.d_in,
              "gain_over_pca": metrics["explained_variance"] - metrics["explained_variance_pca"]}
@@ -650,8 +652,8 @@ def gather_facts(run, metrics, acts):
     dominant = [f"{name} {ratio:.2g}" for name, ratio in ratios.items() if ratio > 1]
     idle = [f"{name} {ratio:.2g}" for name, ratio in ratios.items()
             if ratio < 0.01 and name not in ("aux", "sparsity")]
-    return facts | {"cosine_with_start": cosine_with_start(run), "duplicate_of": duplicate_of(run),
-                    "acts": str(acts.folder), "differs": ", ".join(differs), "changed": changed,
+    return facts | {"cosine_with_start": cosine_with_start(run), "acts": str(acts.folder),
+                    "differs": ", ".join(differs), "changed": changed,
                     "rows_per_latent": rows / sae.d_sae, "void": "; ".join(config["void"]),
                     "dominant": ", ".join(dominant), "idle": ", ".join(idle)}
 
@@ -671,21 +673,6 @@ def late_ratios(run):
         return {}
     means = log[log.step > run.config["steps"] / 2].filter(regex="^ratio_").mean().dropna()
     return {name.removeprefix("ratio_"): value for name, value in means.items()}
-
-
-def duplicate_of(run):
-    """The name of another run beside this one with the same weights, or "". Of two, the one with
-    fewer ideas on top of the baseline is the first, and no duplicate."""
-    def order(folder, config):
-        return len(load_variant(config["variant"]).chain()), folder.name
-
-    for path in sorted(run.folder.parent.glob("*/config.json")):
-        other = read_json(path, "acts")
-        same = other.get("sae_checksum") == run.config["sae_checksum"]
-        if same and other["acts"] == run.config["acts"]:
-            if order(path.parent, other) < order(run.folder, run.config):
-                return path.parent.name
-    return ""
 
 
 # ---- geometry: how decoder rows lie, and which latents fire together -----------------------------
@@ -944,9 +931,10 @@ def siblings(run):
     found = {}
     for folder in sorted(run.folder.parent.iterdir()):
         if re.fullmatch(rf"{re.escape(stem)}-s\d+", folder.name) and folder.name != run.name:
-            if not (folder / "config.json").exists():      # its training was killed at its start
+            try:
+                config = read_json(folder / "config.json")
+            except Refuse:             # its training was killed at its start, or it is damaged
                 continue
-            config = read_json(folder / "config.json")
             if all(config.get(key) == run.config.get(key) for key in same):
                 found[folder.name] = config["sae_checksum"]
     return found
@@ -955,18 +943,19 @@ def siblings(run):
 def evaluate_stability(acts, model, runs, settings):
     """The latents of each run against those of its siblings, matched one-to-one by decoder rows.
     `null`: the same of two random dictionaries."""
-    decoders = {run.name: unit(run.sae.W_dec.detach()) for run in runs}
+    decoders = {run.folder: unit(run.sae.W_dec.detach()) for run in runs}
     yield from each("stability", runs, stability_of, decoders)
 
 
 def stability_of(run, decoders):
-    """The result of one run. decoders: {name: unit decoder rows}, to which siblings are added."""
-    W, others = decoders[run.name], {}
+    """The result of one run. decoders: {folder: unit decoder rows}, to which siblings are added."""
+    W, others = decoders[run.folder], {}
     for name in siblings(run):
-        if name not in decoders:
-            sae, _ = load_run(run.folder.parent / name)
-            decoders[name] = unit(sae.W_dec.detach()).to(W)
-        others[name] = compare(W, decoders[name])
+        folder = run.folder.parent / name
+        if folder not in decoders:
+            sae, _ = load_run(folder)
+            decoders[folder] = unit(sae.W_dec.detach()).to(W)
+        others[name] = compare(W, decoders[folder])
     metrics, details = {}, {"others": others}
     if others:
         null = match_random(*W.shape)
@@ -1039,7 +1028,10 @@ CORPUS_SETTINGS = {                        # of tasks that are made from the cac
 def bench_settings(acts, name):
     """The settings of an evaluation that differ from sae_bench's."""
     file = LABELLED / "settings.json"
-    asked = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    try:
+        asked = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise Refuse(f"{file} is not JSON: {error}", 2) from error
     corpus = CORPUS_SETTINGS.get(name, {}) if corpus_tasks(acts) else {}
     return {**BENCH_SETTINGS.get(name, {}), **corpus, **asked.get(name, {})}
 
@@ -1521,6 +1513,9 @@ def labelled_settings(name, acts):
         version = files_checksum(files) if files else hub_version(data_set_of(task))
         if version:
             data[task] = version
+        else:
+            print(f"note: {acts.folder}: {name} without {task}, which is neither in {LABELLED}/ "
+                  "nor within reach on the hub")
     return {"data": data, "config": config}
 
 
@@ -1537,7 +1532,7 @@ def hub_version(name):
     try:
         with hub_errors("data set", name):
             return huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
-    except Refuse:               # without a hub there is less to evaluate, which is said later
+    except Refuse:               # labelled_settings() says what is missing
         return None
 
 
@@ -1614,7 +1609,7 @@ class Texts:
 
     def codes_of(self, run, chunk):
         """... of a chunk of texts, made once for all evaluations if memory allows."""
-        key = run.config["sae_checksum"], chunk[0], self.ctx
+        key = run.config["sae_checksum"], text_hash(json.dumps(chunk)), self.ctx
         if key in self.bench.codes_kept:
             return self.bench.codes_kept[key]
         part, found = self.part(chunk), []
@@ -2068,9 +2063,9 @@ def evaluate_features(acts, model, runs, settings):
 def choose_latents(run):
     """[{latent, why, rate}]: random latents that fire, and the most and the least frequent ones."""
     path = run.folder / "eval" / "rates.safetensors"
-    tensors, meta = read_tensors(path)
-    if meta["sae_checksum"] != run.config["sae_checksum"]:
-        raise Refuse(f"{path} is of other weights: run --eval core first")
+    tensors, meta = read_tensors(path) if path.exists() else ({}, {})
+    if meta.get("sae_checksum") != run.config["sae_checksum"]:
+        raise Refuse(f"{path} is missing or of other weights: run --eval core first")
     rate, firing = tensors["rate"], tensors["rate"].nonzero().flatten()
     order = firing[rate[firing].argsort(descending=True, stable=True)]
     shuffled = firing[torch.randperm(len(firing), generator=generator("features", run.name))]
@@ -2150,8 +2145,9 @@ def make_controls(acts, runs):
             sae.W_enc.zero_()
         weights = b"".join(value.cpu().numpy().tobytes() for value in sae.state_dict().values())
         config = {"control": kind, "steps": 0, "seed": 0, "settings": SAE.settings() | settings,
-                  "sae_checksum": checksum(weights)}
-        made.append(Run(Path("runs") / f"controls-{acts.folder.name}" / kind, config, sae))
+                  "sae_checksum": checksum(weights + json.dumps(settings).encode())}
+        beside = runs[0].folder.parent / f"controls-{acts.folder.name}"
+        made.append(Run(beside / kind, config, sae))
     return made
 
 
@@ -2223,10 +2219,12 @@ def evaluate(name, acts, model, runs, failures):
     try:
         for run, result in evaluation.make(acts, model, runs, evaluation.settings(acts)):
             left.discard(run)
-            if isinstance(result, Exception):
-                report(f"{run.folder}: {name}", result, failures)
-            else:
-                save(name, run, acts, result)
+            failed = {run: result} if isinstance(result, Exception) else {}
+            if not failed:
+                with noting(failed, run):
+                    save(name, run, acts, result)
+            if failed:
+                report(f"{run.folder}: {name}", failed[run], failures)
     except Unfit as reason:
         print(f"{acts.folder}: no {name}: {reason}")
     except Exception as error:             # the other evaluations go on
@@ -2306,7 +2304,8 @@ def portions(folders):
     """The folders in order, in lists whose SAEs together have at most LOADED bytes, or one SAE."""
     lists, room = [], 0
     for folder in folders:
-        size = (folder / "sae.safetensors").stat().st_size
+        weights = folder / "sae.safetensors"
+        size = weights.stat().st_size if weights.exists() else 0   # load_runs() says what is lost
         if size > room:
             lists.append([])
             room = LOADED
@@ -2396,13 +2395,15 @@ def evaluate_cache(acts, folders, args, names, device, failures):
     print_table(seen, acts)
     for held in locks:
         held.release()
+    bench_of.cache_clear()                 # the next cache's language model needs the memory
 
 
 def main():
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="*", help="folders (default: all under runs/)")
     parser.add_argument("--eval", nargs="+", choices=[*EVALS, "all"], metavar="NAME",
-                        help=f"which (default: {' '.join(DEFAULT)}): {', '.join(EVALS)}, all")
+                        help=f"which: {', '.join(EVALS)}, all (default: {' '.join(DEFAULT)}, but "
+                        "sparse_probing for the embedded model only)")
     parser.add_argument("--controls", action="store_true",
                         help="also SAEs that have learned nothing, as sparse as the runs")
     parser.add_argument("--force", action="store_true", help="evaluate again what is there already")

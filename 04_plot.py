@@ -305,6 +305,7 @@ def read_runs(folders):
     runs, controls = table[~table.control].copy(), table[table.control]
     name_groups(runs)
     mark_other_code(runs)
+    mark_duplicates(runs)
     runs = runs.sort_values(["acts", "order", "seed"], kind="stable").reset_index(drop=True)
     return runs, controls[controls.acts.isin(runs.acts)], curves
 
@@ -346,6 +347,23 @@ def mark_other_code(runs):
         runs.loc[odd, "problem"] = "other code than its other seeds: train them again"
 
 
+def mark_duplicates(runs):
+    """Take out the runs that have the weights of another: an idea that never acted, or a copy. The
+    run that stays is the one with the fewest ideas on top of the baseline."""
+    parents = dict(zip(runs.variant, runs.parent))
+
+    def ideas(variant):
+        return 1 + ideas(parents[variant]) if variant in parents else 0
+
+    known = runs[(runs.problem == "") & runs.sae_checksum.notna()]
+    for _, same in known.groupby(["acts", "sae_checksum"]):
+        first = min(same.index, key=lambda i: (ideas(same.variant[i]), same.order[i]))
+        why = f"the weights of {runs.folder[first]}: an idea that never acted, or a copied run"
+        for i in same.index.drop(first):
+            runs.at[i, "problem"] = "invalid: duplicate"
+            runs.at[i, "whys"] = [*runs.whys[i], ("duplicate", why)]
+
+
 def usual_settings(overrides):
     """{setting: value} that more than half of the runs override alike."""
     counts = Counter(setting for mine in overrides for setting in mine.items())
@@ -366,14 +384,15 @@ def name_group(run):
 def twins(run, others, l0):
     """The runs of `others` that `run` may be compared with, by L0; or in words why there are none.
 
-    others: valid runs of one variant. Of those of the same data, seed, length, width and base the
-    one with the least different settings and, over its seeds, the L0 nearest to l0, and all that
-    differ from it in l0 alone. l0: the median of the run's seeds, so that each gets the same.
+    others: the runs of one variant. Of those of the same data, length, width and base the group
+    with the least different settings, the fewest settings in its name and the L0 nearest to l0, and
+    all that differ from it in l0 alone; of these what is valid and of the run's seed. So each seed
+    gets the same group, and none gets another in place of one that failed. l0: the median of the
+    run's seeds.
     """
-    same = others[(others.seed == run["seed"]) & (others.steps == run["steps"])
-                  & (others.acts_checksum == run["acts_checksum"])]
+    same = others[(others.steps == run["steps"]) & (others.acts_checksum == run["acts_checksum"])]
     if same.empty:
-        return "no run of the same seed and length"
+        return "no run of the same length on the same data"
     same = same[same.d_sae == run["d_sae"]]
     if same.empty:
         return "another width"
@@ -387,10 +406,13 @@ def twins(run, others, l0):
         return "trained by another sae.py"
     unlike = same.settings.map(lambda settings: count_unlike(settings, run["settings"]))
     alike = same[unlike == unlike.min()]
-    off = (others.groupby("group").l0.median() / l0 - 1).abs().fillna(0)
-    nearest = alike.loc[min(alike.index, key=lambda i: (off[alike.group[i]], alike.group[i]))]
+    off = (alike.groupby("group").l0.median() / l0 - 1).abs().fillna(0)
+    named = alike.overrides.map(lambda shown: len(shown.keys() - {"l0"}))
+    nearest = alike.loc[min(alike.index, key=lambda i: (named[i], off[alike.group[i]],
+                                                        alike.group[i]))]
     curve = alike.settings.map(lambda settings: count_unlike(settings, nearest.settings) == 0)
-    return alike[curve].sort_values("l0")
+    curve = alike[curve & (alike.seed == run["seed"]) & (alike.problem == "")]
+    return "no valid run of the same seed" if curve.empty else curve.sort_values("l0")
 
 
 def count_unlike(a, b):
@@ -459,15 +481,19 @@ def compare(runs, metric):
             others = runs[(runs.variant == other) & (runs.acts == acts)]
             valid = others[others.problem == ""]
             l0 = members.l0.quantile() if "l0" in members else math.nan
-            curves = [twins(run, valid, l0) for _, run in members.iterrows()]
             if valid.empty:
                 curves = [no_other(other, others)] * len(members)
+            else:
+                curves = [twins(run, others, l0) for _, run in members.iterrows()]
             paired = members.paired.all() and others.paired.all()
             row = difference(members.to_dict("records"), curves, metric, paired)
-            about = {"acts": acts, "group": group, "whose": whose, "other": other, "metric": metric}
+            against = {re.sub(r"-l0=[^-]+", "", name) for curve in curves
+                       if not isinstance(curve, str) for name in curve.group}
+            about = {"acts": acts, "group": group, "whose": whose, "other": other, "metric": metric,
+                     "against": ", ".join(sorted(against - {other}))}
             rows.append(about | row)
-    columns = ["acts", "group", "whose", "other", "metric", "mean", "low", "high", "p", "worth",
-               "used", "seeds", "lost", "deltas"]
+    columns = ["acts", "group", "whose", "other", "metric", "against", "mean", "low", "high", "p",
+               "worth", "used", "seeds", "lost", "deltas"]
     found = pd.DataFrame(rows, columns=columns)
     found["holm"] = found.groupby(["acts", "whose"]).p.transform(holm)
     found["verdict"] = [verdict(row) for _, row in found.iterrows()]
@@ -489,10 +515,12 @@ def no_other(name, others):
 
 def verdict(row):
     """A verdict in words, with its seeds: 'better (5 of 8 seeds)', 'invalid (untrained)'."""
-    lost = ", ".join(row.lost)
     if row.used == 0:
-        invalid = all(words.startswith("invalid: ") for words in row.lost)
-        return f"invalid ({lost.removeprefix('invalid: ')})" if invalid else f"cannot tell ({lost})"
+        word = "cannot tell"
+        if all(words.startswith("invalid: ") for words in row.lost):
+            word = "invalid"
+        lost = dict.fromkeys(words.removeprefix("invalid: ") for words in row.lost)
+        return f"{word} ({', '.join(lost)})"
     about = METRICS[row.metric]
     word = call(row["mean"], row.low, row.high, row.holm, row.worth, about.better)
     of = f" of {row.seeds}" * (row.used < row.seeds)
@@ -542,6 +570,8 @@ def remarks(members, told):
     elif told["baseline"].used:
         said.update(told["baseline"].lost)
     n = len(members)
+    if told and told["baseline"].against:
+        said[f"against {told['baseline'].against}"] = n
     return [word + f" ({count} of {n} seeds)" * (count < n) for word, count in said.items()]
 
 
@@ -660,8 +690,10 @@ def summary(data, acts):
             named = str(len(names)) if word in ("cannot tell", "invalid") else join_names(names)
             parts.append(f"{named} {one if len(names) == 1 else many}")
     said = f"In {METRICS[data.metric].title}, {'; '.join(parts)}."
-    if found.used.max() < MIN_SEEDS:
+    if found.seeds.max() < MIN_SEEDS:
         said += " Verdicts need three seeds: 02_train.py --seed 0 1 2."
+    elif found.used.max() < MIN_SEEDS:
+        said += f" Most often: {sum(found.lost, Counter()).most_common(1)[0][0]}."
     return said
 
 
@@ -713,7 +745,7 @@ STYLE = {"figure.dpi": 100, "savefig.dpi": 130, "font.size": 9, "axes.titlesize"
          "grid.color": "#E5E5E5", "axes.axisbelow": True, "legend.framealpha": 0.7,
          "legend.edgecolor": "none", "legend.fontsize": 7, "xtick.labelsize": 7.5,
          "ytick.labelsize": 7.5, "axes.formatter.min_exponent": 5}
-MANY = 15                    # variants of a panel whose lines differ in colour or dashes
+MANY = 15                    # lines of a panel that differ in colour or dashes, and the baseline's
 
 LABELS = {                   # what stands beside an axis; METRICS has the others
     "explained_variance": "explained variance",
@@ -791,9 +823,9 @@ def measured(runs, metrics):
 
 
 def panels(runs, with_swept=False):
-    """[(title, runs)]: a panel for each cache or, of more than MANY variants, for each study.
+    """[(title, runs)]: a panel for each cache or, of more than MANY lines, for each study.
 
-    The baseline is in each; a study of more than MANY variants is cut in parts. Settings that were
+    The baseline is in each; a study of more than MANY lines is cut in parts. Settings that were
     swept have plots of their own: without with_swept a variant's usual settings stand for it.
     """
     found = []
@@ -802,14 +834,16 @@ def panels(runs, with_swept=False):
             plain = of_cache.group == of_cache.variant
             only_swept = ~of_cache.variant.isin(of_cache.variant[plain])
             of_cache = of_cache[plain | only_swept]
-        if of_cache.variant.nunique() <= MANY:
+        drawn = "variant" if with_swept else "group"       # what has a line
+        if of_cache[drawn].nunique() <= MANY:
             found.append((f"{acts}: all runs", of_cache))
             continue
         is_base = of_cache.variant == "baseline"
+        room = max(1, MANY + 1 - of_cache[is_base][drawn].nunique())
         for study, members in of_cache[~is_base].groupby("study"):
-            names = members.variant.unique()
-            for at in range(0, len(names), MANY):
-                part = members.variant.isin(names[at:at + MANY])
+            names = members[drawn].unique()
+            for at in range(0, len(names), room):
+                part = members[drawn].isin(names[at:at + room])
                 found.append((f"{acts}: {study}", pd.concat([of_cache[is_base], members[part]])))
     return found
 
@@ -847,7 +881,7 @@ def name_runs(axis, title, names):
     short = [name.removeprefix(f"{study}_") for name in names]
     axis.set_xticks(range(len(short)), short, rotation=40, ha="right", rotation_mode="anchor")
     axis.grid(axis="x", visible=False)
-    axis.set_xlabel("")
+    axis.set(xlabel="", xlim=(-0.6, len(short) - 0.4))
 
 
 def by_run(*metrics, bars=False, beside=("baseline",)):
@@ -863,6 +897,9 @@ def by_run(*metrics, bars=False, beside=("baseline",)):
         figure, cells = grid(panels(data.valid), shown)
         legend = {}
         for axis, title, runs, metric in cells:
+            if runs[metric].isna().all():
+                axis.set_axis_off()
+                continue
             joined = not title.endswith((" all runs", " yardsticks"))
             draw_by_run(axis, runs, metric, bars, joined)
             of_cache = data.valid[data.valid.acts.isin(runs.acts) & data.valid.group.isin(beside)]
@@ -902,19 +939,21 @@ def lines(*metrics, scale="linear"):
         if not having.any():
             return None
         shown = [m for m in metrics if (curves.metric == m).any()]
-        figure, cells = grid(panels(runs[having | (runs.variant == "baseline")]), shown)
+        having |= (runs.variant == "baseline") & runs.acts.isin(runs.acts[having])
+        figure, cells = grid(panels(runs[having]), shown)
         legends = defaultdict(dict)      # of each row of panels: a run may be in some of them alone
-        for axis, title, part, metric in cells:
+        for axis, _, part, metric in cells:
             mine = curves[curves.run.isin(part.run)].astype({"x": float})
             styles = looks(part.group.unique())
             draw_lines(axis, mine[mine.metric == metric], metric, scale, styles)
             null = mine[mine.metric == NULLS.get(metric)]
             if len(null):
                 axis.plot(null.groupby("x").y.mean(), ":", color="#888888", lw=1.6, label="chance")
-            legends[title] |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+            legend = legends[id(part)]
+            legend |= dict(zip(*reversed(axis.get_legend_handles_labels())))
             if metric == shown[-1]:
-                names = sorted(legends[title], key=[*styles, "chance"].index)
-                axis.legend([legends[title][name] for name in names], names, **RIGHT)
+                names = sorted(legend, key=[*styles, "chance"].index)
+                axis.legend([legend[name] for name in names], names, **RIGHT)
         return figure
     return draw
 
@@ -986,7 +1025,7 @@ def sweep(pattern):
         for axis, _, (key, part), metric in cells:
             base = runs[runs.acts.isin(part.acts) & (runs.group == "baseline")][metric].mean()
             sns.pointplot(part, x="value", y=metric, hue="others", errorbar="sd", ms=4, lw=1.2,
-                          palette=COLOURS[:part.others.nunique()], err_kws={"lw": 1}, ax=axis)
+                          palette=colours(part.others.nunique()), err_kws={"lw": 1}, ax=axis)
             axis.axhline(base, color="#222222", lw=0.8, ls="--", label="baseline")
             axis.set(xlabel=key, ylabel=label(metric))
             axis.legend().remove()
@@ -994,6 +1033,11 @@ def sweep(pattern):
                 axis.legend(**RIGHT)
         return figure
     return draw
+
+
+def colours(n):
+    """n colours that differ."""
+    return COLOURS[:n] if n <= len(COLOURS) else sns.color_palette("husl", n)
 
 
 def swept(runs, pattern):
@@ -1018,7 +1062,13 @@ def scatter(*pairs):
         if not shown:
             return None
         figure, cells = grid(panels(data.valid, with_swept=True), shown)
-        for axis, _, runs, (x, y) in cells:
+        last = {}                        # of each row of panels: it has the legend
+        for axis, _, panel, (x, y) in cells:
+            runs = panel[panel[x].notna() & panel[y].notna()]
+            if runs.empty:
+                axis.set_axis_off()
+                continue
+            last[id(panel)] = axis
             styles = looks(runs.variant.unique())
             for variant, members in runs.groupby("variant", sort=False):
                 table = members.groupby("group")[[x, y]].agg(["mean", "std"])
@@ -1027,8 +1077,8 @@ def scatter(*pairs):
                               **styles[variant], ms=5, lw=1.2, elinewidth=1, capsize=2,
                               label=variant)
             axis.set(xlabel=label(x), ylabel=label(y))
-            if (x, y) == shown[-1]:
-                axis.legend(**RIGHT)
+        for axis in last.values():
+            axis.legend(**RIGHT)
         return figure
     return draw
 
@@ -1041,8 +1091,10 @@ def controls(data):
     names = data.controls.folder.map(lambda folder: f"control: {folder.name}")
     which = data.valid.variant.where(data.valid.variant == "baseline", "other runs")
     both = pd.concat([data.controls.assign(which=names), data.valid.assign(which=which)])
-    figure, cells = grid(list(both.groupby("acts", sort=False)), metrics)
-    for axis, _, runs, metric in cells:
+    shown = [(acts, (runs, metric)) for acts, runs in both.groupby("acts", sort=False)
+             for metric in metrics if runs[metric].notna().any()]
+    figure, cells = grid(shown, [None])
+    for axis, _, (runs, metric), _ in cells:
         sns.stripplot(runs, x=metric, y="which", color=COLOURS[0], alpha=0.7, jitter=False, ax=axis)
         axis.set(xlabel=label(metric), ylabel="")
     return figure
@@ -1139,7 +1191,7 @@ PLOTS = {
     "probing_accuracy": by_run("probe_1", "probe_5", "probe_20"),
     "feature_stability": by_run("stability.matched", "stability.again", "stability.best"),
     # all other swept settings
-    "ablation": sweep("(?!l0$|pair_|.*_(alpha|coef|weight|share)$).*"),
+    "ablation": sweep("(?!l0$|pair_(fraction|rule)$|.*_(alpha|coef|weight|share)$).*"),
 }
 
 

@@ -1003,7 +1003,7 @@ def load_run(folder):
 
 def run_folders(folders):
     """Folders of runs: those given, or all under runs/."""
-    found = [Path(folder) for folder in folders]
+    found = [Path(folder) for folder in folders if not Path(folder).name.startswith("controls-")]
     if not folders:
         found = sorted(path.parent for path in Path("runs").glob("*/config.json"))
     if not found:

@@ -218,6 +218,14 @@ def test_stability_is_between_seeds_of_the_same_settings(here):
     assert found["topk-l0=2.0-s1"]["metrics"] == {}
 
 
+def test_runs_of_one_name_in_two_folders_are_told_apart(here):
+    acts, folder = here
+    runs = [write_run(place / f"topk-s{s}", build(acts, seed=s * far), acts, seed=s)
+            for place, far in ((folder, 0), (folder / "old", 1)) for s in (0, 1)]
+    found = dict(eval_py.EVALS["stability"].make(acts, None, runs, {}))
+    assert [found[run]["metrics"]["matched"] > 0.99 for run in runs] == [True, True, False, False]
+
+
 def test_stability_is_made_again_when_a_seed_comes(here):
     acts, folder = here
     runs = [write_run(folder / f"topk-s{s}", build(acts, seed=s), acts, seed=s) for s in (0, 1)]

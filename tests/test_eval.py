@@ -2,6 +2,7 @@
 found, what is no result is called so, and no result outlives its run."""
 import contextlib
 import io
+import math
 
 import re
 import shutil
@@ -16,7 +17,7 @@ from evaluation import (CPU, CTX, D, LAYERS, VOCAB, build, configurations, core,
 from toys import orthonormal
 
 from sae import (SAE, Acts, generator, load_variant, read_json, read_tensors, run_script, unit,
-                 variant_names, write_json, write_tensors)
+                 variant_names, write_file, write_json, write_tensors)
 
 
 # ---- the language model --------------------------------------------------------------------------
@@ -453,23 +454,6 @@ def test_penalties_that_dominate_or_do_nothing_are_named(known, tmp_path):
     assert "aux" not in why["penalty idle"]
 
 
-def test_of_two_runs_with_the_same_weights_the_idea_is_the_duplicate(known, tmp_path):
-    """An idea that never acted has its parent's weights."""
-    acts, directions, _ = known
-    sae = with_decoder(acts, directions)
-    names = ("adaptive_ortho_r1", "baseline")
-    runs = [write_run(tmp_path / name, sae, acts, variant=name) for name in names]
-    other = with_decoder(acts, unit(directions + 0.01))
-    runs.append(write_run(tmp_path / "other", other, acts))
-    found = evaluate("core", acts, runs)
-    assert {name: "duplicate" in fired(r, "invalid") for name, r in found.items()} == {
-        "adaptive_ortho_r1": True, "baseline": False, "other": False}
-    path = tmp_path / "baseline" / "config.json"
-    write_json(path, read_json(path) | {"acts": "another"})            # a cache of its own
-    found = evaluate("core", acts, runs[:1])
-    assert "duplicate" not in fired(found["adaptive_ortho_r1"], "invalid")
-
-
 def test_a_run_of_another_layer_is_stale_and_a_void_one_is_invalid(known, tmp_path):
     acts, directions, _ = known
     sae = with_decoder(acts, directions)
@@ -567,6 +551,16 @@ def test_controls_are_what_they_are_called(place):
     assert m["random"]["l0"] == 3 and m["untrained"]["l0"] == pytest.approx(3, rel=0.3)
 
 
+def test_a_control_at_another_l0_is_another_control(known, tmp_path):
+    acts, checksums = known[0], []
+    for l0 in (3.0, 4.0):
+        run = write_run(tmp_path / f"topk-l0={l0}-s0", build(acts, l0=l0), acts)
+        controls = eval_py.make_controls(acts, [run])
+        checksums += [c.config["sae_checksum"] for c in controls if c.name != "mean"]
+        assert {c.folder.parent for c in controls} == {tmp_path / f"controls-{acts.folder.name}"}
+    assert len(set(checksums)) == 6
+
+
 def test_results_are_reused_only_if_they_are_of_this_run(place):
     folder, path = place[0], place[0] / "runs/topk-s0/eval/core.json"
 
@@ -625,6 +619,39 @@ def test_one_run_that_breaks_leaves_the_others_evaluated(known, tmp_path, monkey
     assert "broken: core: ValueError: no decoder here" in capsys.readouterr().err
     assert len(failures) == 1 and not (tmp_path / "broken" / "eval").exists()
     assert (tmp_path / "fine" / "eval" / "core.json").exists()
+
+
+def test_weights_that_are_not_finite_leave_the_others_evaluated(tmp_path, capsys):
+    truth_cache(tmp_path / "acts/true")
+    acts, failures = Acts(tmp_path / "acts/true"), []
+    runs = [write_run(tmp_path / name, build(acts, seed=i), acts) for i, name in enumerate("ab")]
+    runs[0].sae.W_dec.data.fill_(math.nan)
+    for name in ("core", "geometry"):
+        eval_py.evaluate(name, acts, None, runs, failures)
+        assert (tmp_path / "b" / "eval" / f"{name}.json").exists()
+    assert len(failures) == 2 and capsys.readouterr().err.count("error: ") == 2
+
+
+def test_a_run_that_lost_its_weights_leaves_the_others_evaluated(place, tmp_path):
+    shutil.copytree(place[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "runs/topk-s1/sae.safetensors").unlink()
+    done = script(tmp_path, "runs/topk-s0", "runs/topk-s1", "--eval", "core", "--force")
+    assert done.code == 5 and "topk-s1" in done.err and done.err.count("\n") == 1
+    assert read_json(tmp_path / "runs/topk-s0/eval/core.json")
+
+
+def test_padding_is_no_target_of_saebenchs_loss(tmp_path):
+    language_cache(tmp_path)                                 # contexts of several lengths
+    counted = {}
+    for pack in (True, False):
+        write_json(tmp_path / "meta.json", read_json(tmp_path / "meta.json") | {"pack": pack})
+        acts = Acts(tmp_path)
+        found = next(eval_py.held_out(acts, eval_py.LanguageModel(acts, CPU), CPU)).predictions
+        data = eval_py.Data(acts, CPU)
+        data.add_language(found)
+        counted[pack] = data.language["saebench_ce"]
+        ends = found.mask.sum(1) + 1                         # the first token is no row
+    assert counted[True] - counted[False] == (ends < found.mask.shape[1]).sum()
 
 
 def test_an_evaluation_that_fails_is_named_and_the_others_go_on(place, tmp_path, monkeypatch):
@@ -698,6 +725,7 @@ def test_without_the_language_model_the_rest_is_evaluated(place, tmp_path):
 def test_a_seed_that_was_killed_at_its_start_is_no_sibling(place, tmp_path):
     shutil.copytree(place[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / "runs/topk-s7").mkdir()
+    write_file(tmp_path / "runs/topk-s8/config.json", b"no run")
     done = script(tmp_path, "runs/topk-s0", "runs/topk-s1", "--eval", "stability")
     assert done.code == 0
     others = read_json(tmp_path / "runs/topk-s0/eval/stability.json")["details"]["others"]

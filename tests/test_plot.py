@@ -326,6 +326,43 @@ def test_many_runs_are_a_panel_for_each_study_with_the_baseline_in_each(root):
     assert "zscore_r1-lr=0.01" in set(plot.panels(runs, with_swept=True)[2][1].group)
 
 
+def test_a_line_has_its_own_look_in_every_panel_however_many_there_are(root):
+    for name in ["baseline", *(f"idea{i}" for i in range(20))]:
+        make_run(root, name, core={})
+    for name in ("baseline", "topk", "gated", "skip", "revive", "ortsae"):
+        for l0 in (8.0, 16.0, 32.0):
+            make_run(root, name, core={}, acts="other", sets={"l0": l0})
+    data = read_data(root)
+    with plot.plt.rc_context(plot.STYLE):
+        figure = plot.PLOTS["training_curves"](data)
+    drawn = {axis: [(line.get_color(), line.get_linestyle()) for line in axis.lines]
+             for axis in figure.axes if axis.lines}
+    assert len(drawn) == 8 and all(len(set(looks)) == len(looks) for looks in drawn.values())
+    plot.plt.close(figure)
+
+
+def test_panels_without_data_are_empty_and_a_swept_setting_is_in_one_plot(root):
+    make_run(root, "baseline", core={"mcc": 0.5})
+    make_run(root, "baseline", acts="other", core={})
+    for value in (256, 512):
+        make_run(root, "topk", core={}, sets={"pair_latents": value})
+    data = read_data(root)
+    figure = plot.PLOTS["pareto"](data)
+    assert [axis.axison for axis in figure.axes].count(False) == 1
+    drawn = {name for name in ("topk_ablation", "alpha_ablation", "ablation")
+             if plot.PLOTS[name](data)}
+    assert drawn == {"ablation"}
+    plot.plt.close("all")
+
+
+def test_a_sentence_says_why_nothing_can_be_told(root):
+    for seed in range(3):
+        for name in ("baseline", "topk"):
+            make_run(root, name, seed, core={"explained_variance": 0.8 + 0.01 * seed})
+    data = read_data(root, "absorption_full")
+    assert plot.summary(data, "tiny").endswith("Most often: not measured.")
+
+
 def test_swept_settings_are_drawn_in_the_order_of_their_values(root):
     for fraction in (0.1, 0.002, 0.03):
         make_run(root, "topk_ortho_r1", core={"explained_variance": fraction},

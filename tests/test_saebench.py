@@ -558,6 +558,31 @@ def test_only_load_dataset_is_replaced_and_only_inside(world):
     assert dataset_utils.load_dataset is before
 
 
+def test_tasks_that_share_their_first_texts_are_probed_on_their_own(world, capsys):
+    """Also: a data set that can't be had is said."""
+    g, run = random.Random(1), make_run("random", random_sae(world.toy))
+    for split in ("train", "test"):
+        shared = [{"text": sentence(g, *"amn"), "label": "a"} for _ in range(80)]
+        for other in "bc":
+            rows = [{"text": sentence(g, other, *"mn"), "label": other} for _ in range(80)]
+            write_lines(Path(f"labelled/a_or_{other}/{split}.jsonl"), shared + rows)
+    tasks = {"dataset_names": ["a_or_b", "a_or_c", "nobody/nothing"]}
+    both = results("sparse_probing", "toy", world.model, [run], **PROBING | tasks)[0]
+    assert "sparse_probing without nobody/nothing" in capsys.readouterr().out
+    tasks = {"dataset_names": ["a_or_c"]}
+    alone = results("sparse_probing", "toy", world.model, [run], **PROBING | tasks)[0]
+    assert both["eval_result_details"][1] == alone["eval_result_details"][0]
+    assert both["eval_result_details"][0] != both["eval_result_details"][1]
+    for task in ("a_or_b", "a_or_c"):
+        shutil.rmtree(f"labelled/{task}")
+
+
+def test_settings_that_are_no_json_are_one_line(world):
+    Path("labelled/settings.json").write_text('{"scr": {},}')
+    with pytest.raises(ev.Refuse, match="settings.json is not JSON"):
+        ev.EVALS["absorption"].settings(Acts("acts/toy"))
+
+
 def test_a_result_depends_on_what_the_labelled_files_hold(world):
     name = "sparse_probing"
     write_lines(Path("labelled/settings.json"), [{name: PROBING}])

@@ -207,9 +207,59 @@ def test_only_runs_of_the_same_seed_length_and_width_are_compared(tmp_path):
     plant(tmp_path, "other", [0.1] * 3, acts_checksum="b")
     for seed in (7, 8, 9):
         make_run(tmp_path, "seeds", seed, core={})
-    none = "cannot tell (no run of the same seed and length)"
+    none = "cannot tell (no run of the same length on the same data)"
     assert verdicts(tmp_path) == {"wide-d_sae=128": "cannot tell (another width)", "long": none,
-                                  "other": none, "seeds": none}
+                                  "other": none, "seeds": "cannot tell (no valid run of the same "
+                                                          "seed)"}
+
+
+def test_a_baseline_that_is_lost_is_not_replaced_by_one_of_other_settings(tmp_path):
+    """What an idea on ReLU is held against says nothing of the same idea on JumpReLU."""
+    sets = {"activation": "jumprelu"}
+    for name in ("baseline", "topk", "gated"):
+        plant(tmp_path, name, [0.0] * 3)
+    plant(tmp_path, "baseline", [0.05] * 3, sets=sets)
+    plant(tmp_path, "skip", [0.05 + e for e in SMALL[:3]], sets=sets)
+    name = "skip-activation=jumprelu"
+    row = judge(tmp_path)[name]
+    assert row.verdict == "no difference seen (3 seeds)"
+    assert row.against == "baseline-activation=jumprelu"
+    lost = tmp_path / "baseline-activation=jumprelu-s2/config.json"
+    write_json(lost, read_json(lost) | {"status": "training"})
+    row = judge(tmp_path)[name]
+    assert (row.used, dict(row.lost)) == (2, {"no valid run of the same seed": 1})
+
+
+def test_another_baseline_changes_no_verdict_of_runs_that_the_plain_one_fits_as_well(tmp_path):
+    plant(tmp_path, "baseline", [0.0] * 3)
+    plant(tmp_path, "batch_topk", [0.05 + e for e in SMALL[:3]], sets={"activation": "batch_topk"})
+    for _ in range(2):
+        (row,) = [row for name, row in judge(tmp_path).items() if name.startswith("batch_topk")]
+        assert (row.verdict, row.against) == ("better (3 seeds)", "")
+        plant(tmp_path, "baseline", [0.05] * 3, sets={"activation": "jumprelu"}, l0=16.1)
+
+
+def test_of_two_runs_with_the_same_weights_the_idea_is_the_duplicate(tmp_path):
+    """An idea that never acted has its parent's weights; a copied run has its own."""
+    plant(tmp_path, "baseline", [0.0] * 3)
+    plant(tmp_path, "ortsae", [0.05 + e for e in SMALL[:3]])
+    for seed in range(3):
+        for name, parent in (("adaptive_ortho_r1", "ortsae"), ("ortsae", "baseline")):
+            folder = make_run(tmp_path, name, seed, parent=parent, core={}, sae_checksum=f"{seed}")
+            core = read_json(folder / "eval/core.json")
+            write_json(folder / "eval/core.json", core | {"sae_checksum": f"{seed}"})
+    found = verdicts(tmp_path)
+    assert found["adaptive_ortho_r1"] == "invalid (duplicate)" and "(3 seeds)" in found["ortsae"]
+    (whys,) = [row.whys for row in read_data(tmp_path).runs.itertuples()
+               if row.folder.name == "adaptive_ortho_r1-s1"]
+    assert whys[-1][0] == "duplicate" and "ortsae-s1: an idea that never acted" in whys[-1][1]
+
+
+def test_guards_that_differ_between_seeds_are_each_named_once(tmp_path):
+    plant(tmp_path, "baseline", [0.0] * 3)
+    for seed, guards in enumerate((["void"], ["void"], ["untrained"])):
+        make_run(tmp_path, "topk", seed, core={}, guards=[(name, "invalid") for name in guards])
+    assert verdicts(tmp_path) == {"topk": "invalid (void, untrained)"}
 
 
 def test_runs_of_another_batch_size_or_base_are_not_compared(tmp_path):
