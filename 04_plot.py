@@ -894,7 +894,8 @@ def by_run(*metrics, bars=False, beside=("baseline",)):
         shown = measured(data.valid, metrics)
         if not shown:
             return None
-        figure, cells = grid(panels(data.valid), shown)
+        having = data.valid[shown].notna().any(axis=1)
+        figure, cells = grid(panels(data.valid[having]), shown)
         legend = {}
         for axis, title, runs, metric in cells:
             if runs[metric].isna().all():
@@ -1061,7 +1062,8 @@ def scatter(*pairs):
         shown = [(x, y) for x, y in pairs if len(measured(data.valid, [x, y])) == 2]
         if not shown:
             return None
-        figure, cells = grid(panels(data.valid, with_swept=True), shown)
+        having = data.valid[[y for _, y in shown]].notna().any(axis=1)
+        figure, cells = grid(panels(data.valid[having], with_swept=True), shown)
         last = {}                        # of each row of panels: it has the legend
         for axis, _, panel, (x, y) in cells:
             runs = panel[panel[x].notna() & panel[y].notna()]
