@@ -9,7 +9,8 @@ is weight normalisation with the gain in the acts. The note also lowers the lear
 On toys (300 steps) the length of reconstructions over that of rows is 0.523, the parent's 0.520.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.38, the baseline's 0.40: no
-difference that matters; explained variance is 0.604, the baseline's 0.616: worse.
+difference that matters; explained variance is 0.604, the baseline's 0.616: worse. On a real model
+(3 seeds) explained variance is 0.775, the baseline's 0.782: no difference that matters.
 """
 import torch
 from torch import nn

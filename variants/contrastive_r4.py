@@ -9,7 +9,8 @@ the whole batch's cosines: chance alone adds 1 / rows to every pair, a pressure 
 fall silent. A parent and its child fire together too: the penalty pays for absorption.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.58, the baseline's 0.40: can't
-be told from it; explained variance is 0.562, the baseline's 0.616: worse.
+be told from it; explained variance is 0.562, the baseline's 0.616: worse. On a real model (3 seeds)
+explained variance is 0.745, the baseline's 0.782: worse.
 """
 import torch
 

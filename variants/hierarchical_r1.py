@@ -7,7 +7,8 @@ the end is l0 and can be compared. linear_start above 1 is the opposite, L0 fall
 usual for annealed TopK. The note also makes d_sae = d_in: --set d_sae=..., for its baseline too.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.39, the baseline's 0.40: no
-difference that matters; explained variance is 0.569, the baseline's 0.616: worse.
+difference that matters; explained variance is 0.569, the baseline's 0.616: worse. On a real model
+(3 seeds) explained variance is 0.769, the baseline's 0.782: worse.
 """
 import torch
 
