@@ -870,7 +870,7 @@ class Cache:
         path = self.folder / "meta.json"
         if not path.exists():
             return "absent"
-        self.meta = read_json(path, "complete", "shards")
+        self.meta = read_json(path, "complete", "shards", "val")
         there = flat(self.meta)
         wrong = [key for key, value in flat(self.settings).items() if there.get(key) != value]
         if wrong and not self.meta["complete"] and not any(self.scratch.glob("part_*.safetensors")):
