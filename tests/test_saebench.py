@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from sae import (FORMAT, SAE, Acts, checksum, generator, unit, write_json,  # noqa: E402
                  write_tensors)
 
+pytest.importorskip("sae_bench")               # requirements.txt leaves it out on Python 3.13
 ev = importlib.import_module("03_eval")
 CPU = torch.device("cpu")
 D, CTX, CONTEXTS, LAYER = 144, 24, 40, 1
