@@ -583,8 +583,8 @@ def checked(text, where):
     """The text without NULs, of which large corpora hold a few. Refuse what no text holds: half a
     surrogate pair, or as many NULs as UTF-16 has."""
     plain = text.replace("\0", "")
-    odd = re.search("[\ud800-\udfff]", text) or (
-        0 < len(plain) < 0.9 * len(text) and re.search("\0", text))
+    is_utf_16 = 0 < len(plain) < 0.9 * len(text)
+    odd = re.search("[\0\ud800-\udfff]", text if is_utf_16 else plain)
     if odd:
         raise Refuse(f"{where}: holds the character U+{ord(odd[0]):04X}, as no proper text does: "
                      "repair it and save it as UTF-8")
@@ -879,10 +879,10 @@ class Cache:
             wanted = flat(self.settings)[key]
             raise Refuse(f"{self.folder} was made with {key} {there.get(key)}, not {wanted}: give "
                          "another --name, or delete that folder", 2)
-        sizes = {shard["file"]: shard["bytes"] for shard in self.meta["shards"]}
-        for name in [self.meta["val"]["file"], *sizes]:
-            path = self.folder / name
-            if not path.exists() or path.stat().st_size != sizes.get(name, path.stat().st_size):
+        held_out = [self.meta[name] for name in ("val", "truth") if name in self.meta]
+        for entry in held_out + self.meta["shards"]:
+            path = self.folder / entry["file"]
+            if not path.exists() or path.stat().st_size != entry.get("bytes", path.stat().st_size):
                 raise Refuse(f"{path} is missing or cut short: delete {self.folder}, cache again")
         return "complete" if self.meta["complete"] else "begun"
 

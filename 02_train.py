@@ -581,19 +581,22 @@ def interrupted(folder):
     for path in sorted(Path("runs").glob("*/config.json")):
         config = read_json(path, "status", "acts")
         if config["status"] == "training" and config["acts"] == folder.name:
-            known = {}
-            if config["variant"] in variant_names():
-                known = load_variant(config["variant"]).settings()
-            lost = config["settings"].keys() - known.keys()
-            if lost:
-                print(f"note: {path.parent} is left: variants/{config['variant']}.py is gone, or "
-                      f"has no {', '.join(sorted(lost)[:3])} any more")
+            if why := why_left(config):
+                print(f"note: {path.parent} is left: {why}")
             else:
                 found.append((config["variant"], config["settings"], config["seed"],
                               config["steps"]))
     if not found:
         raise Refuse(f"--resume: no interrupted run on {folder}")
     return found
+
+
+def why_left(config):
+    """Why an interrupted run can't go on; "" if it can."""
+    if config["variant"] not in variant_names():
+        return f"there is no variant {config['variant']} any more"
+    lost = config["settings"].keys() - load_variant(config["variant"]).settings().keys()
+    return f"{config['variant']} has no {', '.join(sorted(lost))} any more" if lost else ""
 
 
 def wait_for_others(runs):

@@ -2219,10 +2219,11 @@ def evaluate(name, acts, model, runs, failures):
     try:
         for run, result in evaluation.make(acts, model, runs, evaluation.settings(acts)):
             left.discard(run)
-            failed = {run: result} if isinstance(result, Exception) else {}
-            if not failed:
-                with noting(failed, run):
-                    save(name, run, acts, result)
+            failed = {}
+            with noting(failed, run):
+                if isinstance(result, Exception):
+                    raise result
+                save(name, run, acts, result)
             if failed:
                 report(f"{run.folder}: {name}", failed[run], failures)
     except Unfit as reason:

@@ -489,8 +489,13 @@ def test_the_same_text_in_any_format_gives_the_same_rows(here):
     assert "".join(cache.Text(column, "u2028.jsonl").train()).count("\u2028") == 1
     (here / "t.txt").write_text("\n".join(documents))
     (here / "t.txt.gz").write_bytes(gzip.compress((here / "t.txt").read_bytes()))
-    plain, packed = (list(cache.Text(column, f"t.txt{end}").train()) for end in ("", ".gz"))
-    assert plain == packed == ["\n".join(documents)]
+    endings = ["", ".gz"]
+    if importlib.util.find_spec("zstandard"):
+        import zstandard
+        (here / "t.txt.zst").write_bytes(zstandard.compress((here / "t.txt").read_bytes()))
+        endings.append(".zst")
+    for end in endings:
+        assert list(cache.Text(column, f"t.txt{end}").train()) == ["\n".join(documents)]
 
 
 def test_text_files_and_the_embedded_model_need_no_datasets(here, monkeypatch):
@@ -502,6 +507,14 @@ def test_text_files_and_the_embedded_model_need_no_datasets(here, monkeypatch):
     assert "pip install datasets" in refused(
         4, "--model", "m", "--data", "t.csv", "--name", "c", *SMALL
     )
+
+
+def test_a_packed_file_whose_package_is_missing_names_it(here, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name: None if name == "zstandard" else find(name))
+    Path("t.jsonl.zst").write_bytes(b"packed")
+    assert "pip install zstandard" in refused(4, "--model", "m", "--data", "t.jsonl.zst", *SMALL)
 
 
 def test_text_that_runs_out_gives_the_rows_there_are(here, capsys):
@@ -722,8 +735,11 @@ def test_parts_with_gaps_are_gone_on_from_and_a_late_process_finds_the_cache_com
 
 
 def test_the_caches_of_a_call_have_to_fit_together(here, monkeypatch):
-    free = shutil.disk_usage(".")._replace(free=100_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    usage, room = shutil.disk_usage("."), [150_000]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room[0]))
+    # more rows to a shard than there are cost nothing
+    run("--model", "m", "--data", "t.jsonl", "--name", "m", *SMALL, "--rows-per-shard", 10**9)
+    room[0] = 100_000
     run("--model", "m", "--data", "t.jsonl", "--layer", "0", *SMALL)
     with pytest.raises(sae.Refuse, match="m_l1, acts/m_l2: 0.00 GB to write") as e:
         run("--model", "m", "--data", "t.jsonl", "--layer", "1", "2", *SMALL)

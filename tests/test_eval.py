@@ -91,6 +91,16 @@ def test_a_pickle_is_read_if_remote_code_is_trusted_as_in_stage_1(tmp_path):
         eval_py.LanguageModel(Acts(tmp_path), CPU)
     after = eval_py.LanguageModel(Acts(tmp_path), CPU, trust_remote_code=True)
     assert torch.equal(after.activations(tokens), before.activations(tokens))
+    with pytest.raises(eval_py.Refuse, match="the folder has no tokenizer"):
+        after.tokenizer                                    # found as stage 1 finds it
+
+
+def test_the_flag_that_trusts_remote_code_reaches_the_model(place, monkeypatch):
+    seen = []
+    monkeypatch.setattr(eval_py, "LanguageModel", lambda acts, device, trust: seen.append(trust))
+    for flags in ((), ("--trust-remote-code",)):
+        script(place[0], "runs/topk-s0", "--eval", "core", "--force", *flags)
+    assert seen == [False, True]
 
 
 # ---- core ----------------------------------------------------------------------------------------
@@ -630,6 +640,41 @@ def test_weights_that_are_not_finite_leave_the_others_evaluated(tmp_path, capsys
         eval_py.evaluate(name, acts, None, runs, failures)
         assert (tmp_path / "b" / "eval" / f"{name}.json").exists()
     assert len(failures) == 2 and capsys.readouterr().err.count("error: ") == 2
+
+
+def test_a_result_that_can_not_be_written_leaves_the_others_written(known, tmp_path, monkeypatch):
+    acts, failures = known[0], []
+    runs = [write_run(tmp_path / name, build(acts, seed=i), acts) for i, name in enumerate("ab")]
+
+    def half_finite(acts, model, runs, settings):
+        for run in runs:
+            value = math.nan if run.name == "a" else 1.0
+            yield run, {"metrics": {}, "guards": [], "details": {"value": value}}
+
+    monkeypatch.setitem(eval_py.EVALS, "geometry", eval_py.Evaluation(half_finite))
+    eval_py.evaluate("geometry", acts, None, runs, failures)
+    assert len(failures) == 1 and (tmp_path / "b/eval/geometry.json").exists()
+
+
+def test_one_language_model_is_in_memory_at_a_time(place, monkeypatch):
+    """What SAEBench's evaluations keep of a cache goes with it."""
+    seen = []
+    monkeypatch.setitem(eval_py.EVALS, "tpp", eval_py.Evaluation(
+        lambda acts, model, runs, settings: seen.append(eval_py.bench_of(acts, model)) or []))
+    monkeypatch.setattr(eval_py, "Bench", lambda acts, model: model)
+    script(place[0], "runs/topk-s0", "--eval", "tpp", "--force")
+    assert seen[0] is not None and eval_py.bench_of.cache_info().currsize == 0
+
+
+def test_features_without_firing_rates_ask_for_core(place, tmp_path):
+    shutil.copytree(place[0], tmp_path, dirs_exist_ok=True)
+    save_tokenizer(tmp_path / "acts/toy/model")
+    meta = read_json(tmp_path / "acts/toy/meta.json")
+    meta["model"] |= {"path": str(tmp_path / "acts/toy/model")}
+    write_json(tmp_path / "acts/toy/meta.json", meta)
+    (tmp_path / "runs/topk-s0/eval/rates.safetensors").unlink()
+    done = script(tmp_path, "runs/topk-s0", "--eval", "features")
+    assert done.code == 5 and "run --eval core first" in done.err
 
 
 def test_a_run_that_lost_its_weights_leaves_the_others_evaluated(place, tmp_path):

@@ -19,6 +19,7 @@ from sae import (
     positive_int,
     read_json,
     read_tensors,
+    run_folders,
     write_file,
     write_json,
     write_tensors,
@@ -206,6 +207,14 @@ def test_each_process_of_torchrun_has_its_own_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert pick_device("cuda") == pick_device() == torch.device("cuda:3")
     assert pick_device("cuda:1") == torch.device("cuda:1")
+
+
+def test_controls_are_no_runs_where_all_folders_are_named(tmp_path):
+    names = ["topk-s0", "controls-tiny"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    (tmp_path / "topk-s0/config.json").touch()
+    assert run_folders([tmp_path / name for name in names]) == [tmp_path / "topk-s0"]
 
 
 # ---- a cache -------------------------------------------------------------------------------------

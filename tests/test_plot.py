@@ -349,10 +349,19 @@ def test_panels_without_data_are_empty_and_a_swept_setting_is_in_one_plot(root):
     data = read_data(root)
     figure = plot.PLOTS["pareto"](data)
     assert [axis.axison for axis in figure.axes].count(False) == 1
+    figure = plot.by_run("mcc")(data)                        # one of two caches has it
+    assert [axis.get_title() for axis in figure.axes] == ["tiny: all runs"]
+    figure = plot.by_run("mcc", "l0")(data)
+    assert sorted(axis.axison for axis in figure.axes) == [False, True, True, True]
     drawn = {name for name in ("topk_ablation", "alpha_ablation", "ablation")
              if plot.PLOTS[name](data)}
     assert drawn == {"ablation"}
     plot.plt.close("all")
+
+
+def test_many_combinations_of_swept_settings_have_a_colour_each():
+    for n in (3, 8, 12):
+        assert len({tuple(plot.matplotlib.colors.to_rgb(c)) for c in plot.colours(n)}) == n
 
 
 def test_a_sentence_says_why_nothing_can_be_told(root):

@@ -447,7 +447,8 @@ def test_runs_whose_settings_are_gone_do_not_keep_others_from_being_resumed(
                                    "settings": config["settings"] | more})
     assert call(monkeypatch, "--resume") == 0
     said = capsys.readouterr().out
-    assert "topk.py is gone, or has no gone any more" in said and "mine.py is gone" in said
+    assert "is left: topk has no gone any more" in said
+    assert "is left: there is no variant mine any more" in said
     status = [read_json(path)["status"] for path in sorted(Path("runs").glob("*/config.json"))]
     assert status == ["done", "training", "training"]
 
