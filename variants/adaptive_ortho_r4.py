@@ -27,15 +27,12 @@ class Variant(Base):
 
     def build(self):
         super().build()
-        if self.weight_norm:
-            self.gain = nn.Parameter(torch.ones(self.d_sae))
-            self.latents["gain"] = (0, None)
+        self.gain = nn.Parameter(torch.ones(self.d_sae))
+        self.latents["gain"] = (0, None)
 
-    @torch.no_grad()
     def init_from_data(self, x):
         super().init_from_data(x)
-        if self.weight_norm:
-            self.gain.copy_(self.W_enc.norm(dim=0))
+        self.gain.data = self.W_enc.detach().norm(dim=0)
 
     def pre_acts(self, x):
         if not self.weight_norm:

@@ -6,8 +6,6 @@
 for a latent's encoder column, decoder row and bias. Scaling its gradient would do nothing: Adam
 divides the scale out again.
 """
-import torch
-
 from sae import SAE
 
 
@@ -22,12 +20,10 @@ class Variant(SAE):
         """Each latent's factor on its move [d_sae], before the bounds."""
         return ((self.rate.mean() + 1e-6) / (self.rate + 1e-6)) ** self.latent_lr_power
 
-    @torch.no_grad()
     def before_step(self, opt):
         super().before_step(opt)
-        self.old = [W.clone() for W in (self.W_enc, self.W_dec, self.b_enc)]
+        self.old = [W.detach().clone() for W in (self.W_enc, self.W_dec, self.b_enc)]
 
-    @torch.no_grad()
     def after_step(self, opt, out):
         factor = self.move_scale().clamp(self.latent_lr_low, self.latent_lr_high)
         W_enc, W_dec, b_enc = self.old

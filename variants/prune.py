@@ -21,9 +21,9 @@ class Variant(SAE):
         super().build()
         self.register_buffer("pruned", torch.zeros(()))        # so far
 
-    def protected(self):
-        """Mask [d_sae] of the latents that may not be pruned."""
-        return torch.zeros_like(self.rate, dtype=torch.bool)
+    def spare(self, double):
+        """The mask `double` [d_sae] of the latents to prune, without those that may not be."""
+        return double
 
     def fresh_directions(self, survivors, n):
         """n random directions [n, d_in], each orthogonal to its nearest survivors [m, d_in]."""
@@ -42,7 +42,7 @@ class Variant(SAE):
         if self.due(self.prune_every):
             double = torch.zeros_like(self.rate, dtype=torch.bool)
             double[self.near_pairs(self.prune_threshold)[0]] = True
-            double &= ~self.protected()
+            double = self.spare(double)
             double[which] = False                              # these restart anyway
             fresh = self.fresh_directions(self.W_dec[~double], int(double.sum()))
             which = torch.cat([which, double.nonzero().flatten()])

@@ -15,7 +15,6 @@ from variants.topk_ortho_r2 import Variant as Base
 class Variant(Base):
     pairs_std = 2.0           # 0: the fixed share of topk_ortho_r1
     pairs_min = 10            # so many pairs pay in any case, the best
-    pairs_max = 0.05          # of all pairs, at most; mean + 2 std leaves 0.023 of a normal
     pairs_memory = 0.02       # fraction of the run that the threshold is averaged over
     off = {"pairs_std": 0.0}
     fixed = {"pair_fraction": "pairs are those above the threshold of topk_ortho_r3"}
@@ -32,8 +31,6 @@ class Variant(Base):
         if len(known) > 1:
             threshold = known.mean() + self.pairs_std * known.std()
             self.pair_threshold.lerp_(threshold, self.memory(self.pairs_memory))
-        most = max(self.pairs_min, round(self.pairs_max * len(known)))
+        most = max(self.pairs_min, round(0.05 * len(known)))       # mean + 2 std leaves 2.3 % or so
         best = score.flatten().topk(min(len(known), most))
-        pay = best.values > self.pair_threshold
-        pay[:self.pairs_min] = True
-        return best.indices[pay]
+        return best.indices[:max(self.pairs_min, (best.values > self.pair_threshold).sum())]

@@ -23,18 +23,13 @@ class Variant(Base):
         self.track("importance", fresh=0.0, memory=self.importance_memory)
         self.register_buffer("spared", torch.zeros(()))
 
-    def protected(self):
+    def spare(self, double):
         least_first = self.importance.argsort(stable=True)
-        safe = super().protected()
-        safe[least_first[round((1 - self.importance_protects) * self.d_sae):]] = True
-        return safe
-
-    def restart(self, out):
-        if self.due(self.prune_every):
-            double = self.near_pairs(self.prune_threshold)[0]
-            self.spared += self.protected()[double].sum()
+        pruned = double.clone()
+        pruned[least_first[round((1 - self.importance_protects) * self.d_sae):]] = False
+        self.spared += double.sum() - pruned.sum()
         self.stats["spared"] = self.spared
-        return super().restart(out)
+        return pruned
 
     def after_step(self, opt, out):
         self.follow("importance", out.acts.float().mean(0))
