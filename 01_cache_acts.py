@@ -446,6 +446,7 @@ class Text:
 
     def take_folder(self, folder, split, config):
         """Choose a folder's files: of one kind and split, and under `config` if it is given."""
+        check_configuration(folder, config)
         there = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
         kind = main_kind(there)
         if not kind:
@@ -484,6 +485,17 @@ class Text:
             about = self.description
             yield from load_dataset(self.name, about["config"], split=about["split"],
                                     revision=about["revision"], streaming=True)
+
+
+def check_configuration(folder, config):
+    """Refuse a data set of the hub whose README.md lists several configurations, but not this."""
+    card = folder / "README.md"
+    with hub_errors("data set", folder):
+        about = card.exists() and huggingface_hub.metadata_load(card) or {}
+    named = [entry["config_name"] for entry in about.get("configs", [])]
+    if len(named) > 1 and config not in named:
+        raise Refuse(f"--data {folder} has the configurations {', '.join(named)}: say which with "
+                     "--config", 2)
 
 
 def main_kind(files):

@@ -453,6 +453,9 @@ def test_a_configuration_is_a_folder_of_the_data_and_many_texts_outweigh_a_table
         run("--model", "m", "--data", "d", "--config", config, "--name", config, *SMALL)
         assert set(all_rows(f"acts/{config}")["tokens"].tolist()) == {token}
     assert "data config" in refused(2, "--model", "m", "--data", "d", "--name", "en", *SMALL)
+    card = "---\nconfigs:\n- config_name: en\n- config_name: de\n---\nhello\n"
+    (here / "d/README.md").write_text(card)
+    assert "configurations en, de" in refused(2, "--model", "m", "--data", "d", *SMALL)
     names = [Path(f"{i}.txt") for i in range(9)]
     assert cache.main_kind([*names, Path("about.csv")]) == "text"
     assert cache.main_kind([names[0], Path("rows.csv")]) == "csv"
