@@ -1655,23 +1655,33 @@ def labelled_cases(bench, name, settings):
     sizes = [getattr(config, f"{prefix}{split}_set_size") for split in ("train", "test")]
     if name != "sparse_probing":
         config.perform_scr = name == "scr"
-    own, cases = own_tasks(bench.acts, name), []
+    cases = []
     for task in config.dataset_names:
-        tables = read_own_task(own[task]) if task in own else None
-        pairs = [None]
-        if name == "scr":
-            pairs = confounded_pairs(tables, sizes) if tables else config.column1_vals_lookup[task]
-            config.column1_vals_lookup[task] = pairs
-        for pair in pairs:
-            splits = own_texts(tables, sizes, pair) if tables else hub_texts(task, sizes, pair)
-            if len(splits[0]) > 1:
-                place = data_set_of(task), config.context_length
-                texts = bench.texts.setdefault(place, Texts(bench, config.context_length))
-                suffix = {"scr": "_scr_" + "_".join(pair or []), "tpp": "_tpp"}.get(name, "")
-                cases.append(Case(task + suffix, texts, *map(texts.add, splits)))
+        found = cases_of(bench, name, config, sizes, task)
+        cases += found
+        if not found:
+            print(f"note: {name} without {task}: too few texts of two classes", file=sys.__stderr__)
     if not cases:
         raise Unfit(f"neither the corpus, {LABELLED}/ nor the hub has enough labelled texts")
     return config, cases
+
+
+def cases_of(bench, name, config, sizes, task):
+    """[Case] of one data set or own task, of SCR one for each pair of classes."""
+    folder, pairs, tables, cases = own_tasks(bench.acts, name).get(task), [None], None, []
+    if folder:
+        tables = read_own_task(folder)
+    if name == "scr":
+        pairs = confounded_pairs(tables, sizes) if tables else config.column1_vals_lookup[task]
+        config.column1_vals_lookup[task] = pairs
+    for pair in pairs:
+        splits = own_texts(tables, sizes, pair) if tables else hub_texts(task, sizes, pair)
+        if len(splits[0]) > 1:
+            place = data_set_of(task), config.context_length
+            texts = bench.texts.setdefault(place, Texts(bench, config.context_length))
+            suffix = {"scr": "_scr_" + "_".join(pair or []), "tpp": "_tpp"}.get(name, "")
+            cases.append(Case(task + suffix, texts, *map(texts.add, splits)))
+    return cases
 
 
 def hub_texts(task, sizes, pair):

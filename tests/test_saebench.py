@@ -559,22 +559,25 @@ def test_only_load_dataset_is_replaced_and_only_inside(world):
     assert dataset_utils.load_dataset is before
 
 
-def test_tasks_that_share_their_first_texts_are_probed_on_their_own(world, capsys):
-    """Also: a data set that can't be had is said."""
+def test_tasks_that_share_their_first_texts_are_probed_on_their_own(world, capfd):
+    """Also: a data set that can't be had and a task with too few texts are said."""
     g, run = random.Random(1), make_run("random", random_sae(world.toy))
     for split in ("train", "test"):
         shared = [{"text": sentence(g, *"amn"), "label": "a"} for _ in range(80)]
         for other in "bc":
             rows = [{"text": sentence(g, other, *"mn"), "label": other} for _ in range(80)]
             write_lines(Path(f"labelled/a_or_{other}/{split}.jsonl"), shared + rows)
-    tasks = {"dataset_names": ["a_or_b", "a_or_c", "nobody/nothing"]}
+        write_lines(Path(f"labelled/few/{split}.jsonl"), shared + rows[:9])
+    tasks = {"dataset_names": ["a_or_b", "a_or_c", "few", "nobody/nothing"]}
     both = results("sparse_probing", "toy", world.model, [run], **PROBING | tasks)[0]
-    assert "sparse_probing without nobody/nothing" in capsys.readouterr().out
+    said = capfd.readouterr()
+    assert "sparse_probing without nobody/nothing" in said.out
+    assert "sparse_probing without few: too few" in said.err and "a_or" not in said.err
     tasks = {"dataset_names": ["a_or_c"]}
     alone = results("sparse_probing", "toy", world.model, [run], **PROBING | tasks)[0]
     assert both["eval_result_details"][1] == alone["eval_result_details"][0]
     assert both["eval_result_details"][0] != both["eval_result_details"][1]
-    for task in ("a_or_b", "a_or_c"):
+    for task in ("a_or_b", "a_or_c", "few"):
         shutil.rmtree(f"labelled/{task}")
 
 
