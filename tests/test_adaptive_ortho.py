@@ -189,6 +189,13 @@ def test_r3_under_spikes_explains_more_at_its_l0(activation):
     assert on[0] > off[0] + 0.03 or abs(off[1] - 4) > 1
 
 
+def test_r3_a_new_level_of_the_loss_gets_usual_before_ten_refusals_end_the_run():
+    sae, _ = build(f"{R}3", rows()[0], 600)
+    for sae.step in range(400):
+        sae.accept(torch.tensor(1.0 if sae.step < 300 else 9.0))
+    assert 1 <= sae.spikes < 10
+
+
 def test_r3_refuses_nothing_where_there_are_no_spikes_and_clips_about_half():
     sae, _ = run(3)
     assert sae.spikes == 0 and 0.2 * STEPS < sae.clipped < 0.8 * STEPS

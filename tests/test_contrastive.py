@@ -752,6 +752,12 @@ def test_r10_a_restarted_latent_leaves_the_others_of_its_block_where_they_are():
     assert off_identity(blocks(sae)) < 1e-5
 
 
+@pytest.mark.parametrize("block", [24, 64])
+def test_r10_a_block_that_does_not_fit_is_refused(block):
+    with pytest.raises(Refuse, match="hard_block"):
+        start("contrastive_r10", hard_block=block)
+
+
 def test_r10_decorrelation_is_of_what_varies():
     sae, _ = start("contrastive_r10", d_sae=4, l0=1.0, hard_block=2, n_groups=2)
     g = generator("acts")

@@ -88,6 +88,12 @@ def test_the_weight_of_the_note_needs_a_penalty():
         build(f"{R}1", TRAIN, linear_form="weight", activation="topk")
 
 
+@pytest.mark.parametrize("settings", [{"linear_start": 0.0}, {"activation": "topk", "l0": 1.0}])
+def test_a_start_at_which_nothing_fires_is_refused(settings):
+    with pytest.raises(Refuse, match="linear_start"):
+        build(f"{R}1", TRAIN, **settings)
+
+
 def test_the_window_is_a_mean_over_its_rows():
     fired = []
 
@@ -266,6 +272,17 @@ def test_in_a_chain_of_near_latents_nobody_is_merged_into_one_that_is_freed():
     freed, kept = sae.merging_pairs(torch.empty(0, dtype=torch.long))
     assert (1, 0) in zip(freed.tolist(), kept.tolist()) and 2 not in freed.tolist()
     assert not set(freed.tolist()) & set(kept.tolist())
+
+
+def test_a_revived_latent_and_a_freed_one_restart_from_different_rows():
+    sae, opt = doubled()
+    steps(sae, opt, TRAIN, stop=2)
+    sae.silent[:4], sae.step = 1e9, 99                     # both are due after the hundredth step
+    with torch.no_grad():
+        which, directions = sae.restart(sae(TRAIN[:256]))
+    assert len(which) > 4 and sae.revived == 4
+    cos = unit(directions) @ unit(directions).T
+    assert cos.fill_diagonal_(0).max() < 0.999
 
 
 # ---- settings ------------------------------------------------------------------------------------

@@ -230,6 +230,14 @@ def test_r3_the_number_of_pairs_follows_how_the_scores_are_spread(kind, pairs):
     assert abs(len(sae.select_pairs(spread(kind))) - pairs) < 0.15 * pairs
 
 
+def test_r3_random_pairs_are_as_many_as_chosen_ones():
+    sae, _ = build("topk_ortho_r3", rows("trees"), pair_rule="random")
+    out = sae(rows("trees")[:256])
+    sae.ortho(out)
+    among = int((sae.firing(out.acts) > 0).sum())
+    assert 0.01 < len(sae.pairs[0]) / (among * (among - 1) / 2) < 0.04
+
+
 def test_r3_the_threshold_remembers_the_last_batches():
     """One batch of other scores moves it by a part of the difference only."""
     sae, _ = build("topk_ortho_r3", rows("trees"), steps=1000)

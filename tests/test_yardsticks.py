@@ -315,6 +315,14 @@ def test_latents_start_and_restart_firing_at_the_wanted_rate_on_normed_rows():
     assert (sae.firing(sae(x).acts)[which] - 4 / 64).abs().max() < 0.002
 
 
+def test_under_layer_norm_a_rows_length_does_not_change_what_dead_latents_are_asked_for():
+    sae, x = trained("layernorm"), HELD_OUT[:64]
+    sae.silent[:8] = 1e9
+    with torch.no_grad():
+        assert torch.isclose(sae.aux(sae(x)), sae.aux(sae(4 * x)), rtol=1e-3)
+    sae.silent[:8] = 0
+
+
 # ---- settings ------------------------------------------------------------------------------------
 
 

@@ -191,7 +191,8 @@ def test_firing_together_is_averaged_over_the_last_batches_with_this_ones_gradie
     out = sae.eval()(rows())
     acts = out.acts.detach()
     size = acts.norm(dim=0).clamp_min(1e-6)
-    known = acts.T @ acts / (size * size[:, None] if rule == "coactivation" else len(acts))
+    by = size * size[:, None] if rule == "coactivation" else size.square().mean()
+    known = acts.T @ acts / by
     off_diagonal = ~torch.eye(64, dtype=torch.bool)
     assert (
         torch.corrcoef(torch.stack([sae.together[off_diagonal], known[off_diagonal]]))[0, 1] > 0.8
@@ -201,6 +202,8 @@ def test_firing_together_is_averaged_over_the_last_batches_with_this_ones_gradie
     cost = sae.interference(out)
     assert torch.isclose(cost.detach(), (sae.together * cos**2)[off_diagonal].sum() / 64, rtol=1e-4)
     assert torch.autograd.grad(cost, sae.W_enc)[0].abs().sum() > 0
+    sae.interference_tau = load_variant("zscore_r1").interference_tau
+    assert sae.interference(out) > 0
 
 
 def test_of_the_silent_latents_those_that_overlap_with_living_ones_restart():

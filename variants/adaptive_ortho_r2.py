@@ -7,7 +7,8 @@ further:
 * b_dec starts at the geometric median, which a few rows of enormous norm can't drag away as they do
   the mean. The biases follow, so that pre-activations stay as they were;
 * the steps that were taken are counted, and a run that took fewer than loop_taken of them fails.
-loop_fix=none takes away the start (b_dec = 0) and the warm-up, as in the note.
+loop_fix=none takes away the start (b_dec = 0, near which centred rows start anyway) and the
+warm-up, as in the note.
 
 Where no row is an outlier it idles: on toys (300 steps) explained variance is 0.546, with sound
 0.548, with none 0.550.

@@ -20,7 +20,7 @@ from variants.adaptive_ortho_r2 import Variant as Base
 
 class Variant(Base):
     spike_factor = 5.0        # refuse a loss above this multiple of the recent median; 0: none
-    spike_memory = 0.05       # recent: this fraction of the run
+    spike_memory = 0.05       # recent norms: of this fraction of the run
     spike_quantile = 0.5      # clip at this quantile of the recent norms; 0: at `clip` alone
     off = {"spike_factor": 0.0, "spike_quantile": 0.0}
     counts = ("spikes", "clipped")
@@ -28,7 +28,8 @@ class Variant(Base):
     def build(self):
         super().build()
         size = max(10, round(self.spike_memory * self.steps))
-        self.register_buffer("recent_losses", torch.full((size,), torch.nan))  # rings
+        # rings; a new level of the loss gets usual before ten refusals in a row end the run
+        self.register_buffer("recent_losses", torch.full((16,), torch.nan))
         self.register_buffer("recent_norms", torch.full((size,), torch.nan))
         self.register_buffer("spikes", torch.zeros(()))
         self.register_buffer("clipped", torch.zeros(()))
@@ -37,7 +38,7 @@ class Variant(Base):
     def accept(self, loss):
         usual = self.recent_losses.nanmedian()             # NaN at first, which nothing exceeds
         spike = bool(loss > self.spike_factor * usual) and self.spike_factor > 0
-        self.recent_losses[self.step % len(self.recent_losses)] = loss     # a new level gets usual
+        self.recent_losses[self.step % len(self.recent_losses)] = loss
         self.spikes += spike
         self.stats["spikes"] = self.spikes
         return super().accept(loss if not spike else loss * torch.nan)

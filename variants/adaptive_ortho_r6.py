@@ -2,7 +2,8 @@
 
 The path, a small learned multiple of the row, takes over what needs no latent. The dropout hides
 each act from the decoder with a chance of latent_dropout and scales up the others, so that no
-latent becomes indispensable.
+latent becomes indispensable. The training log is under dropout, here and in the rows after it:
+compare what stage 3 measures.
 
 What the note hopes for, a better reconstruction when random latents are lost, the path brings and
 the dropout undoes. On toys (300 steps), explained variance whole and with 30 % of the acts lost:

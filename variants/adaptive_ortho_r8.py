@@ -1,8 +1,8 @@
 """adaptive_ortho_r8 = layernorm on adaptive_ortho_r7 + losses, lr warm up (layernorm_warmup).
 
 Over the first gentle_warmup of the run the orthogonality penalty rises from 0 and the learning rate
-from a tenth of itself. gentle_losses=all is the note's: the sparsity penalty rises from 0 too. The
-controller that holds L0 has to undo that, so it is not the default.
+from a tenth of itself. gentle_losses=all is the note's: all penalties rise from 0, sparsity's too.
+The controller that holds L0 has to undo that, so it is not the default.
 
 On toys (300 steps) explained variance is 0.559, without the gentle start 0.574, the parent's 0.544:
 the layer norm gains it, the gentle start costs some of it in so short a run.

@@ -10,6 +10,7 @@ latents; how near they are is computed exactly, since the projection's cosines a
 jl_dim - 1 / d_in) (`jl_error` in the log). Each step has its own projection, so that no near pair
 is missed for good. The note's own form, con_rule=note, believes the projection and takes the mean
 over all pairs of rate_i rate_j relu(|cos(d_i P, d_j P)| - tau)^2, which is too small to act.
+So is this one where few latents are near: on a real model it is 0.02 % of the error.
 
 Found on the embedded model (120 steps, seed 0): pairs of latents with a |cosine| above 0.5: 1
 instead of 350, mean largest |cosine| of a latent 0.39 instead of 0.44, explained variance 0.7885

@@ -6,7 +6,7 @@ Why: what penalties only ask for is enforced. If d_sae <= d_in all decoder rows 
 else no more than d_in can be, and each block of hard_block neighbouring latents is. They start
 from a QR decomposition; gradients are projected on the tangent space; after each step three
 Newton-Schulz iterations bring the rows back to the nearest orthonormal ones. A latent that
-restarts takes what is left of its direction beside its block.
+restarts takes what is left of its direction beside its block: at d_sae = d_in its old one again.
 
 Pruning idles in all that was run: rows of a block can't be parallel, and the contrast parts the
 others. Revival idles on the default data, where nothing dies; on a real model 7 latents restart.
@@ -15,26 +15,26 @@ On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.53, the base
 explained variance is 0.587, the baseline's 0.616: worse. On a real model (3 seeds) explained
 variance is 0.576, the baseline's 0.782: worse.
 """
-import math
-
 import torch
 
-from sae import unit
+from sae import Refuse, unit
 from variants.contrastive_r9 import Variant as Base
 from variants.prune import Variant as Prune
 from variants.revive import Variant as Revive
 
 
 class Variant(Revive, Prune, Base):
-    hard_block = 16           # rows that are orthonormal to each other if d_sae > d_in; 0: none
+    hard_block = 16           # rows that are orthonormal if d_sae > d_in, a divisor of it; 0: none
     decorrelation_weight = 0.03
     off = {"hard_block": 0, "decorrelation_weight": 0.0, "prune_every": 0.0, "revive_every": 0.0}
     counts = ("revived", "pruned", "diversity")   # share of the latents in use, by entropy
 
     def build(self):
         super().build()
-        fits = self.d_sae <= self.d_in
-        self.block = self.d_sae if fits else math.gcd(self.hard_block, self.d_sae)
+        self.block = self.d_sae if self.d_sae <= self.d_in else self.hard_block or 1
+        if self.block > self.d_in or self.d_sae % self.block:
+            raise Refuse(f"--set hard_block={self.hard_block}: want a divisor of d_sae, at most "
+                         f"{self.d_in}", 2)
         if self.hard_block:
             self.orthonormalise(torch.zeros(self.d_sae, dtype=torch.bool))
             self.W_enc.data = self.W_dec.detach().clone().T

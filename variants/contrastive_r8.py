@@ -4,10 +4,11 @@
     chance of a row = (1 - sample_strength) / n + sample_strength * its error / the sum of errors
     weight of a drawn row = 1 / (n * its chance): the mean error of the data is minimised
 
-Why: groups (contrastive_r7's: neighbours that the mask makes fire together) that carry little
-learn faster, and rows that are reconstructed badly are looked at more often. The error of each
-row of the shard in memory is remembered until the next shard comes; an unseen row counts as the
-mean. Because it draws its own batches its differences to other runs are not paired.
+Why: groups (contrastive_r7's: neighbours that the mask makes fire together) that carry little learn
+faster, and rows that are reconstructed badly are looked at more often. The error of each row of the
+shard in memory is remembered until the next shard comes; an unseen row counts as the mean. The
+weights are on the error and on L1; other penalties are means over the drawn rows. Because it draws
+its own batches its differences to other runs are not paired.
 
 In the default job (seed 0), late in a shard, 61 % of its rows are known and the drawn rows' error
 is 1.17 times the mean. Groups are as full as each other there: the factors' logarithms have a

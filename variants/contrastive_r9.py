@@ -26,7 +26,7 @@ from variants.contrastive_r8 import Variant as Base
 
 class Variant(Base):
     wta_strength = 1.0        # of the inhibition; 0: none
-    wta_radius = 0            # latents on either side; 0: leaves room for 4 winners per l0
+    wta_radius = 0            # latents on either side; 0: room for 4 l0 winners, under r7's mask l0
     wta_gated = True          # scores have a learned gate
     wta_hot = 1.0             # temperature at the start ...
     wta_cold = 0.2            # ... and from a fifth of the run on

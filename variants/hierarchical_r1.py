@@ -2,7 +2,7 @@
 
 Few, general latents first, special ones later: so the hierarchy is hoped to be learned from the
 top. What is scheduled is L0, not the weight: a weight that falls to zero ends nowhere in particular
-(linear_form=weight is that, the note's; its SAE had an L0 of 1735 of 2304 latents), whereas here
+(linear_form=weight is that, the note's; its SAE had an L0 of 1782 of 2304 latents), whereas here
 the end is l0 and can be compared. linear_start above 1 is the opposite, L0 falls to l0, as is
 usual for annealed TopK. The note also makes d_sae = d_in: --set d_sae=..., for its baseline too.
 
@@ -26,7 +26,11 @@ class Variant(SAE):
     def build(self):
         if self.linear_form == "weight" and self.activation not in ("relu", "jumprelu"):
             raise Refuse(f"--set linear_form=weight activation={self.activation}: has no weight", 2)
+        if self.l0 * self.linear_start <= (0.5 if self.activation == "topk" else 0):
+            raise Refuse(f"--set linear_start={self.linear_start}: nothing could fire at first", 2)
         super().build()
+        if self.linear_form == "weight":
+            self.sparsity_scale.fill_(1 / self.d_sae ** 0.5)
         share = self.linear_window * self.d_sae / (self.batch_size * self.steps)
         self.track("window", self.l0 / self.d_sae, memory=share, start=self.l0 / self.d_sae)
         self.register_buffer("schedule_gap", torch.zeros(()))

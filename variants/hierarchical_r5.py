@@ -31,10 +31,12 @@ class Variant(Base):
         which, directions = super().restart(out)
         if self.due(self.merge_every):
             freed, kept = self.merging_pairs(which)
-            freed, kept = freed[:len(out.x)], kept[:len(out.x)]
+            room = len(out.x) - len(which)
+            freed, kept = freed[:room], kept[:room]
             if len(freed):
                 self.merge(freed, kept)
-                rows = self.bad_rows(out, len(freed))
+                # the first of these went to the latents that hierarchical_r2 has revived
+                rows = self.bad_rows(out, len(which) + len(freed))[len(which):]
                 which = torch.cat([which, freed])
                 directions = torch.cat([directions, (out.x - out.x_hat)[rows]])
             self.merged += len(freed)

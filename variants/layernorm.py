@@ -34,6 +34,11 @@ class Variant(SAE):
         out = super().forward((x - shift) / size)
         return out._replace(x=x, x_hat=out.x_hat * size + shift)
 
+    def aux(self, out):
+        """As in the base, in units of the normed row, as acts are."""
+        size = self.row_norm(out.x)[1]
+        return super().aux(out._replace(x=out.x / size, x_hat=out.x_hat / size))
+
     def reset_latents(self, opt, which, directions, x, encoder=1.0):
         """As in the base; how often a latent fires depends on normed rows."""
         super().reset_latents(opt, which, directions, self.normed(x), encoder)

@@ -4,8 +4,8 @@
 
 Absorption and composition show as latents whose directions overlap; this charges each latent for
 its largest overlap. Chunks of the dictionary are drawn in every step, so that every pair meets now
-and then. Cosines, not their absolute values: opposite directions do no harm. The paper has it on
-BatchTopK (--set activation=batch_topk).
+and then; up to ortsae_chunk latents are one chunk, all pairs. Cosines, not their absolute values:
+opposite directions do no harm. The paper has it on BatchTopK (--set activation=batch_topk).
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.43, the baseline's 0.40: no
 difference that matters; explained variance is 0.600, the baseline's 0.616: worse. On a real model

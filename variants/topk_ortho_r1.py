@@ -59,7 +59,7 @@ class Variant(SAE):
         if self.pair_rule == "decoder":
             return cos
         if self.pair_rule == "random":
-            return torch.rand(cos.shape, generator=self.generator("pairs"), device=cos.device)
+            return torch.randn(cos.shape, generator=self.generator("pairs"), device=cos.device)
         source = out.pre if self.pair_rule == "preact" else out.acts
         columns = source.index_select(1, latents).float()
         if self.pair_rule == "coactivation":

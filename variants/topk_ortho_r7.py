@@ -22,7 +22,7 @@ class Variant(Base):
     inhibition_radius = 32        # neighbours are so many latents on either side
     inhibition_form = choice("subtract", "scale")
     off = {"inhibition_strength": 0.0}
-    counts = ("inhibited",)       # latents that a row's winners kept from firing, mean over rows
+    counts = ("inhibited",)       # latents of a row whose pre its winners brought below 0, mean
 
     def build(self):
         super().build()

@@ -3,7 +3,8 @@
     nearness of i and j = cosine of their acts, from mean products over neighbours_memory of the run
 
 Each latent's nearest are its neighbours: inhibition_radius of them on average, more the more it
-fires with others, at most twice as many; none before the first count. Only the latents that fire
+fires with others, at most twice as many; none before the first count. A latent that restarts has
+those of the latent that it was until others are counted. Only the latents that fire
 most are counted. A pass over these for each of the 64 neighbours makes it the study's slowest row.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.57, the baseline's 0.40: worse;
