@@ -12,7 +12,7 @@ default), settings that differ from their default, steps unless one pass, seed:
     code.py                   the source files of the class chain, base first
     metrics.jsonl             one line per log: losses, L0, explained variance, dead latents ...
     start.safetensors         the weights that training started from
-    sae.safetensors           the SAE; applies to raw activations
+    sae.safetensors           the SAE and what normalises its rows; sae.load_run() reads it
     checkpoint.safetensors    while training
 A run that is finished with the same settings, data and code (sae.py's first part and the variant)
 is left alone; an interrupted one goes on from its last checkpoint, and ends with the same bits (on
@@ -626,7 +626,7 @@ def parse_args():
                    help="go on with every interrupted run on these activations and with no other; "
                    "--variant, --seed, --set, --sweep and --steps do not count")
     p.add_argument("--checkpoint", type=natural, default=60, metavar="SECONDS",
-                   help="how often, at most (default: 60)")
+                   help="save the state when as many have passed (default: 60)")
     p.add_argument("--list", action="store_true", help="print all variants with their lineage")
     p.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     return p.parse_args()

@@ -12,7 +12,8 @@ runs/NAME/eval/EVAL.json, and for controls runs/controls-ACTS/KIND/eval/EVAL.jso
     geometry    coherence, rank, condition numbers, correlations, random projections
     stability   which latents the other seeds of the same settings find again
     features    for some latents the contexts in which they fire most
-    absorption, sparse_probing, scr, tpp, unlearning: SAEBench's; forget: ours, on the same text
+    absorption, sparse_probing, scr, tpp, unlearning: SAEBench's
+    forget      the language model's loss on text to forget and to keep, latents clamped as there
 
 A result that belongs to the same weights, activations and settings is left alone, unless --force.
 Numbers are in fp32, sums in fp64.
@@ -2420,7 +2421,7 @@ def main():
     parser.add_argument("--force", action="store_true", help="evaluate again what is there already")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--trust-remote-code", action="store_true",
-                        help="as in stage 1")
+                        help="run code that comes with the model, and read its pickle files")
     args = parser.parse_args()
     device, failures = pick_device(args.device), []
 

@@ -630,7 +630,7 @@ def notes(data, acts):
             whys.setdefault(guard, {}).setdefault(name, why)
     for guard, by_run in whys.items():
         first, why = next(iter(by_run.items()))
-        lines.append(f"{guard}, {len(by_run)} run{'s' * (len(by_run) > 1)}; {first}: {why}")
+        lines.append(f"{guard}: {len(by_run)} run{'s' * (len(by_run) > 1)}, as {first} ({why})")
     return lines
 
 
@@ -672,7 +672,7 @@ FINDINGS = {                 # verdict -> what is said of one and of several
     "better": ("is better than the baseline", "are better than the baseline"),
     "worse": ("is worse", "are worse"),
     "no difference seen": ("makes no difference that matters", "make no difference that matters"),
-    "cannot tell": ("can't be told", "can't be told"),
+    "cannot tell": ("is undecided", "are undecided"),
     "invalid": ("is invalid", "are invalid"),
 }
 

@@ -6,11 +6,11 @@ between the scripts.
     x_hat = acts W_dec + b_dec               reconstruction; rows of W_dec are unit    [B, d_in]
 
 Units: x = (activation - mean) * scale, so that E||x|| = sqrt(d_in). The reconstruction error is a
-mean over d_in, so an error of 1 is about the size of the data. `encode` and `reconstruct` take and
-give raw activations.
+mean over d_in, so an error of 1 is about the size of the data. `encode` and `reconstruct` take raw
+activations.
 
 A variant is a subclass in variants/NAME.py that overrides the method its idea is about. A public
-class attribute is a setting, changed by --set name=value.
+class attribute that is a number, word or switch is a setting, changed by --set name=value.
 """
 import argparse
 import ast

@@ -150,8 +150,8 @@ def test_guards_are_words_beside_the_verdict_and_said_in_full_below(root):
     assert table.verdict["skip"] == "invalid (around the latents)"
     assert table.remarks["gated"] == "shrinkage"
     said = plot.notes(data, "tiny")
-    assert "shrinkage, 1 run; gated-s0: shrinkage because" in said
-    assert "around the latents, 1 run; skip-s0: around the latents because" in said
+    assert "shrinkage: 1 run, as gated-s0 (shrinkage because)" in said
+    assert "around the latents: 1 run, as skip-s0 (around the latents because)" in said
 
 
 def test_one_plain_sentence_says_what_was_found(root):
@@ -164,7 +164,7 @@ def test_one_plain_sentence_says_what_was_found(root):
     make_run(root, "skip", core={})
     assert plot.summary(read_data(root), "tiny") == (
         "In EV, batch_topk and topk are better than the baseline; gated is worse; prune makes no "
-        "difference that matters; 1 can't be told.")
+        "difference that matters; 1 is undecided.")
 
 
 def test_a_core_result_without_a_key_is_one_line(root):
@@ -421,4 +421,4 @@ def test_runs_that_were_never_evaluated_have_a_table_and_older_plots_go(root):
     assert plot.draw_plots(data, root) == {}
     assert not (root / "pareto.png").exists()
     make_run(root, "topk", status="training")
-    assert plot.summary(read_data(root), "tiny").startswith("In EV, 1 can't be told.")
+    assert plot.summary(read_data(root), "tiny").startswith("In EV, 1 is undecided.")

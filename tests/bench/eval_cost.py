@@ -1,7 +1,7 @@
 """What SAEBench's metrics cost for one SAE and for many: 03_eval.py against sae_bench's own calls.
 
     python tests/bench/eval_cost.py            # after 01_cache_acts.py, on acts/tiny
-    python tests/bench/eval_cost.py --alone    # 03_eval.py alone, as the default job calls it
+    python tests/bench/eval_cost.py --alone    # 03_eval.py alone, on the default job's cache
 
 CPU seconds of one process with one thread. SAEs are random: TopK, 1,024 latents, L0 16. Against
 sae_bench, both work on the embedded model, absorption on 12 words of a letter in prompts, the
@@ -167,7 +167,7 @@ def main():
     parser.add_argument("--acts", default="tiny", help="folder under acts/ (default: tiny)")
     parser.add_argument("--eval", nargs="+", help="which evaluations")
     parser.add_argument("--saes", type=int, default=20, help="how many SAEs")
-    parser.add_argument("--alone", action="store_true", help="03_eval.py, as in the default job")
+    parser.add_argument("--alone", action="store_true", help="03_eval.py alone")
     args = parser.parse_args()
     for module in ("absorption", "sparse_probing", "scr_and_tpp", "unlearning"):
         importlib.import_module(f"sae_bench.evals.{module}.main")

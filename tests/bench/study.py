@@ -34,7 +34,7 @@ REAL, TOY = "smollm2-135m_l10", "synthetic"              # folders under acts/
 SEEDS = {REAL: range(3), TOY: range(5)}
 SETTINGS = {REAL: ["d_sae=2304", "batch_size=512"], TOY: ["d_sae=320", "batch_size=1024"]}
 L0 = {REAL: "40", TOY: "5"}
-SWEEP = {REAL: "22,72", TOY: "3,8"}      # neighbours must be less than a factor of 2 apart
+SWEEP = {REAL: "22,72", TOY: "3,8"}      # neighbours are at most a factor of 2 apart
 
 
 # ---- the commands --------------------------------------------------------------------------------
