@@ -206,6 +206,18 @@ def test_firing_together_is_averaged_over_the_last_batches_with_this_ones_gradie
     assert sae.interference(out) > 0
 
 
+def test_a_restarted_latent_starts_like_the_others_and_is_worth_as_much():
+    sae, opt = build("zscore_r5", data())
+    steps(sae, opt, data(), stop=20)
+    which = torch.arange(8)
+    directions = torch.randn(8, data().shape[1], generator=generator("restart"))
+    sae.reset_latents(opt, which, directions, data()[:4096])
+    assert (sae.b_enc[which] == 0).all()
+    assert (sae.worth[which] == sae.worth[0]).all() and 0.5 < sae.move_scale()[0] < 2
+    rate = sae.firing(sae.eval()(data()[:4096]).acts)[which]
+    assert 0.5 * 4 / 64 < rate.mean() < 2 * 4 / 64
+
+
 def test_of_the_silent_latents_those_that_overlap_with_living_ones_restart():
     sae, _ = build("zscore_r1", data(), d_sae=32)
     with torch.no_grad():

@@ -11,7 +11,8 @@ o_ij is by interference_rule
     decoder       cos(d_i, d_j)
     coactivation  cosine of the latents' acts, a moving average
     product       the note's: mean of acts_i acts_j, here over the mean of acts_i^2 of all latents
-The last two are moving averages. They punish firing together, as hierarchical features must, and so push towards absorption.
+The last two are moving averages. They punish firing together, as hierarchical features must, and so
+push towards absorption.
 Silent latents restart if they overlap with living ones (idle on the default data: none is silent).
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.52, the baseline's 0.40: can't

@@ -2,7 +2,8 @@
 
 The base starts a ReLU with biases at which a latent just fires, so that acts start near 0. The
 threshold needs no bias to be sparse: with biases of 0 what fires is well above 0, and the encoder
-is scaled to it. Unit decoder rows, the encoder their transpose and b_dec the mean are the base's.
+is scaled to it; a latent that restarts has a bias of 0, too. Unit decoder rows, the encoder their
+transpose and b_dec the mean are the base's.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.64, the baseline's 0.40: worse;
 explained variance is 0.762, the baseline's 0.616: better.
@@ -28,6 +29,13 @@ class Variant(Base):
             x_hat = self.decode(self.activate(self.pre_acts(x)))
             error, spread = (x - x_hat).square().sum(), (x - self.b_dec).square().sum()
             self.stats["started_at"] = 1 - error / spread
+
+    @torch.no_grad()
+    def reset_latents(self, opt, which, directions, x, encoder=1.0):
+        super().reset_latents(opt, which, directions, x, encoder)
+        if self.zscore_init and self.zscore_threshold:
+            self.pre_mean[which] -= self.b_enc[which]
+            self.b_enc[which] = 0
 
     def penalty_scale(self, name):
         warm = self.ramp(self.interference_warmup) if name == "interference" else 1.0

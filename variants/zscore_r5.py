@@ -26,7 +26,7 @@ class Variant(LatentLR, Base):
 
     def build(self):
         super().build()
-        self.track("worth", fresh=1.0, memory=self.worth_memory, start=1.0)
+        self.track("worth", memory=self.worth_memory, start=1.0)
 
     def move_scale(self):
         return (self.worth / self.worth.mean().clamp_min(1e-12)).clamp_min(1e-6) ** self.worth_power
@@ -34,6 +34,10 @@ class Variant(LatentLR, Base):
     def penalties(self, out):
         price = 1 / self.move_scale().clamp(self.latent_lr_low, self.latent_lr_high)
         return super().penalties(out) | {"worth_l1": (out.acts @ price).mean() / self.d_in ** 0.5}
+
+    def reset_latents(self, opt, which, directions, x, encoder=1.0):
+        super().reset_latents(opt, which, directions, x, encoder)
+        self.worth[which] = self.worth.mean()
 
     def after_step(self, opt, out):
         self.follow("worth", out.acts.float().mean(0))
