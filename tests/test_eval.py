@@ -17,7 +17,7 @@ from evaluation import (CPU, CTX, D, LAYERS, VOCAB, build, configurations, core,
 from toys import orthonormal
 
 from sae import (SAE, Acts, generator, load_variant, read_json, read_tensors, run_script, unit,
-                 variant_names, write_file, write_json, write_tensors)
+                 variant_names, write_file, write_json)
 
 
 # ---- the language model --------------------------------------------------------------------------
@@ -197,31 +197,6 @@ def test_metrics_equal_a_plain_recomputation(tmp_path, layer, hook, outliers):
         "kl_div_score": 1 - kl_bench / kl_ablated}
     wanted = {key: float(value) for key, value in wanted.items()}
     assert {key: m[key] for key in wanted} == pytest.approx(wanted, rel=2e-4, abs=1e-6)
-
-
-def test_the_rank_that_matches_l0_is_pcas(tmp_path):
-    language_cache(tmp_path)
-    acts = Acts(tmp_path)
-    data = eval_py.Data(acts, CPU)
-    for batch in eval_py.held_out(acts, eval_py.LanguageModel(acts, CPU), CPU):
-        data.add(batch)
-    x, sample = batch.x.double(), data.sample.double()
-    centred = x - sample.mean(0)
-    axes = torch.linalg.svd(sample - sample.mean(0)).Vh[:5]
-    left = (centred - centred @ axes.T @ axes).square().sum()
-    assert data.pca[5] == pytest.approx(1 - (left / (x - x.mean(0)).square().sum()).item())
-    assert data.pca[-1] == pytest.approx(1) and sorted(data.pca) == data.pca
-
-
-def test_runs_evaluated_together_are_evaluated_as_alone(tmp_path):
-    language_cache(tmp_path)
-    acts = Acts(tmp_path)
-    saes = {kind: build(acts, SAE, activation=kind) for kind in ("topk", "relu", "jumprelu")}
-    together = core(acts, **saes)
-    for kind, sae in saes.items():
-        alone = core(acts, **{kind: sae})[kind]
-        assert alone["metrics"] == together[kind]["metrics"]
-        assert torch.equal(alone["rates"], together[kind]["rates"])
 
 
 def test_all_runs_share_the_passes_that_depend_on_no_sae(tmp_path, monkeypatch):
@@ -580,7 +555,7 @@ def test_results_are_reused_only_if_they_are_of_this_run(place):
     first = path.stat().st_mtime_ns
     assert again() == 0 and path.stat().st_mtime_ns == first
     for stale in ({"sae_checksum": "0" * 32}, {"acts_checksum": "0" * 32}, {"version": 0},
-                  {"settings": {"contexts": 3}}):
+                  {"settings": {"contexts": 3}}, {"val": "0" * 32}):
         write_json(path, {**read_json(path), **stale, "metrics": {"l0": -1.0}})
         assert again() == 0 and read_json(path)["metrics"]["l0"] == pytest.approx(3, abs=0.2)
     now = path.stat().st_mtime_ns
@@ -666,17 +641,6 @@ def test_one_language_model_is_in_memory_at_a_time(place, monkeypatch):
     assert seen[0] is not None and eval_py.bench_of.cache_info().currsize == 0
 
 
-def test_features_without_firing_rates_ask_for_core(place, tmp_path):
-    shutil.copytree(place[0], tmp_path, dirs_exist_ok=True)
-    save_tokenizer(tmp_path / "acts/toy/model")
-    meta = read_json(tmp_path / "acts/toy/meta.json")
-    meta["model"] |= {"path": str(tmp_path / "acts/toy/model")}
-    write_json(tmp_path / "acts/toy/meta.json", meta)
-    (tmp_path / "runs/topk-s0/eval/rates.safetensors").unlink()
-    done = script(tmp_path, "runs/topk-s0", "--eval", "features")
-    assert done.code == 5 and "run --eval core first" in done.err
-
-
 def test_a_run_that_lost_its_weights_leaves_the_others_evaluated(place, tmp_path):
     shutil.copytree(place[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / "runs/topk-s1/sae.safetensors").unlink()
@@ -724,29 +688,6 @@ def test_without_sae_bench_its_evaluations_are_left_out_and_the_others_made(plac
 def test_what_needs_a_language_model_is_left_out_for_synthetic_data(place):
     done = script(place[0], "runs/topk-true-s0", "--eval", "core", "features")
     assert done.code == 0 and not (place[0] / "runs/topk-true-s0/eval/features.json").exists()
-
-
-def test_an_evaluation_that_does_not_fit_is_said_and_fails_no_run(place, monkeypatch):
-    def unfit(acts, model, runs, settings):
-        raise eval_py.Unfit("the tokenizer has no words")
-        yield
-
-    monkeypatch.setitem(eval_py.EVALS, "geometry", eval_py.Evaluation(unfit))
-    done = script(place[0], "runs/topk-s0", "--eval", "geometry")
-    assert done.code == 0 and "no geometry: the tokenizer has no words" in done.out
-
-
-def test_held_out_rows_that_were_made_again_make_results_again(place, tmp_path):
-    shutil.copytree(place[0], tmp_path, dirs_exist_ok=True)
-    before = read_json(tmp_path / "runs/topk-true-s0/eval/core.json")
-    meta = read_json(tmp_path / "acts/true/meta.json")
-    path = tmp_path / "acts/true" / meta["val"]["file"]
-    tensors = {name: tensor[:500] for name, tensor in read_tensors(path)[0].items()}
-    meta["val"]["checksum"] = write_tensors(path, tensors)
-    write_json(tmp_path / "acts/true/meta.json", meta)
-    script(tmp_path, "runs/topk-true-s0", "--eval", "core")
-    after = read_json(tmp_path / "runs/topk-true-s0/eval/core.json")
-    assert after["rows"] == 500 and before["rows"] > 500
 
 
 def test_a_cache_that_is_gone_does_not_keep_the_others_from_being_evaluated(place, tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 
 from sae import (
@@ -39,41 +40,23 @@ def test_tensors_come_back_with_their_meta_also_through_a_kept_buffer(tmp_path):
         assert all(
             torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in TENSORS.items()
         )
+    theirs = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(theirs[k], v) for k, v in TENSORS.items())
     first = buffer.data_ptr()
     assert first <= tensors["acts"].data_ptr() < first + len(buffer)      # views, no copies
 
 
-def test_safetensors_reads_our_files_too(tmp_path):
-    import safetensors.torch
-    write_tensors(tmp_path / "a.safetensors", TENSORS)
-    tensors = safetensors.torch.load_file(tmp_path / "a.safetensors")
-    assert all(torch.equal(tensors[k], v) for k, v in TENSORS.items())
-
-
 @pytest.mark.parametrize("at", [0, 3, 60, 200, -1, -400])
-def test_a_flipped_bit_is_noticed(at, tmp_path):
+def test_a_flipped_bit_and_a_cut_are_noticed(at, tmp_path):
     path = tmp_path / "a.safetensors"
     write_tensors(path, TENSORS)
-    blob = bytearray(path.read_bytes())
-    blob[at] ^= 4
-    path.write_bytes(blob)
-    with pytest.raises(Refuse, match="damaged"):
-        read_tensors(path)
-
-
-@pytest.mark.parametrize("length", [0, 5, 100, -1])
-def test_a_cut_file_is_noticed(length, tmp_path):
-    path = tmp_path / "a.safetensors"
-    write_tensors(path, TENSORS)
-    path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(Refuse, match="damaged"):
-        read_tensors(path)
-
-
-def test_another_files_checksum_is_refused(tmp_path):
-    write_tensors(tmp_path / "a.safetensors", TENSORS)
-    with pytest.raises(Refuse, match="another cache or run"):
-        read_tensors(tmp_path / "a.safetensors", "0" * 32)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[at] ^= 4
+    for blob in (flipped, whole[:at]):
+        path.write_bytes(blob)
+        with pytest.raises(Refuse, match="damaged"):
+            read_tensors(path)
 
 
 def test_json_comes_back_and_an_edit_or_a_missing_key_is_noticed(tmp_path):
@@ -123,21 +106,6 @@ def test_a_disk_that_is_full_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 4 and done.stderr.startswith("error: disk full while writing")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_in_use_is_refused_and_free_when_its_process_ends(tmp_path):
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sae\n"
-            f"held = sae.lock({str(tmp_path)!r}); print(1, flush=True); input()")
-    other = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout.readline() == "1\n"
-    with pytest.raises(Refuse, match="in use") as refused:
-        lock(tmp_path)
-    assert refused.value.code == 6
-    other.kill()
-    other.wait()
-    lock(tmp_path).release()
 
 
 @pytest.mark.parametrize(
@@ -230,13 +198,6 @@ def edit(cache, **changes):
     write_json(cache / "meta.json", {**meta, **changes})
 
 
-def test_a_cache_gives_its_shards(cache):
-    acts = Acts(cache)
-    assert acts.rows == 15_904 and acts.d_in == 32 and len(acts.shards) == 2
-    x = (acts.shard(0)["acts"].float() - acts.mean) * acts.scale
-    assert abs(float(x.norm(dim=1).mean()) - 32 ** 0.5) < 0.1
-
-
 @pytest.mark.parametrize("changes, says", [
     ({"format": 1}, "has format 1, this is 2"), ({"complete": False}, "not finished"),
     ({"d_in": 31}, "cache again"), ({"dtype": "float32"}, "cache again")])
@@ -266,8 +227,3 @@ def test_a_missing_or_foreign_shard_is_refused(cache):
     )
     with pytest.raises(Refuse, match="another cache"):
         Acts(cache).shard(1)
-
-
-def test_a_cache_that_is_not_there_names_those_that_are(cache):
-    with pytest.raises(Refuse, match="there are toy"):
-        Acts(cache.parent / "toys")

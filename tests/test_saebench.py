@@ -337,13 +337,6 @@ FIELDS = ("eval_config", "eval_result_metrics", "eval_result_details", "sae_cfg_
           "eval_type_id")
 
 
-def test_the_models_are_the_same(world, hooked):
-    tokens = world.toy.val()["tokens"][:3].long()
-    logits, cache = hooked.run_with_cache(tokens, prepend_bos=False)
-    ours = world.model.activations(tokens)
-    torch.testing.assert_close(cache[world.toy.meta["hook_name"]], ours, atol=1e-5, rtol=1e-4)
-
-
 # ---- absorption ----
 
 
@@ -494,14 +487,6 @@ def test_a_probe_on_all_latents_that_is_not_trained_is_no_metric(world):
     result = results("sparse_probing", "labelled", world.model, [run], **settings)[0]
     assert result["eval_result_metrics"]["sae"]["sae_test_accuracy"] == -1
     assert "sae_test_accuracy" not in result["metrics"] and "llm_test_accuracy" in result["metrics"]
-
-
-def test_a_task_of_ones_own_needs_text_and_label_alone(world):
-    settings = PROBING | {"dataset_names": ["letters"]}
-    run = make_run("planted", alphabet_sae(world.toy))
-    result = results("sparse_probing", "toy", world.model, [run], **settings)[0]
-    assert result["eval_result_details"][0]["dataset_name"] == "letters_results"
-    assert result["metrics"]["sae_top_1_test_accuracy"] > 0.9
 
 
 def test_ablating_planted_latents_removes_the_bias_and_one_class_alone(world):

@@ -281,16 +281,6 @@ def test_a_broken_variant_is_named_and_the_others_go_on(
 load = train_py.load_variant
 
 
-def test_a_run_whose_code_changed_is_not_evaluated(here, monkeypatch):
-    call(monkeypatch, "--variant", "topk", "--seed", "0", *SMALL)
-    folder = next(Path("runs").iterdir())
-    config = read_json(folder / "config.json")
-    from sae import write_json
-    write_json(folder / "config.json", {**config, "code_checksum": "0"})
-    with pytest.raises(Refuse, match="changed since"):
-        load_run(folder)
-
-
 def test_a_void_run_is_marked(here, monkeypatch, capsys):
     assert (
         call(

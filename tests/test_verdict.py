@@ -335,12 +335,6 @@ def test_an_invalid_run_is_in_no_comparison_and_its_guard_is_named(tmp_path):
     assert verdicts(tmp_path) == said
 
 
-def test_an_invalid_baseline_is_nobodys_yardstick(tmp_path):
-    plant(tmp_path, "baseline", [0.0] * 3, guards=[("untrained", "invalid")])
-    plant(tmp_path, "topk", [0.02 + e for e in SMALL[:3]])
-    assert verdicts(tmp_path) == {"topk": "cannot tell (baseline is out: untrained)"}
-
-
 def test_an_evaluation_of_older_weights_counts_for_nothing(tmp_path):
     plant(tmp_path, "baseline", [0.0] * 3)
     plant(tmp_path, "topk", [0.05] * 3)

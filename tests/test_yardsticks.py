@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from sae import Refuse, generator, load_variant
-from toys import (D_IN, absorption, build, cosines, evaluate, hierarchy, mixture, steps, train)
+from toys import (D_IN, absorption, build, cosines, evaluate, hierarchy, mixture, train)
 
 MUTANTS = [
     "topk:activation=relu", "batch_topk:activation=relu", "jumprelu:activation=relu",
     "gated:gated_sizes=False", "gated:gated_weight=0.0", "gated:-penalties", "gated:-sparsity",
-    "gated:-after_step", "gated:-saelens_weights",
+    "gated:-after_step",
     "p_anneal:p_anneal_end=1.0", "p_anneal:p_anneal_until=0.0", "p_anneal:p_anneal_eps=0.0",
     "matryoshka:matryoshka_prefixes=1", "matryoshka:-recon_error",
     "fixed_ortho:fixed_ortho_weight=0.0", "ortsae:ortsae_weight=0.0",
@@ -182,17 +182,6 @@ def test_the_auxiliary_loss_of_gated_teaches_the_gate_and_not_the_decoder():
     assert sae.W_enc.grad[:, :2].abs().sum(0).gt(0).all()
     assert sae.b_enc.grad.tolist() == pytest.approx([1.5, 0.5, 0, 0])
     assert sae.W_dec.grad is None and sae.r_mag.grad is None and sae.b_mag.grad is None
-
-
-def test_gated_in_saelens_gives_the_same_latents(tmp_path):
-    saelens = pytest.importorskip("sae_lens")
-    sae = train("gated", TRAIN, 50)
-    sae.scale.fill_(0.7)
-    sae.mean.copy_(torch.randn(D_IN, generator=generator("mean")))
-    sae.to_saelens(tmp_path)
-    theirs, raw = saelens.SAE.load_from_disk(tmp_path), HELD_OUT[:256] / 0.7 + sae.mean
-    assert torch.allclose(theirs.encode(raw), sae.encode(raw), atol=1e-4)
-    assert torch.allclose(theirs(raw), sae.reconstruct(raw), atol=1e-4)
 
 
 def test_the_penalty_of_p_anneal_goes_from_l1_to_a_count():
