@@ -25,8 +25,7 @@ API = re.compile(
     r"(/(?P<ask>revision|tree|paths-info|auth-check))?(/(?P<revision>[^/]+))?(/(?P<path>.+))?"
 )
 FILE = re.compile(
-    r"/(?P<kind>datasets/|)(?P<name>[^/]+/[^/]+)/(?P<ask>resolve)/(?P<revision>[^/]+)/(?P<path>.+)"
-)
+    r"/(?P<kind>datasets/|)(?P<name>[^/]+/[^/]+)/(?P<ask>resolve)/(?P<revision>[^/]+)/(?P<path>.+)")
 LARGE = {".safetensors", ".parquet"}
 
 
@@ -35,12 +34,8 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, folder, gated=(), accepted=None):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.folder, self.gated, self.accepted, self.log = (
-            Path(folder),
-            set(gated),
-            accepted or {},
-            [],
-        )
+        self.folder, self.gated, self.accepted, self.log = (Path(folder), set(gated),
+                                                            accepted or {}, [])
         self.history = {}  # (repository, commit) -> its files: old ones are still served
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -74,8 +69,7 @@ class Hub(ThreadingHTTPServer):
     def commit(self, repo):
         files = self.files(repo)
         commit = hashlib.sha1(
-            b"".join(path.encode() + content for path, content in files.items())
-        ).hexdigest()
+            b"".join(path.encode() + content for path, content in files.items())).hexdigest()
         self.history[repo, commit] = files
         return commit
 
@@ -98,37 +92,27 @@ class Answer(BaseHTTPRequestHandler):
             kind, org, name, commit, path = path.removeprefix("/large/").split("/", 4)
             data = self.server.history[f"{kind}/{org}/{name}", commit][path]
             return self.content(
-                data, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
-            )
+                data, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'})
         asked = API.fullmatch(path) or FILE.fullmatch(path)
         if not asked:
             return self.refuse(404, "", "Sorry, we can't find the page you are looking for.")
-        ask, name, revision, path = (
-            asked["ask"],
-            asked["name"],
-            asked["revision"] or "main",
-            asked["path"] or "",
-        )
+        ask, name, revision, path = (asked["ask"], asked["name"], asked["revision"] or "main",
+                                     asked["path"] or "")
         repo = f"{asked['kind'].strip('/') or 'models'}/{name}"
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in self.server.accepted:
             return self.refuse(401, "", "Invalid credentials in Authorization header")
         if not (self.server.folder / repo).is_dir():
-            return self.refuse(
-                404 if token else 401,
-                "RepoNotFound",
-                "Repository not found" if token else "Invalid username or password.",
-            )
+            return self.refuse(404 if token else 401, "RepoNotFound",
+                               "Repository not found" if token else "Invalid username or password.")
         if (
             ask in ("resolve", "auth-check")
             and name in self.server.gated
             and name not in self.server.accepted.get(token, ())
         ):
             return self.refuse(
-                403 if token else 401,
-                "GatedRepo",
-                f"Access to {name} is restricted and you are not in the authorized list.",
-            )
+                403 if token else 401, "GatedRepo",
+                f"Access to {name} is restricted and you are not in the authorized list.")
         latest = self.server.commit(repo)
         commit = latest if revision == "main" else revision
         if (repo, commit) not in self.server.history:
@@ -152,8 +136,7 @@ class Answer(BaseHTTPRequestHandler):
                 if str(parent) not in (".", path)
             }
             entries = [self.entry(p, files) for p in under] + [
-                {"type": "directory", "path": f, "oid": commit, "size": 0} for f in folders
-            ]
+                {"type": "directory", "path": f, "oid": commit, "size": 0} for f in folders]
             depth = path.count("/") + 1 if path else 0
             self.json([e for e in entries if deep or e["path"].count("/") == depth])
         elif ask == "paths-info":
@@ -165,29 +148,17 @@ class Answer(BaseHTTPRequestHandler):
             )
         else:
             self.json(
-                {
-                    "_id": commit[:24],
-                    "id": name,
-                    "modelId": name,
-                    "sha": commit,
-                    "private": False,
-                    "tags": [],
-                    "downloads": 0,
-                    "likes": 0,
-                    "gated": "manual" if name in self.server.gated else False,
-                    "siblings": [{"rfilename": p} for p in files],
-                }
+                {"_id": commit[:24], "id": name, "modelId": name, "sha": commit, "private": False,
+                 "tags": [], "downloads": 0, "likes": 0,
+                 "gated": "manual" if name in self.server.gated else False,
+                 "siblings": [{"rfilename": p} for p in files]}
             )
 
     do_HEAD = do_POST = do_GET
 
     def entry(self, path, files):
-        return {
-            "type": "file",
-            "path": path,
-            "size": len(files[path]),
-            "oid": hashlib.sha1(files[path]).hexdigest(),
-        }
+        return {"type": "file", "path": path, "size": len(files[path]),
+                "oid": hashlib.sha1(files[path]).hexdigest()}
 
     def resolve(self, repo, path, files, commit):
         headers = {"X-Repo-Commit": commit}
@@ -195,10 +166,8 @@ class Answer(BaseHTTPRequestHandler):
             return self.refuse(404, "EntryNotFound", "Entry not found", headers)
         headers["ETag"] = f'"{hashlib.sha1(files[path]).hexdigest()}"'
         if Path(path).suffix in LARGE:
-            headers |= {
-                "X-Linked-Size": str(len(files[path])),
-                "X-Linked-ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"',
-            }
+            headers |= {"X-Linked-Size": str(len(files[path])),
+                        "X-Linked-ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"'}
             return self.send(
                 302, b"", {**headers, "Location": f"{self.server.url}/large/{repo}/{commit}/{path}"}
             )
@@ -213,11 +182,8 @@ class Answer(BaseHTTPRequestHandler):
         first, last = int(part[1]), min(int(part[2] or len(data)), len(data) - 1)
         if first >= len(data):
             return self.send(416, b"", {**headers, "Content-Range": f"bytes */{len(data)}"})
-        self.send(
-            206,
-            data[first : last + 1],
-            {**headers, "Content-Range": f"bytes {first}-{last}/{len(data)}"},
-        )
+        self.send(206, data[first : last + 1],
+                  {**headers, "Content-Range": f"bytes {first}-{last}/{len(data)}"})
 
     def json(self, value):
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -226,27 +192,18 @@ class Answer(BaseHTTPRequestHandler):
         self.send(
             status,
             json.dumps({"error": message}).encode(),
-            {
-                **(headers or {}),
-                **({"X-Error-Code": code} if code else {}),
-                "X-Error-Message": message,
-            },
+            {**(headers or {}), **({"X-Error-Code": code} if code else {}),
+             "X-Error-Message": message},
         )
 
     def send(self, status, data, headers):
         self.server.log.append(
-            (
-                self.command,
-                unquote(urlsplit(self.path).path),
-                len(data) if self.command == "GET" and status < 300 else 0,
-            )
+            (self.command, unquote(urlsplit(self.path).path),
+             len(data) if self.command == "GET" and status < 300 else 0)
         )
         self.send_response(status)
-        for key, value in {
-            "Content-Type": "application/octet-stream",
-            **headers,
-            "Content-Length": str(len(data)),
-        }.items():
+        for key, value in {"Content-Type": "application/octet-stream", **headers,
+                           "Content-Length": str(len(data))}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":

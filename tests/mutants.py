@@ -36,18 +36,8 @@ def noticed_by(mutant, file):
 
 
 def first_failure(mutant, file, which):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        str(file),
-        "-k",
-        which,
-    ]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(file),
+               "-k", which]
     environment = {**os.environ, "MUTANT": mutant}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     failed = re.search(r"^(?:FAILED|ERROR) \S+?::(\S+)", run.stdout, re.MULTILINE)

@@ -33,9 +33,7 @@ MUTANTS = [
     "contrastive_r9:wta_hot=0.2", "contrastive_r9:wta_silent=0.0", "contrastive_r9:wta_radius=1",
     "contrastive_r10:hard_block=0", "contrastive_r10:decorrelation_weight=0.0",
     "contrastive_r10:prune_every=0.0", "contrastive_r10:revive_every=0.0",
-    "contrastive_r10:-before_step", "contrastive_r10:-after_step",
-    "contrastive_r10:-reset_latents",
-]
+    "contrastive_r10:-before_step", "contrastive_r10:-after_step", "contrastive_r10:-reset_latents"]
 
 X = mixture()[0]
 CORRELATED = mixture(correlated=0.8)[0]

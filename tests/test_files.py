@@ -9,22 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from sae import (
-    ROOT,
-    Acts,
-    Refuse,
-    check_name,
-    lock,
-    natural,
-    pick_device,
-    positive_int,
-    read_json,
-    read_tensors,
-    run_folders,
-    write_file,
-    write_json,
-    write_tensors,
-)
+from sae import (ROOT, Acts, Refuse, check_name, lock, natural, pick_device, positive_int,
+                 read_json, read_tensors, run_folders, write_file, write_json, write_tensors)
 from toys import mixture, write_cache
 
 TENSORS = {"acts": torch.randn(40, 8).bfloat16(), "tokens": torch.arange(40, dtype=torch.int32),
@@ -37,9 +23,8 @@ def test_tensors_come_back_with_their_meta_also_through_a_kept_buffer(tmp_path):
     for kept in (None, buffer):
         tensors, meta = read_tensors(tmp_path / "a.safetensors", said, kept)
         assert meta["step"] == 7 and meta["name"] == "ü" and tensors.keys() == TENSORS.keys()
-        assert all(
-            torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in TENSORS.items()
-        )
+        assert all(torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k,
+                   v in TENSORS.items())
     theirs = safetensors.torch.load_file(tmp_path / "a.safetensors")
     assert all(torch.equal(theirs[k], v) for k, v in TENSORS.items())
     first = buffer.data_ptr()
@@ -112,18 +97,12 @@ def test_a_disk_that_is_full_is_one_line(tmp_path):
     "does, code, says",
     [
         ("raise sae.Refuse('no such run: a\\nb', 2)", 2, "error: no such run: a b\n"),
-        (
-            "raise KeyboardInterrupt",
-            130,
-            "interrupted: the same command goes on from what is saved\n",
-        ),
+        ("raise KeyboardInterrupt", 130,
+         "interrupted: the same command goes on from what is saved\n"),
         ("open('/nowhere/x')", 4, "error: /nowhere/x: No such file or directory\n"),
         ("raise MemoryError('12 GB')", 4, "error: out of memory: 12 GB\n"),
-        (
-            "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)",
-            130,
-            "interrupted",
-        ),
+        ("import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)", 130,
+         "interrupted"),
         ("return 0", 0, ""),
     ],
 )
@@ -141,9 +120,8 @@ def test_a_script_ends_in_one_line_and_a_code(does, code, says):
 def test_a_reader_that_has_seen_enough_ends_a_script_quietly():
     script = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sae\ndef main():\n"
               "    for i in range(100_000): print('line', i)\nsae.run_script(main)")
-    writer = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    writer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True)
     assert writer.stdout.readline() == "line 0\n"
     writer.stdout.close()
     assert writer.wait() == 0 and writer.stderr.read() == ""
@@ -223,7 +201,6 @@ def test_a_missing_or_foreign_shard_is_refused(cache):
     with pytest.raises(Refuse, match="is missing"):
         Acts(cache).shard(1)
     (cache / "train_00001.safetensors").write_bytes(
-        (cache / "train_00000.safetensors").read_bytes()
-    )
+        (cache / "train_00000.safetensors").read_bytes())
     with pytest.raises(Refuse, match="another cache"):
         Acts(cache).shard(1)

@@ -8,18 +8,15 @@ import torch
 from sae import Refuse, generator, load_variant, unit
 from toys import absorption, build, cosines, evaluate, gini, hierarchy, mixture, steps, train
 
-MUTANTS = [
-    "hierarchical_r1:linear_start=1.0", "hierarchical_r1:linear_until=0.0",
-    "hierarchical_r1:linear_form=weight", "hierarchical_r1:-wanted_l0",
-    "hierarchical_r1:-steer_sparsity", "hierarchical_r1:-after_step",
-    "hierarchical_r2:revive_every=0.0", "hierarchical_r2:revive_silent=2.0",
-    "hierarchical_r3:latent_l1_power=0.0", "hierarchical_r3:-l1_weights",
-    "hierarchical_r3:-after_step",
-    "hierarchical_r4:l1_power=0.0", "hierarchical_r4:l1_power=1.0", "hierarchical_r4:l1_per=batch",
-    "hierarchical_r4:-cost", "hierarchical_r4:-penalties",
-    "hierarchical_r5:merge_every=0.0", "hierarchical_r5:-restart",
-    "hierarchical_r5:merge_threshold=2.0",
-]
+MUTANTS = ["hierarchical_r1:linear_start=1.0", "hierarchical_r1:linear_until=0.0",
+           "hierarchical_r1:linear_form=weight", "hierarchical_r1:-wanted_l0",
+           "hierarchical_r1:-steer_sparsity", "hierarchical_r1:-after_step",
+           "hierarchical_r2:revive_every=0.0", "hierarchical_r2:revive_silent=2.0",
+           "hierarchical_r3:latent_l1_power=0.0", "hierarchical_r3:-l1_weights",
+           "hierarchical_r3:-after_step", "hierarchical_r4:l1_power=0.0",
+           "hierarchical_r4:l1_power=1.0", "hierarchical_r4:l1_per=batch", "hierarchical_r4:-cost",
+           "hierarchical_r4:-penalties", "hierarchical_r5:merge_every=0.0",
+           "hierarchical_r5:-restart", "hierarchical_r5:merge_threshold=2.0"]
 R = "hierarchical_r"
 STEPS = 300
 X = mixture()[0]

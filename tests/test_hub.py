@@ -20,17 +20,8 @@ from sae import Acts  # noqa: E402
 from test_cache import SMALL, contents, save, texts, write_jsonl  # noqa: E402
 
 FILES, PER_FILE = 4, 400
-ASK = [
-    "--model",
-    "toys/words",
-    "--layer",
-    "1",
-    "--data",
-    "toys/stories",
-    "--column",
-    "story",
-    *SMALL,
-]
+ASK = ["--model", "toys/words", "--layer", "1", "--data", "toys/stories", "--column", "story",
+       *SMALL]
 
 FORKS = """
 import importlib, json, os, sys
@@ -68,14 +59,9 @@ class Machine:
         self.folder = folder
         clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         env = {**clean, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf"), **env}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", FORKS, str(ROOT)],
-            cwd=folder,
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self.process = subprocess.Popen([sys.executable, "-c", FORKS, str(ROOT)], cwd=folder,
+                                        env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True)
 
     def run(self, *argv, code=0, **env):
         """What the script said; it must end with this exit code."""
@@ -103,9 +89,8 @@ class Machine:
 def parquet(path, documents, column):
     import pyarrow.parquet
     path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(
-        pyarrow.table({"id": range(len(documents)), column: documents}), path
-    )
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(len(documents)), column: documents}),
+                                path)
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +144,7 @@ def test_a_model_and_data_come_by_name_and_only_what_is_needed_is_fetched(hub, o
     weights = hub.folder / "models/toys/words/model.safetensors"
     assert fetched["model.safetensors"] == weights.stat().st_size                    # once
     assert [name for name in fetched if name.endswith(".parquet")] == [
-        f"train-00000-of-{FILES:05d}.parquet"
-    ]
+        f"train-00000-of-{FILES:05d}.parquet"]
     shutil.copytree(hub.folder / "models/toys/words", online.folder / "words")
     shutil.copytree(hub.folder / "datasets/toys/stories", online.folder / "texts")
     hub.log.clear()
@@ -186,8 +170,7 @@ def test_what_is_wrong_with_the_data_is_said_before_weights_are_fetched(hub, onl
         (2, "toys/stories, record 1: no column 'body', there are id, story", ["--column", "body"]),
         (3, "Available splits: ['train', 'test']", ["--split", "nothing"]),
         (2, "data set toys/nothing is neither on the hub", ["--data", "toys/nothing"]),
-        (4, "data set toys/secret is gated", ["--data", "toys/secret", "--config", "en"]),
-    ]:
+        (4, "data set toys/secret is gated", ["--data", "toys/secret", "--config", "en"])]:
         assert words in online.refuses(code, *ASK, *argv, "--name", "data")
     assert "model.safetensors" not in hub.fetched() and "config.json" in hub.fetched()
 
@@ -222,19 +205,10 @@ def test_what_is_missing_or_out_of_reach_is_said_in_one_line(hub, online):
 def test_offline_the_hubs_cache_gives_the_same_rows(hub, online, offline):
     hub.log.clear()
     assert "data set toys/stories is not in the local cache" in offline.refuses(4, *ASK)
-    fetch = [
-        Path(sys.executable).with_name("hf"),
-        "download",
-        "toys/stories",
-        "--repo-type",
-        "dataset",
-    ]
-    env = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(online.folder / "hf"),
-        "HF_HUB_OFFLINE": "0",
-    }
+    fetch = [Path(sys.executable).with_name("hf"), "download", "toys/stories", "--repo-type",
+             "dataset"]
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(online.folder / "hf"),
+           "HF_HUB_OFFLINE": "0"}
     subprocess.run(fetch, check=True, capture_output=True, env=env)
     hub.log.clear()
     offline.run(*ASK)

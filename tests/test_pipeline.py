@@ -31,58 +31,22 @@ def check_png(path):
 def test_a_local_model_from_text_to_a_page(tmp_path):
     test_cache.save(tmp_path / "m", "gpt_neox")
     test_cache.write_jsonl(tmp_path / "t.jsonl", test_cache.texts(n=1200, length=40))
-    script(
-        tmp_path,
-        "01_cache_acts.py",
-        "--model",
-        "m",
-        "--layer",
-        0,
-        1,
-        "--data",
-        "t.jsonl",
-        "--ctx",
-        16,
-        "--tokens",
-        40_000,
-        "--val-tokens",
-        2_000,
-        "--rows-per-shard",
-        8192,
-    )
+    script(tmp_path, "01_cache_acts.py", "--model", "m", "--layer", 0, 1, "--data", "t.jsonl",
+           "--ctx", 16, "--tokens", 40_000, "--val-tokens", 2_000, "--rows-per-shard", 8192)
     assert sorted(p.name for p in (tmp_path / "acts").iterdir() if p.name.startswith("m_")) == [
-        "m_l0",
-        "m_l1",
-    ]
+        "m_l0", "m_l1"]
     acts = Acts(tmp_path / "acts" / "m_l1")
     assert acts.meta["hook_name"] == "blocks.1.hook_resid_post" and acts.rows > 35_000
     x = torch.cat([acts.shard(i)["acts"].float() for i in range(len(acts.shards))])
-    assert ((x - acts.mean) * acts.scale).norm(dim=1).mean() == pytest.approx(
-        acts.d_in**0.5, abs=0.02
-    )
+    assert ((x - acts.mean) * acts.scale).norm(dim=1).mean() == pytest.approx(acts.d_in**0.5,
+                                                                              abs=0.02)
 
-    out = script(
-        tmp_path,
-        "02_train.py",
-        "--acts",
-        "m_l1",
-        "--variant",
-        "baseline",
-        "topk",
-        "--seed",
-        0,
-        1,
-        2,
-        "--set",
-        "d_sae=48",
-        "l0=4",
-        "batch_size=256",
-    )
+    out = script(tmp_path, "02_train.py", "--acts", "m_l1", "--variant", "baseline", "topk",
+                 "--seed", 0, 1, 2, "--set", "d_sae=48", "l0=4", "batch_size=256")
     runs = sorted((tmp_path / "runs").iterdir())
     assert len(runs) == 6 and all(run.name in out for run in runs)
-    script(
-        tmp_path, "03_eval.py", "--controls", "--eval", "core", "geometry", "stability", "features"
-    )
+    script(tmp_path, "03_eval.py", "--controls", "--eval", "core", "geometry", "stability",
+           "features")
     printed = script(tmp_path, "04_plot.py")
     assert all(len(line) <= 100 for line in printed.splitlines())
 
@@ -93,9 +57,8 @@ def test_a_local_model_from_text_to_a_page(tmp_path):
         assert 0.3 < m["explained_variance"] < 1 and abs(m["l0"] - 4) < 0.4
         ours = (m["ce_zero"] - m["ce_sae"]) / (m["ce_zero"] - m["ce_clean"])
         assert m["ce_zero"] != m["ce_clean"] and m["ce_recovered"] == pytest.approx(ours, abs=1e-6)
-        assert m["explained_variance"] == pytest.approx(
-            config["final"]["explained_variance"], abs=0.1
-        )
+        assert m["explained_variance"] == pytest.approx(config["final"]["explained_variance"],
+                                                        abs=0.1)
     results = (tmp_path / "plots" / "results.md").read_text()
     for variant in ("baseline", "topk"):
         assert re.search(rf"^\| *{variant}", results, re.MULTILINE), results
@@ -111,21 +74,8 @@ def test_synthetic_truth_from_features_to_verdict(tmp_path):
     truth, _ = read_tensors(tmp_path / "acts/synthetic/truth.safetensors")
     assert truth["dictionary"].shape[0] > truth["dictionary"].shape[1]
     assert (truth["parent"] >= 0).sum() > 50
-    script(
-        tmp_path,
-        "02_train.py",
-        "--acts",
-        "synthetic",
-        "--variant",
-        "topk",
-        "matryoshka",
-        "--seed",
-        0,
-        "--set",
-        "d_sae=320",
-        "l0=5",
-        "batch_size=1024",
-    )
+    script(tmp_path, "02_train.py", "--acts", "synthetic", "--variant", "topk", "matryoshka",
+           "--seed", 0, "--set", "d_sae=320", "l0=5", "batch_size=1024")
     script(tmp_path, "03_eval.py", "--eval", "core", "--controls")
     script(tmp_path, "04_plot.py", "--metric", "absorption")
     found = {run.name.split("-")[0]: read_json(run / "eval" / "core.json")["metrics"]

@@ -25,9 +25,8 @@ def test_it_refuses_what_a_gpu_refuses():
         } == {HERE}
         for wrong in (lambda: x + there, lambda: there @ x.T, lambda: x[there > 0], there.numpy,
                       lambda: torch.rand(2, generator=torch.Generator(), device="cuda")):
-            with pytest.raises(
-                (RuntimeError, TypeError), match="same device|generator|convert cuda"
-            ):
+            with pytest.raises((RuntimeError, TypeError),
+                               match="same device|generator|convert cuda"):
                 wrong()
     assert torch.rand(2).device.type == "cpu"
 
@@ -48,9 +47,8 @@ def test_every_variant_trains_there_as_on_the_cpu(name):
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=wide)
 
 
-@pytest.mark.parametrize(
-    "activation, most", [("relu", 110), ("topk", 80), ("batch_topk", 85), ("jumprelu", 155)]
-)
+@pytest.mark.parametrize("activation, most",
+                         [("relu", 110), ("topk", 80), ("batch_topk", 85), ("jumprelu", 155)])
 def test_a_step_starts_few_kernels_and_no_more_in_a_wide_dictionary(activation, most):
     counts = []
     for d_sae in (256, 2304):
@@ -73,19 +71,8 @@ def test_stage_2_runs_there(tmp_path, monkeypatch):
     write_cache(tmp_path / "acts" / "tiny", mixture(n_rows=20_000)[0])
     final = {}
     for device in ("cpu", "cuda"):
-        words = [
-            "--variant",
-            "baseline",
-            "batch_topk",
-            "--seed",
-            "0",
-            "--device",
-            device,
-            "--set",
-            "d_sae=64",
-            "l0=4",
-            "batch_size=256",
-        ]
+        words = ["--variant", "baseline", "batch_topk", "--seed", "0", "--device", device, "--set",
+                 "d_sae=64", "l0=4", "batch_size=256"]
         monkeypatch.setattr(sys, "argv", ["02_train.py", *words])
         with pretended():
             assert train_py.main() == 0
@@ -101,11 +88,8 @@ def test_the_path_on_a_gpu_is_a_fixed_rule_of_sizes():
     """Sparse for at most 0.9 % of the latents, if the products outweigh the launches."""
     large = {"d_sae": 1024, "batch_size": 2**21}
     with pretended():
-        for settings, path in (
-            ({"l0": 9.0, **large}, "sparse"),
-            ({"l0": 10.0, **large}, "dense"),
-            ({"l0": 9.0, **large, "batch_size": 2**20}, "dense"),
-        ):
+        for settings, path in (({"l0": 9.0, **large}, "sparse"), ({"l0": 10.0, **large}, "dense"),
+                               ({"l0": 9.0, **large, "batch_size": 2**20}, "dense")):
             assert SAE(32, 10, **settings).to("cuda").path == path
 
 

@@ -32,20 +32,10 @@ def test_l0_stays_within_5_percent_of_its_schedule(activation, start):
     ratio = {}
     for gain in (0.0, SAE.sparsity_gain):
         followed = []
-        train(
-            "baseline",
-            RICH,
-            400,
-            activation=activation,
-            l0=6.0,
-            sparsity_start=start,
-            batch_size=512,
-            sparsity_gain=gain,
-            sparsity_memory=0.004 if gain else 1e9,
-            each=lambda sae, out, terms: followed.append(
-                float((out.acts > 0).sum() / 512 / sae.wanted_l0())
-            ),
-        )
+        train("baseline", RICH, 400, activation=activation, l0=6.0, sparsity_start=start,
+              batch_size=512, sparsity_gain=gain, sparsity_memory=0.004 if gain else 1e9,
+              each=lambda sae, out,
+              terms: followed.append( float((out.acts > 0).sum() / 512 / sae.wanted_l0())))
         ratio[gain] = torch.tensor(followed[20:]).unfold(0, 10, 10).mean(1)
     assert (ratio[SAE.sparsity_gain] - 1).abs().max() < 0.05
     assert (ratio[0.0] - 1).abs().max() > 0.2
@@ -140,11 +130,8 @@ def test_the_encoders_gradient_stays_sparse_also_with_dead_latents(activation, m
     on_path(monkeypatch, "sparse")
     seen = []
     plain = sae_py.Encode.backward
-    monkeypatch.setattr(
-        sae_py.Encode,
-        "backward",
-        staticmethod(lambda ctx, g: (seen.append(g.is_sparse), plain(ctx, g))[1]),
-    )
+    monkeypatch.setattr(sae_py.Encode, "backward",
+                        staticmethod(lambda ctx, g: (seen.append(g.is_sparse), plain(ctx, g))[1]))
     sae, _ = build("baseline", X, activation=activation)
     sae.silent[:8] = 1e9
     sum(sae.losses(sae.train()(X[:256])).values()).backward()
@@ -194,9 +181,8 @@ def test_aux_revives_dead_latents(activation):
     """Latents that start shut come back with AuxK and stay dead without it."""
     dead = {}
     for weight in (0.0, SAE.aux_weight):
-        sae, opt = build(
-            "baseline", RICH, 400, activation=activation, l0=8.0, aux_weight=weight, dead_after=0.02
-        )
+        sae, opt = build("baseline", RICH, 400, activation=activation, l0=8.0, aux_weight=weight,
+                         dead_after=0.02)
         with torch.no_grad():
             sae.b_enc[:32] -= 12.0
         steps(sae, opt, RICH)
@@ -209,9 +195,8 @@ def test_a_reset_touches_these_latents_and_nobody_else():
     sae, opt = build("jumprelu", X)
     steps(sae, opt, X, stop=20)
     before = {k: v.clone() for k, v in sae.state_dict().items()}
-    moments = {
-        name: {k: v.clone() for k, v in opt.state[p].items()} for name, p in sae.named_parameters()
-    }
+    moments = {name: {k: v.clone() for k, v in opt.state[p].items()} for name,
+               p in sae.named_parameters()}
     which = torch.tensor([3, 40])
     directions = torch.randn(2, D_IN, generator=generator("d"))
     sae.reset_latents(opt, which, directions, X[:256])
@@ -238,9 +223,8 @@ def test_a_reset_touches_these_latents_and_nobody_else():
 def test_a_restarted_latent_fires_at_the_wanted_rate(activation):
     sae, opt = build("baseline", X, activation=activation)
     steps(sae, opt, X, stop=100)
-    sae.reset_latents(
-        opt, torch.arange(8), torch.randn(8, D_IN, generator=generator("d")), X[:2048]
-    )
+    sae.reset_latents(opt, torch.arange(8), torch.randn(8, D_IN, generator=generator("d")),
+                      X[:2048])
     rate = (sae.eval()(X[2048:6144]).acts > 0).float().mean(0)[:8]
     assert (rate < 0.3).all()
     if activation in ("relu", "jumprelu"):
@@ -294,9 +278,8 @@ def test_raw_activations_in_raw_activations_out(activation):
 # ---- SAELens -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "variant", ["baseline", "topk", "batch_topk", "jumprelu", "gated", "matryoshka"]
-)
+@pytest.mark.parametrize("variant",
+                         ["baseline", "topk", "batch_topk", "jumprelu", "gated", "matryoshka"])
 def test_sae_lens_reproduces_an_exported_sae(variant, tmp_path):
     sae_lens = pytest.importorskip("sae_lens")
     sae = train(variant, X, 60)
@@ -308,9 +291,8 @@ def test_sae_lens_reproduces_an_exported_sae(variant, tmp_path):
     assert torch.allclose(theirs(raw), sae.reconstruct(raw), atol=1e-3)
     assert torch.allclose(theirs.encode(raw), sae.encode(raw), atol=1e-3)
     if variant != "gated":
-        assert torch.allclose(
-            SAE.from_saelens(tmp_path).reconstruct(raw), sae.reconstruct(raw), atol=1e-3
-        )
+        assert torch.allclose(SAE.from_saelens(tmp_path).reconstruct(raw), sae.reconstruct(raw),
+                              atol=1e-3)
 
 
 @pytest.mark.parametrize("rescale", [False, True])
@@ -335,19 +317,9 @@ def write_saelens(folder, **fields):
     import safetensors.torch
     g = generator("saelens")
     d = torch.randn(64, 16, generator=g)
-    config = {
-        "architecture": "topk",
-        "k": 8,
-        "d_in": 16,
-        "d_sae": 64,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": {},
-        **fields,
-    }
+    config = {"architecture": "topk", "k": 8, "d_in": 16, "d_sae": 64, "dtype": "float32",
+              "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
+              "reshape_activations": "none", "metadata": {}, **fields}
     (folder / "cfg.json").write_text(json.dumps(config))
     tensors = {"W_enc": d.T.contiguous(), "W_dec": d * (0.5 + 3 * torch.rand(64, 1, generator=g)),
                "b_enc": torch.zeros(64), "b_dec": torch.zeros(16)}
@@ -364,14 +336,9 @@ def test_an_sae_that_sae_lens_does_not_have_is_not_exported(tmp_path):
 
 @pytest.mark.parametrize(
     "pair, says",
-    [
-        ("bandwith=3", "no such setting, did you mean bandwidth"),
-        ("l0=abc", "want float"),
-        ("d_sae=1.5", "want int"),
-        ("l0=", "want name=value"),
-        ("l0=inf", "want float"),
-        ("=3", "want name=value"),
-    ],
+    [("bandwith=3", "no such setting, did you mean bandwidth"), ("l0=abc", "want float"),
+     ("d_sae=1.5", "want int"), ("l0=", "want name=value"), ("l0=inf", "want float"),
+     ("=3", "want name=value")],
 )
 def test_a_bad_setting_is_refused_with_a_reason(pair, says):
     with pytest.raises(Refuse, match=says) as refused:
@@ -380,8 +347,7 @@ def test_a_bad_setting_is_refused_with_a_reason(pair, says):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"d_sae": 0}, {"l0": 2000.0}, {"lr": 0.0}, {"activation": "rleu"}, {"lr_warmup": 2.0}]
-)
+    "bad", [{"d_sae": 0}, {"l0": 2000.0}, {"lr": 0.0}, {"activation": "rleu"}, {"lr_warmup": 2.0}])
 def test_a_setting_out_of_range_is_refused(bad):
     with pytest.raises(Refuse, match="want"):
         SAE(D_IN, 10, **bad)

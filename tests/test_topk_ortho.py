@@ -12,30 +12,16 @@ from sae import Refuse, load_variant, parse_settings, unit
 from toys import build, cosines, evaluate, hierarchy, mixture, steps, train
 
 MUTANTS = [
-    "topk_ortho_r1:ortho_weight=0.0",
-    "topk_ortho_r1:pair_rule=random",
-    "topk_ortho_r1:pair_fraction=1.0",
-    "topk_ortho_r1:pair_latents=8",
-    "topk_ortho_r1:ortho_tau=0.9",
-    "topk_ortho_r2:tau_rate=0.0",
-    "topk_ortho_r2:tau_rule=note",
-    "topk_ortho_r3:pairs_std=0.0",
-    "topk_ortho_r3:pairs_memory=0.0",
-    "topk_ortho_r4:prune_every=0.0",
-    "topk_ortho_r5:importance_protects=0.0",
-    "topk_ortho_r5:-after_step",
-    "topk_ortho_r6:l1_gain=0.0",
-    "topk_ortho_r6:l1_form=global",
-    "topk_ortho_r7:inhibition_strength=0.0",
-    "topk_ortho_r7:inhibition_form=scale",
-    "topk_ortho_r7:-init_from_data",
-    "topk_ortho_r7:-after_step",
-    "topk_ortho_r8:neighbours_every=0.0",
-    "topk_ortho_r8:-after_step",
-    "topk_ortho_r9:revive_every=0.0",
-    "topk_ortho_r9:-to_revive",
-    "topk_ortho_r9:revive_from=error",
-]
+    "topk_ortho_r1:ortho_weight=0.0", "topk_ortho_r1:pair_rule=random",
+    "topk_ortho_r1:pair_fraction=1.0", "topk_ortho_r1:pair_latents=8",
+    "topk_ortho_r1:ortho_tau=0.9", "topk_ortho_r2:tau_rate=0.0", "topk_ortho_r2:tau_rule=note",
+    "topk_ortho_r3:pairs_std=0.0", "topk_ortho_r3:pairs_memory=0.0",
+    "topk_ortho_r4:prune_every=0.0", "topk_ortho_r5:importance_protects=0.0",
+    "topk_ortho_r5:-after_step", "topk_ortho_r6:l1_gain=0.0", "topk_ortho_r6:l1_form=global",
+    "topk_ortho_r7:inhibition_strength=0.0", "topk_ortho_r7:inhibition_form=scale",
+    "topk_ortho_r7:-init_from_data", "topk_ortho_r7:-after_step",
+    "topk_ortho_r8:neighbours_every=0.0", "topk_ortho_r8:-after_step",
+    "topk_ortho_r9:revive_every=0.0", "topk_ortho_r9:-to_revive", "topk_ortho_r9:revive_from=error"]
 SEEDS = [0, 1]
 TREES = {"l0": 2.4}  # the hierarchy's own L0
 
@@ -79,21 +65,16 @@ def test_a_score_is_what_the_rule_says(rule):
     out = sae(x)
     i, j = 1, 4
     acts, pre, fires = out.acts[:, [i, j]], out.pre[:, [i, j]], (out.acts[:, [i, j]] > 0).float()
-    known = {
-        "coactivation": acts.prod(1).mean(),
-        "phi": torch.corrcoef(fires.T)[0, 1],
-        "preact": torch.corrcoef(pre.T)[0, 1],
-        "decoder": sae.W_dec[i] @ sae.W_dec[j],
-    }
+    known = {"coactivation": acts.prod(1).mean(), "phi": torch.corrcoef(fires.T)[0, 1],
+             "preact": torch.corrcoef(pre.T)[0, 1], "decoder": sae.W_dec[i] @ sae.W_dec[j]}
     score = sae.score_pairs(out, torch.arange(6), sae.W_dec @ sae.W_dec.T)
     assert torch.isclose(score[i, j], known[rule], atol=1e-5)
 
 
 def test_only_the_best_pairs_of_firing_latents_pay_and_each_once():
     x = rows("trees")[:256]
-    sae, _ = build(
-        "topk_ortho_r1", x, pair_rule="decoder", d_sae=20, pair_fraction=0.05, pair_latents=10
-    )
+    sae, _ = build("topk_ortho_r1", x, pair_rule="decoder", d_sae=20, pair_fraction=0.05,
+                   pair_latents=10)
     out = sae(x)
     cos = unit(sae.W_dec[(out.acts > 0).sum(0).topk(10).indices])
     cos = (cos @ cos.T)[torch.ones(10, 10, dtype=torch.bool).triu(1)]
@@ -133,13 +114,8 @@ def true_share(sae, rule, seed):
 
 def test_every_rule_finds_parents_and_children_more_often_than_chance():
     """24 latents for 24 features at too small an L0: parents are absorbed into their children."""
-    absorbing = {
-        "activation": "batch_topk",
-        "l0": 1.75,
-        "d_sae": 24,
-        "pair_fraction": 0.05,
-        "ortho_weight": 0.0,
-    }
+    absorbing = {"activation": "batch_topk", "l0": 1.75, "d_sae": 24, "pair_fraction": 0.05,
+                 "ortho_weight": 0.0}
     saes = [run("topk_ortho_r1", "trees", seed, **absorbing)[0] for seed in SEEDS]
 
     def share(rule):
@@ -162,9 +138,8 @@ def selected_squares(sae, seed):
 def test_the_selected_pairs_part_and_all_pairs_much_less(activation):
     for seed in SEEDS:
         on = run("topk_ortho_r1", "trees", seed, **TREES, activation=activation)[0]
-        free = run(
-            "topk_ortho_r1", "trees", seed, **TREES, activation=activation, **off("topk_ortho_r1")
-        )[0]
+        free = run("topk_ortho_r1", "trees", seed, **TREES, activation=activation,
+                   **off("topk_ortho_r1"))[0]
         selected = selected_squares(on, seed) / selected_squares(free, seed)
         every = cosines(on).square().mean() / cosines(free).square().mean()
         assert selected < 0.2 and every > 2 * selected
@@ -172,16 +147,14 @@ def test_the_selected_pairs_part_and_all_pairs_much_less(activation):
 
 def test_the_pairs_of_65536_latents_fit_in_memory():
     x = rows("trees")[:128]
-    sae, opt = build(
-        "topk_ortho_r3", x, steps=50, d_sae=65_536, l0=1024.0, batch_size=64, pair_latents=512
-    )
+    sae, opt = build("topk_ortho_r3", x, steps=50, d_sae=65_536, l0=1024.0, batch_size=64,
+                     pair_latents=512)
     steps(sae, opt, x, stop=2)
     assert sae.pairs[0].max() >= 512 and sae.W_dec.isfinite().all()
 
 
 @pytest.mark.parametrize(
-    "text", ["pair_rule=jaccard", "tau_rule=notes", "inhibition_form=divide", "l1_form=all"]
-)
+    "text", ["pair_rule=jaccard", "tau_rule=notes", "inhibition_form=divide", "l1_form=all"])
 def test_a_mistyped_choice_is_refused(text):
     cls = load_variant("topk_ortho_r9")
     with pytest.raises(Refuse, match=text.partition("=")[2]):
@@ -214,17 +187,14 @@ def test_r2_tau_brings_the_pairs_mean_cosine_nearer_to_its_target():
 def spread(kind):
     """Scores of 200 latents' pairs."""
     g = torch.Generator().manual_seed(0)
-    score = {
-        "uniform": torch.rand(200, 200, generator=g),
-        "normal": torch.randn(200, 200, generator=g),
-        "two values": (torch.rand(200, 200, generator=g) < 0.04).float(),
-    }[kind]
+    score = {"uniform": torch.rand(200, 200, generator=g),
+             "normal": torch.randn(200, 200, generator=g),
+             "two values": (torch.rand(200, 200, generator=g) < 0.04).float()}[kind]
     return score.masked_fill(~torch.ones(200, 200, dtype=torch.bool).triu(1), -torch.inf)
 
 
 @pytest.mark.parametrize(
-    "kind, pairs", [("uniform", 10), ("normal", 0.0228 * 19900), ("two values", 0.04 * 19900)]
-)
+    "kind, pairs", [("uniform", 10), ("normal", 0.0228 * 19900), ("two values", 0.04 * 19900)])
 def test_r3_the_number_of_pairs_follows_how_the_scores_are_spread(kind, pairs):
     sae, _ = build("topk_ortho_r3", rows("trees"))
     assert abs(len(sae.select_pairs(spread(kind))) - pairs) < 0.15 * pairs
@@ -257,8 +227,7 @@ def test_r4_hardly_any_near_parallel_pair_is_left():
             int(
                 (
                     cosines(
-                        run("topk_ortho_r4", "trees", seed, **TREES, ortho_weight=0.0, **extra)[0]
-                    )
+                        run("topk_ortho_r4", "trees", seed, **TREES, ortho_weight=0.0, **extra)[0])
                     > 0.5
                 ).sum()
             )
@@ -315,12 +284,10 @@ def test_r6_the_notes_form_has_one_weight_for_all():
 # ---- r7, r8: competition -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "settings, left", [({}, 4 - 0.3 * 6), ({"inhibition_form": "scale"}, 4 - 0.3 * 4)]
-)
-def test_r7_a_weaker_neighbour_loses_a_share_of_the_winner_or_by_the_notes_form_of_itself(
-    settings, left
-):
+@pytest.mark.parametrize("settings, left",
+                         [({}, 4 - 0.3 * 6), ({"inhibition_form": "scale"}, 4 - 0.3 * 4)])
+def test_r7_a_weaker_neighbour_loses_a_share_of_the_winner_or_by_the_notes_form_of_itself(settings,
+                                                                                          left):
     x = rows("mixture")
     sae, _ = build("topk_ortho_r7", x, inhibition_radius=2, **settings)
     sae.usual_max.fill_(10.0)
@@ -340,9 +307,8 @@ def test_r7_a_winner_is_strong_by_what_rows_reach_now():
     assert at_start.isfinite()
     steps(sae, opt, x, stop=60)
     highest = sae(rows("mixture")).pre.amax(1).mean()
-    assert torch.isclose(sae.usual_max, highest, rtol=0.1) and not torch.isclose(
-        at_start, highest, rtol=0.1
-    )
+    assert torch.isclose(sae.usual_max, highest, rtol=0.1) and not torch.isclose(at_start, highest,
+                                                                                 rtol=0.1)
 
 
 def together(sae, seed):
@@ -359,8 +325,7 @@ def test_r7_neighbours_fire_together_less_and_others_as_before(activation):
         settings = {"activation": activation}
         on = together(run("topk_ortho_r7", "mixture", seed, **settings)[0], seed)
         free = together(
-            run("topk_ortho_r7", "mixture", seed, **settings, **off("topk_ortho_r7"))[0], seed
-        )
+            run("topk_ortho_r7", "mixture", seed, **settings, **off("topk_ortho_r7"))[0], seed)
         assert on[near].mean() / on[far].mean() < 0.9 * free[near].mean() / free[far].mean()
 
 
@@ -415,5 +380,4 @@ def test_r9_dead_latents_come_to_life():
             sae.b_enc[:16] = -100.0
         steps(sae, opt, x)
         assert (
-            int((evaluate(sae.eval(), rows("mixture"))[2] > 0).any(0).logical_not().sum()) == dead
-        )
+            int((evaluate(sae.eval(), rows("mixture"))[2] > 0).any(0).logical_not().sum()) == dead)

@@ -37,14 +37,8 @@ def call(monkeypatch, *args):
 
 def script(here, *args):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}        # as conftest.py: bits depend on it
-    return subprocess.Popen(
-        [sys.executable, ROOT / "02_train.py", *args],
-        cwd=here,
-        text=True,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    return subprocess.Popen([sys.executable, ROOT / "02_train.py", *args], cwd=here, text=True,
+                            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def weights(run):
@@ -58,11 +52,8 @@ def equal(a, b):
 def test_one_pass_serves_all_runs_and_company_changes_none(here, monkeypatch):
     reads = []
     plain = Acts.shard
-    monkeypatch.setattr(
-        Acts,
-        "shard",
-        lambda acts, i, buffer=None: (reads.append(buffer is not None), plain(acts, i, buffer))[1],
-    )
+    monkeypatch.setattr(Acts, "shard", lambda acts, i,
+                        buffer=None: (reads.append(buffer is not None), plain(acts, i, buffer))[1])
     assert call(monkeypatch, "--variant", "baseline", "topk", "--seed", "0", "1", *SMALL) == 0
     assert sum(reads) == 2                           # each shard once for four runs
     names = sorted(p.name for p in Path("runs").iterdir())
@@ -76,11 +67,8 @@ def test_one_pass_serves_all_runs_and_company_changes_none(here, monkeypatch):
 def test_runs_side_by_side_have_the_bits_of_one_after_another(here, monkeypatch):
     args = ["--variant", "contrastive_r10", "topk", "zscore_r9", "--seed", "0", *SMALL]
     threads, plain = set(), train_py.Run.train_on
-    monkeypatch.setattr(
-        train_py.Run,
-        "train_on",
-        lambda run, x, log_now: (threads.add(threading.get_ident()), plain(run, x, log_now))[1],
-    )
+    monkeypatch.setattr(train_py.Run, "train_on", lambda run, x,
+                        log_now: (threads.add(threading.get_ident()), plain(run, x, log_now))[1])
     call(monkeypatch, *args)
     expected = {p.name: weights(p.name) for p in Path("runs").iterdir()}
     assert len(threads) == 1
@@ -131,19 +119,8 @@ def test_the_sae_applies_to_raw_activations(here, monkeypatch):
 
 
 def test_seeds_settings_and_sweeps_make_the_runs(here, monkeypatch):
-    call(
-        monkeypatch,
-        "--variant",
-        "topk",
-        "--seed",
-        "0",
-        "1",
-        "--sweep",
-        "l0=2,4",
-        "--set",
-        "d_sae=64",
-        "batch_size=256",
-    )
+    call(monkeypatch, "--variant", "topk", "--seed", "0", "1", "--sweep", "l0=2,4", "--set",
+         "d_sae=64", "batch_size=256")
     assert sorted(p.name for p in Path("runs").iterdir()) == [
         f"topk-batch_size=256-d_sae=64-l0={l0}-s{seed}" for l0 in ("2.0", "4.0") for seed in (0, 1)]
 
@@ -176,8 +153,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(here, monkeypatch, how):
     _, said = first.communicate()
     assert first.returncode == {signal.SIGKILL: -9}.get(how, 130)
     assert how == signal.SIGKILL or said.splitlines()[-1].startswith(
-        "interrupted: the same command goes on"
-    )
+        "interrupted: the same command goes on")
     assert read_json(next(here.glob("runs/base*/config.json")))["status"] == "training"
     assert call(monkeypatch, "--resume") == 0
     stopped = {
@@ -226,30 +202,21 @@ class Variant(SAE):
 @pytest.mark.parametrize(
     "body, says",
     [
-        (
-            "def decode(self, acts): return acts @ self.W_dec[:, :5]",
-            "decode() returned [256, 5], want [256, 32]",
-        ),
+        ("def decode(self, acts): return acts @ self.W_dec[:, :5]",
+         "decode() returned [256, 5], want [256, 32]"),
         ("def activate(self, pre): return pre", "activate() returned negative activations"),
-        (
-            "def pre_acts(self, x): return super().pre_acts(x) * float('nan')",
-            "pre_acts() returned numbers that are not finite",
-        ),
+        ("def pre_acts(self, x): return super().pre_acts(x) * float('nan')",
+         "pre_acts() returned numbers that are not finite"),
         ("def penalties(self, out): return {'aux': out.x}", "penalties() returned 'aux'"),
-        (
-            "def after_step(self, opt, out): self.no_such_thing",
-            "AttributeError in after_step() (broken.py:5)",
-        ),
-        (
-            "def choose_batch(self, n_rows, rng): return self.nothing",
-            "AttributeError in choose_batch()",
-        ),
+        ("def after_step(self, opt, out): self.no_such_thing",
+         "AttributeError in after_step() (broken.py:5)"),
+        ("def choose_batch(self, n_rows, rng): return self.nothing",
+         "AttributeError in choose_batch()"),
         ("def accept(self, loss): return False", "10 steps in a row"),
     ],
 )
-def test_a_broken_variant_is_named_and_the_others_go_on(
-    here, monkeypatch, capsys, tmp_path, body, says
-):
+def test_a_broken_variant_is_named_and_the_others_go_on(here, monkeypatch, capsys, tmp_path, body,
+                                                        says):
     package = tmp_path / "variants"
     package.mkdir()
     (package / "broken.py").write_text(BROKEN.format(body))
@@ -283,19 +250,8 @@ load = train_py.load_variant
 
 def test_a_void_run_is_marked(here, monkeypatch, capsys):
     assert (
-        call(
-            monkeypatch,
-            "--variant",
-            "baseline",
-            "--seed",
-            "0",
-            "--set",
-            "d_sae=64",
-            "l0=4",
-            "batch_size=256",
-            "sparsity_start=0.0001",
-            "sparsity_warmup=1",
-        )
+        call(monkeypatch, "--variant", "baseline", "--seed", "0", "--set", "d_sae=64", "l0=4",
+             "batch_size=256", "sparsity_start=0.0001", "sparsity_warmup=1")
         == 5
     )
     config = read_json(next(Path("runs").iterdir()) / "config.json")
@@ -320,9 +276,8 @@ def test_a_void_run_is_marked(here, monkeypatch, capsys):
     (["--variant", "topk", "--set", "sparsity_warmup=2"], 2, "sparsity_warmup=2.0: want 0 to 1"),
     (["--sweep", "batch_size=128,256"], 2, "share their batches"),
     (["--resume"], 3, "no interrupted run")])
-def test_wrong_flags_end_in_one_line_before_anything_is_written(
-    here, monkeypatch, args, code, says
-):
+def test_wrong_flags_end_in_one_line_before_anything_is_written(here, monkeypatch, args, code,
+                                                                says):
     with pytest.raises(Refuse, match=says) as refused:
         call(monkeypatch, *args)
     assert refused.value.code == code
@@ -347,28 +302,10 @@ def test_processes_divide_the_runs_and_give_the_bits_of_one(here, monkeypatch):
 
 @pytest.mark.slow
 def test_torchrun_divides_the_labour(here):
-    args = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        str(ROOT / "02_train.py"),
-        "--device",
-        "cpu",
-        "--variant",
-        "baseline",
-        "topk",
-        "--seed",
-        "0",
-        *SMALL,
-    ]
-    done = subprocess.run(
-        [sys.executable, *args],
-        cwd=here,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    args = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "02_train.py"),
+            "--device", "cpu", "--variant", "baseline", "topk", "--seed", "0", *SMALL]
+    done = subprocess.run([sys.executable, *args], cwd=here, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert [read_json(p)["status"] for p in here.glob("runs/*/config.json")] == ["done", "done"]
 
@@ -398,8 +335,7 @@ def test_the_list_shows_every_variants_lineage(here, monkeypatch, capsys):
 
 def test_a_study_is_its_rows_in_order():
     assert train_py.find_variants(["contrastive", "topk"]) == [
-        f"contrastive_r{n}" for n in range(1, 11)
-    ] + ["topk"]
+        f"contrastive_r{n}" for n in range(1, 11)] + ["topk"]
 
 
 def test_a_run_of_other_length_has_a_name_of_its_own(here, monkeypatch):
@@ -426,9 +362,8 @@ def test_a_start_sees_enough_rows_for_each_latent_to_fire(here, monkeypatch):
     assert len(train_py.sample(acts, sae)) > 1000
 
 
-def test_runs_whose_settings_are_gone_do_not_keep_others_from_being_resumed(
-    here, monkeypatch, capsys
-):
+def test_runs_whose_settings_are_gone_do_not_keep_others_from_being_resumed(here, monkeypatch,
+                                                                            capsys):
     call(monkeypatch, "--variant", "topk", "--seed", "0", "1", "2", *SMALL)
     for seed, variant, more in (("0", "topk", {}), ("1", "topk", {"gone": 1.0}), ("2", "mine", {})):
         path = Path(f"runs/topk-batch_size=256-d_sae=64-l0=4.0-s{seed}/config.json")

@@ -8,17 +8,14 @@ import torch
 from sae import Refuse, generator, load_variant
 from toys import (D_IN, absorption, build, cosines, evaluate, hierarchy, mixture, train)
 
-MUTANTS = [
-    "topk:activation=relu", "batch_topk:activation=relu", "jumprelu:activation=relu",
-    "gated:gated_sizes=False", "gated:gated_weight=0.0", "gated:-penalties", "gated:-sparsity",
-    "gated:-after_step",
-    "p_anneal:p_anneal_end=1.0", "p_anneal:p_anneal_until=0.0", "p_anneal:p_anneal_eps=0.0",
-    "matryoshka:matryoshka_prefixes=1", "matryoshka:-recon_error",
-    "fixed_ortho:fixed_ortho_weight=0.0", "ortsae:ortsae_weight=0.0",
-    "skip:skip_scale=0.0", "skip:skip_learned=False", "skip:-forward",
-    "layernorm:layernorm_strength=0.0", "layernorm:layernorm_eps=0.0", "layernorm:-init_from_data",
-    "layernorm:-reset_latents",
-]
+MUTANTS = ["topk:activation=relu", "batch_topk:activation=relu", "jumprelu:activation=relu",
+           "gated:gated_sizes=False", "gated:gated_weight=0.0", "gated:-penalties",
+           "gated:-sparsity", "gated:-after_step", "p_anneal:p_anneal_end=1.0",
+           "p_anneal:p_anneal_until=0.0", "p_anneal:p_anneal_eps=0.0",
+           "matryoshka:matryoshka_prefixes=1", "matryoshka:-recon_error",
+           "fixed_ortho:fixed_ortho_weight=0.0", "ortsae:ortsae_weight=0.0", "skip:skip_scale=0.0",
+           "skip:skip_learned=False", "skip:-forward", "layernorm:layernorm_strength=0.0",
+           "layernorm:layernorm_eps=0.0", "layernorm:-init_from_data", "layernorm:-reset_latents"]
 X = mixture()[0]
 TRAIN, HELD_OUT = X[:-8192], X[-8192:]
 

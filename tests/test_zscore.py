@@ -10,35 +10,17 @@ from sae import SAE, Refuse, generator, load_variant, parse_settings, unit
 from toys import D_IN, build, cosines, evaluate, gini, mixture, normalised, steps, train
 
 MUTANTS = [
-    "zscore_r1:zscore_threshold=False",
-    "zscore_r1:zscore_start=1.0",
-    "zscore_r1:zscore_gain=0.0",
-    "zscore_r1:zscore_memory=1.0",
-    "zscore_r1:interference_weight=0.0",
-    "zscore_r1:interference_tau=0.9",
-    "zscore_r1:interference_among=8",
-    "zscore_r1:revive_interference=0.0",
-    "zscore_r1:revive_every=0.0",
-    "zscore_r1:-saelens_weights",
-    "zscore_r1:-after_step",
-    "zscore_r1:-reset_latents",
-    "zscore_r2:zscore_init=False",
-    "zscore_r2:interference_warmup=0.0",
-    "zscore_r3:interference_weight=0.1",
-    "zscore_r3:plateau_factor=1.0",
-    "zscore_r3:-lr_scale",
-    "zscore_r4:skip_scale=0.0",
-    "zscore_r5:worth_power=0.0",
-    "zscore_r5:worth_l1_weight=0.0",
-    "zscore_r5:latent_lr_high=1.0",
-    "zscore_r5:-after_step",
-    "zscore_r6:layernorm_strength=0.0",
-    "zscore_r6:layernorm_eps=100.0",
-    "zscore_r7:blend_learned=False",
-    "zscore_r8:attend=False",
-    "zscore_r9:multiscale=False",
-    "zscore_r9:multiscale_power4=1.0",
-]
+    "zscore_r1:zscore_threshold=False", "zscore_r1:zscore_start=1.0", "zscore_r1:zscore_gain=0.0",
+    "zscore_r1:zscore_memory=1.0", "zscore_r1:interference_weight=0.0",
+    "zscore_r1:interference_tau=0.9", "zscore_r1:interference_among=8",
+    "zscore_r1:revive_interference=0.0", "zscore_r1:revive_every=0.0", "zscore_r1:-saelens_weights",
+    "zscore_r1:-after_step", "zscore_r1:-reset_latents", "zscore_r2:zscore_init=False",
+    "zscore_r2:interference_warmup=0.0", "zscore_r3:interference_weight=0.1",
+    "zscore_r3:plateau_factor=1.0", "zscore_r3:-lr_scale", "zscore_r4:skip_scale=0.0",
+    "zscore_r5:worth_power=0.0", "zscore_r5:worth_l1_weight=0.0", "zscore_r5:latent_lr_high=1.0",
+    "zscore_r5:-after_step", "zscore_r6:layernorm_strength=0.0", "zscore_r6:layernorm_eps=100.0",
+    "zscore_r7:blend_learned=False", "zscore_r8:attend=False", "zscore_r9:multiscale=False",
+    "zscore_r9:multiscale_power4=1.0"]
 
 
 @functools.cache
@@ -132,9 +114,8 @@ def test_a_latent_fires_above_its_own_mean_and_spread_of_late():
     with torch.no_grad():
         out = sae(rows())
     std, mean = torch.std_mean(out.pre, 0)
-    assert torch.allclose(sae.pre_std, std, rtol=0.1) and torch.allclose(
-        sae.pre_mean, mean, atol=0.1
-    )
+    assert torch.allclose(sae.pre_std, std, rtol=0.1) and torch.allclose(sae.pre_mean, mean,
+                                                                         atol=0.1)
     fires = (out.pre > sae.pre_mean + sae.z * sae.pre_std) & (out.pre > 0)
     assert torch.equal(out.acts, out.pre.where(fires, torch.zeros(())))
 
@@ -169,9 +150,8 @@ def nearest(sae):
 def test_interference_is_the_cost_of_all_pairs():
     sae, _ = build("zscore_r1", data())
     cos = sae.W_dec @ sae.W_dec.T - torch.eye(64)
-    assert torch.isclose(
-        sae.interference(None), ((cos - 0.1).relu() * cos**2).sum(1).mean(), rtol=1e-3
-    )
+    assert torch.isclose(sae.interference(None), ((cos - 0.1).relu() * cos**2).sum(1).mean(),
+                         rtol=1e-3)
     assert torch.isclose(sae.stats["overlaps"], (cos > 0.1).sum(1).float().mean())
 
 
@@ -195,8 +175,7 @@ def test_firing_together_is_averaged_over_the_last_batches_with_this_ones_gradie
     known = acts.T @ acts / by
     off_diagonal = ~torch.eye(64, dtype=torch.bool)
     assert (
-        torch.corrcoef(torch.stack([sae.together[off_diagonal], known[off_diagonal]]))[0, 1] > 0.8
-    )
+        torch.corrcoef(torch.stack([sae.together[off_diagonal], known[off_diagonal]]))[0, 1] > 0.8)
     assert abs(sae.together.diag().mean() / known.diag().mean() - 1) < 0.15
     cos = (sae.W_dec @ sae.W_dec.T).detach()
     cost = sae.interference(out)
@@ -272,9 +251,8 @@ def test_captured_is_the_share_of_the_first_directions():
     assert torch.isclose(sae.captured(acts), spectrum[:8].sum() / spectrum.sum(), atol=0.01)
     assert torch.equal(torch.get_rng_state(), state)
     seen = []
-    steps(
-        sae, opt, data(), stop=6, each=lambda sae, out, terms: seen.append("captured" in sae.stats)
-    )
+    steps(sae, opt, data(), stop=6, each=lambda sae, out,
+          terms: seen.append("captured" in sae.stats))
     assert seen == [False] * 5 + [True]  # every 2 % of 300 steps
 
 
@@ -366,9 +344,8 @@ def test_r6_a_rows_length_does_not_matter_unless_it_is_below_eps():
         acts = sae(x).acts
         assert (acts > 0).any() and torch.allclose(sae(3 * x).acts, acts, atol=1e-4)
         assert (sae(1e-9 * x).acts - acts).abs().max() > 0.1
-        assert torch.allclose(
-            sae(3 * x).x_hat - 0.3 * x, 3 * (sae(x).x_hat - 0.1 * x), rtol=1e-3, atol=0.05
-        )
+        assert torch.allclose(sae(3 * x).x_hat - 0.3 * x, 3 * (sae(x).x_hat - 0.1 * x), rtol=1e-3,
+                              atol=0.05)
 
 
 def reads(sae, x):
@@ -421,8 +398,6 @@ def test_r9_the_encoder_reads_four_powers_and_their_weights_are_learned():
     sae.multiscale = False
     shift, size = sae.row_norm(x)
     sae.multiscale = True
-    known = sum(
-        w[i] * ((1 - kept[i]) * (x - shift) / size**p + kept[i] * x)
-        for i, p in enumerate((0.1, 0.5, 1.0, 2.0))
-    )
+    known = sum(w[i] * ((1 - kept[i]) * (x - shift) / size**p + kept[i] * x) for i,
+                p in enumerate((0.1, 0.5, 1.0, 2.0)))
     assert torch.allclose(reads(sae, x), known, atol=1e-3)

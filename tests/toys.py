@@ -158,36 +158,21 @@ def write_cache(folder, x, rows_per_shard=8192, val=4096):
     shards, kept = [], x[:len(x) - val]
     for i, rows in enumerate(kept.split(rows_per_shard)):
         n = len(rows)
-        tensors = {
-            "acts": rows.bfloat16(),
-            "tokens": torch.zeros(n, dtype=torch.int32),
-            "context": torch.arange(n, dtype=torch.int32),
-            "position": torch.zeros(n, dtype=torch.int16),
-        }
+        tensors = {"acts": rows.bfloat16(), "tokens": torch.zeros(n, dtype=torch.int32),
+                   "context": torch.arange(n, dtype=torch.int32),
+                   "position": torch.zeros(n, dtype=torch.int16)}
         name = f"train_{i:05d}.safetensors"
         shards.append({"file": name, "rows": n, "checksum": write_tensors(folder / name, tensors)})
     said = write_tensors(folder / "val.safetensors", {"acts": x[len(x) - val:].contiguous()})
     mean = kept.double().mean(0)
     write_json(
         folder / "meta.json",
-        {
-            "format": FORMAT,
-            "complete": True,
-            "source": "synthetic",
-            "model": {"name": "toy"},
-            "layer": 0,
-            "hook": "resid_post",
-            "hook_name": "none",
-            "d_in": x.shape[1],
-            "dtype": "bfloat16",
-            "rows": len(kept),
-            "rows_per_shard": rows_per_shard,
-            "shards": shards,
-            "val": {"file": "val.safetensors", "checksum": said},
-            "mean": mean.tolist(),
-            "scale": float(x.shape[1] ** 0.5 / (kept - mean).norm(dim=1).mean()),
-            "mean_norm": float(kept.norm(dim=1).mean()),
-            "norm_limit": float(10 * kept.norm(dim=1).median()),
-        },
+        {"format": FORMAT, "complete": True, "source": "synthetic", "model": {"name": "toy"},
+         "layer": 0, "hook": "resid_post", "hook_name": "none", "d_in": x.shape[1],
+         "dtype": "bfloat16", "rows": len(kept), "rows_per_shard": rows_per_shard, "shards": shards,
+         "val": {"file": "val.safetensors", "checksum": said}, "mean": mean.tolist(),
+         "scale": float(x.shape[1] ** 0.5 / (kept - mean).norm(dim=1).mean()),
+         "mean_norm": float(kept.norm(dim=1).mean()),
+         "norm_limit": float(10 * kept.norm(dim=1).median())},
     )
     return folder

@@ -31,16 +31,8 @@ def activations(part):
 
 
 def settings():
-    args = SimpleNamespace(
-        dtype="bfloat16",
-        tokens=ROWS * PARTS,
-        rows_per_shard=ROWS,
-        seed=0,
-        window=None,
-        ring=None,
-        rank=0,
-        processes=1,
-    )
+    args = SimpleNamespace(dtype="bfloat16", tokens=ROWS * PARTS, rows_per_shard=ROWS, seed=0,
+                           window=None, ring=None, rank=0, processes=1)
     return args, dict(source="model", model={}, layer=0, hook="resid_post", d_in=D_IN, ctx=CTX)
 
 
@@ -62,11 +54,8 @@ def old_way(script, folder, acts):
     """Seconds (CPU, clock) of the checkout before, with its ring and windows."""
     args, of_source = settings()
     source = script.LanguageModel.__new__(script.LanguageModel)
-    source.ctx, source.special, source.tokenizer = (
-        CTX,
-        torch.tensor([1]),
-        SimpleNamespace(pad_token_id=0),
-    )
+    source.ctx, source.special, source.tokenizer = (CTX, torch.tensor([1]),
+                                                    SimpleNamespace(pad_token_id=0))
     contexts = torch.randint(3, 1000, (ROWS // CTX, CTX)).tolist()
     source.held_out = lambda: ({"val": {"tokens": torch.zeros(1, CTX)}}, (0, [], 0))
     cache = script.Cache(folder, of_source, 0, args)
@@ -91,9 +80,8 @@ def measure(checkout):
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--before", help="folder of a checkout to compare with")
     p.add_argument("--turns", type=int, default=3)
     p.add_argument("--measure", help=argparse.SUPPRESS)

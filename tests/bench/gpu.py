@@ -60,17 +60,15 @@ def launches(action):
 class Bench:
     """An SAE on random rows, and its training step."""
 
-    def __init__(
-        self, device, variant="baseline", d_in=2304, d_sae=2304, batch=2048, path=None, **settings
-    ):
+    def __init__(self, device, variant="baseline", d_in=2304, d_sae=2304, batch=2048, path=None,
+                 **settings):
         from sae import SAE, load_variant
         if path:
             SAE.path = property(lambda self: path)
         self.train_step = importlib.import_module("02_train").train_step
         self.x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(0)).to(device)
         self.sae = load_variant(variant)(d_in, 1000, d_sae=d_sae, batch_size=batch, **settings).to(
-            device
-        )
+            device)
         self.opt = self.sae.make_optimizer()
         self.sae.position = self.sae.shard = 0
         self.sae.init_from_data(self.x)
@@ -90,11 +88,8 @@ def versions(say, device, toy):
     import platform
 
     import transformers
-    say(
-        python=platform.python_version(),
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-    )
+    say(python=platform.python_version(), torch=torch.__version__,
+        transformers=transformers.__version__)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(0)
         say(gpu=properties.name, memory_gb=properties.total_memory / 1e9)
@@ -114,47 +109,27 @@ def steps(say, device, toy):
             bench = Bench(torch.device(where), **sizes)
             losses[str(where)] = [float(sum(bench.step()[1].values())) for _ in range(20)]
         cpu, there = torch.tensor(list(losses.values())[0]), torch.tensor(list(losses.values())[-1])
-        say(
-            activation=activation,
-            largest_relative_difference=float(((there - cpu) / cpu).abs().max()),
-        )
+        say(activation=activation,
+            largest_relative_difference=float(((there - cpu) / cpu).abs().max()))
 
 
 def sizes(say, device, toy):
     """Wall and host time, launches and memory of a TopK step."""
     for d_sae, k in ((2304, 40), (16_384, 80), (65_536, 80)) if not toy else ((256, 4),):
         d_in = 2304 if not toy else 64
-        bench = Bench(
-            device,
-            d_in=d_in,
-            d_sae=d_sae,
-            batch=2048 if not toy else 64,
-            activation="topk",
-            l0=float(k),
-        )
+        bench = Bench(device, d_in=d_in, d_sae=d_sae, batch=2048 if not toy else 64,
+                      activation="topk", l0=float(k))
         wall, host = median_ms(bench.step)
         count, _ = launches(bench.step)
         memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
-        say(
-            d_sae=d_sae,
-            k=k,
-            path=bench.sae.path,
-            wall_ms=wall,
-            host_ms=host,
-            launches=count,
-            memory_gb=memory,
-            rows_per_s=len(bench.x) / wall * 1e3,
-        )
+        say(d_sae=d_sae, k=k, path=bench.sae.path, wall_ms=wall, host_ms=host, launches=count,
+            memory_gb=memory, rows_per_s=len(bench.x) / wall * 1e3)
         del bench
 
 
 def profile(say, device, toy):
-    bench = Bench(
-        device,
-        **({} if not toy else dict(d_in=64, d_sae=256, batch=64)),
-        activation="topk",
-        l0=40.0 if not toy else 4.0,
-    )
+    bench = Bench(device, **({} if not toy else dict(d_in=64, d_sae=256, batch=64)),
+                  activation="topk", l0=40.0 if not toy else 4.0)
     bench.step()
     _, found = launches(bench.step)
     key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
@@ -166,50 +141,23 @@ def stage2(say, device, toy):
     from toys import write_cache
     here = Path(tempfile.mkdtemp())
     rows, d_in = (400_000, 2304) if not toy else (6_000, 32)
-    write_cache(
-        here / "acts" / "tiny",
-        torch.randn(rows, d_in),
-        rows_per_shard=65_536 if not toy else 2_000,
-        val=1000,
-    )
-    variants = [
-        "baseline",
-        "topk",
-        "batch_topk",
-        "jumprelu",
-        "gated",
-        "matryoshka",
-        "p_anneal",
-        "ortsae",
-        "fixed_ortho",
-    ]
-    small = [
-        "--set",
-        f"d_sae={2304 if not toy else 64}",
-        f"l0={40 if not toy else 4}",
-        f"batch_size={2048 if not toy else 256}",
-    ]
+    write_cache(here / "acts" / "tiny", torch.randn(rows, d_in),
+                rows_per_shard=65_536 if not toy else 2_000, val=1000)
+    variants = ["baseline", "topk", "batch_topk", "jumprelu", "gated", "matryoshka", "p_anneal",
+                "ortsae", "fixed_ortho"]
+    small = ["--set", f"d_sae={2304 if not toy else 64}", f"l0={40 if not toy else 4}",
+             f"batch_size={2048 if not toy else 256}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
-    for runs, start in (
-        (variants[1:2], [sys.executable]),
-        (variants, [sys.executable]),
-        (variants, torchrun),
-    ):
+    for runs, start in ((variants[1:2], [sys.executable]), (variants, [sys.executable]),
+                        (variants, torchrun)):
         shutil.rmtree(here / "runs", ignore_errors=True)
         started = time.perf_counter()
         done = subprocess.run(
             [*start, str(ROOT / "02_train.py"), "--variant", *runs, "--seed", "0", *small],
-            cwd=here,
-            capture_output=True,
-            text=True,
-        )
-        say(
-            runs=len(runs),
-            processes=4 if start is torchrun else 1,
-            seconds=time.perf_counter() - started,
-            code=done.returncode,
-            said=done.stderr[-300:] if done.returncode else "",
-        )
+            cwd=here, capture_output=True, text=True)
+        say(runs=len(runs), processes=4 if start is torchrun else 1,
+            seconds=time.perf_counter() - started, code=done.returncode,
+            said=done.stderr[-300:] if done.returncode else "")
     shutil.rmtree(here)
 
 
@@ -217,28 +165,13 @@ def stage1(say, device, toy):
     """Caching on a Gemma shape with random weights, to layer 12 of 13."""
     import transformers
     here = Path(tempfile.mkdtemp())
-    small = dict(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=512,
-    )
-    gemma = dict(
-        hidden_size=2304,
-        intermediate_size=9216,
-        num_hidden_layers=13,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=256,
-        vocab_size=32_000,
-    )
+    small = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=16, vocab_size=512)
+    gemma = dict(hidden_size=2304, intermediate_size=9216, num_hidden_layers=13,
+                 num_attention_heads=8, num_key_value_heads=4, head_dim=256, vocab_size=32_000)
     config = transformers.Gemma2Config(**(small if toy else gemma))
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
-        here / "gemma"
-    )
+        here / "gemma")
     letters = "abcdefghijklmnopqrstuvwxyz .\n"
     from tokenizers import Tokenizer, models, pre_tokenizers
     vocabulary = {"<bos>": 0, "<eos>": 1, "<pad>": 2} | {c: i + 3 for i, c in enumerate(letters)}
@@ -247,40 +180,21 @@ def stage1(say, device, toy):
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     ).save_pretrained(here / "gemma")
-    draw = torch.randint(
-        len(letters),
-        (3_000_000 if not toy else 60_000,),
-        generator=torch.Generator().manual_seed(0),
-    )
+    draw = torch.randint(len(letters), (3_000_000 if not toy else 60_000,),
+                         generator=torch.Generator().manual_seed(0))
     (here / "text.txt").write_text("".join(letters[i] for i in draw.tolist()))
     started = time.perf_counter()
     tokens = 1_000_000 if not toy else 20_000
     done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "01_cache_acts.py"),
-            "--model",
-            "gemma",
-            "--layer",
-            "12" if not toy else "1",
-            "--data",
-            "text.txt",
-            "--ctx",
-            "128",
-            "--tokens",
-            str(tokens),
-        ],
+        [sys.executable, str(ROOT / "01_cache_acts.py"), "--model", "gemma", "--layer",
+         "12" if not toy else "1", "--data", "text.txt", "--ctx", "128", "--tokens", str(tokens)],
         cwd=here,
         capture_output=True,
         text=True,
     )
     seconds = time.perf_counter() - started
-    say(
-        seconds=seconds,
-        tokens_per_s=tokens / seconds,
-        code=done.returncode,
-        said=done.stderr[-300:] if done.returncode else "",
-    )
+    say(seconds=seconds, tokens_per_s=tokens / seconds, code=done.returncode,
+        said=done.stderr[-300:] if done.returncode else "")
     shutil.rmtree(here)
 
 
@@ -291,25 +205,12 @@ def rule(say, device, toy):
         for share in (0.002, 0.005, 0.009, 0.02):
             times = {}
             for path in ("sparse", "dense"):
-                bench = Bench(
-                    device,
-                    d_in=d_in,
-                    d_sae=d_sae,
-                    batch=2048 if not toy else 64,
-                    path=path,
-                    activation="topk",
-                    l0=float(max(1, round(share * d_sae))),
-                )
+                bench = Bench(device, d_in=d_in, d_sae=d_sae, batch=2048 if not toy else 64,
+                              path=path, activation="topk", l0=float(max(1, round(share * d_sae))))
                 times[path], _ = median_ms(bench.step, times=5)
                 del bench
-            say(
-                d_in=d_in,
-                d_sae=d_sae,
-                share=share,
-                sparse_ms=times["sparse"],
-                dense_ms=times["dense"],
-                sparse_over_dense=times["sparse"] / times["dense"],
-            )
+            say(d_in=d_in, d_sae=d_sae, share=share, sparse_ms=times["sparse"],
+                dense_ms=times["dense"], sparse_over_dense=times["sparse"] / times["dense"])
 
 
 def variants(say, device, toy):
@@ -327,9 +228,7 @@ def variants(say, device, toy):
 def tests(say, device, toy):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests" / "test_gpu.py")],
-        capture_output=True,
-        text=True,
-    )
+        capture_output=True, text=True)
     say(code=done.returncode, said=done.stdout.splitlines()[-15:])
 
 
@@ -359,33 +258,17 @@ def peers(say, device, toy):
 
         ours = Bench(device, d_in=d_in, d_sae=d_sae, batch=batch, activation="topk", l0=float(k))
         theirs_ms, ours_ms = median_ms(plain, times=5)[0], median_ms(ours.step, times=5)[0]
-        say(
-            d_sae=d_sae,
-            k=k,
-            plain_ms=theirs_ms,
-            ours_ms=ours_ms,
-            plain_over_ours=theirs_ms / ours_ms,
-        )
+        say(d_sae=d_sae, k=k, plain_ms=theirs_ms, ours_ms=ours_ms,
+            plain_over_ours=theirs_ms / ours_ms)
 
 
-PHASES = {
-    versions: 25,
-    steps: 45,
-    sizes: 80,
-    profile: 30,
-    stage2: 75,
-    stage1: 45,
-    rule: 60,
-    variants: 90,
-    tests: 60,
-    peers: 70,
-}
+PHASES = {versions: 25, steps: 45, sizes: 80, profile: 30, stage2: 75, stage1: 45, rule: 60,
+          variants: 90, tests: 60, peers: 70}
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="gpu.jsonl")
     p.add_argument("--toy", action="store_true")
     p.add_argument("--phase", choices=[phase.__name__ for phase in PHASES])
@@ -403,19 +286,12 @@ def main():
         return
     for phase, seconds in PHASES.items():
         args.phase = phase.__name__
-        command = [
-            sys.executable,
-            __file__,
-            "--phase",
-            args.phase,
-            "--out",
-            os.path.abspath(args.out),
-        ]
+        command = [sys.executable, __file__, "--phase", args.phase, "--out",
+                   os.path.abspath(args.out)]
         started = time.perf_counter()
         try:
-            code = subprocess.run(
-                command + ["--toy"] * args.toy, timeout=seconds * (10 if args.toy else 1)
-            ).returncode
+            code = subprocess.run(command + ["--toy"] * args.toy,
+                                  timeout=seconds * (10 if args.toy else 1)).returncode
         except subprocess.TimeoutExpired:
             code = "out of time"
         say(ended=code, seconds=time.perf_counter() - started)

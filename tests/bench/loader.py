@@ -24,9 +24,8 @@ from toys import train_py, write_cache  # noqa: E402
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rows", type=int, default=65_536)
     p.add_argument("--d-in", type=int, default=2304)
     p.add_argument("--shards", type=int, default=4)

@@ -74,9 +74,8 @@ def dictionary_learning(_, case):
     from dictionary_learning.trainers.top_k import TopKTrainer
     activation, d_in, d_sae, l0, batch = CASES[case]
     x = rows(4 * batch, d_in) / d_in ** 0.5
-    both = dict(
-        steps=2000, activation_dim=d_in, dict_size=d_sae, layer=0, lm_name="", device="cpu", lr=1e-3
-    )
+    both = dict(steps=2000, activation_dim=d_in, dict_size=d_sae, layer=0, lm_name="", device="cpu",
+                lr=1e-3)
     kinds = {"topk": (TopKTrainer, {"k": int(l0)}),
              "batch_topk": (BatchTopKTrainer, {"k": int(l0)}),
              "relu": (StandardTrainer, {"l1_penalty": 0.1})}
@@ -112,9 +111,8 @@ def peak_memory():
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--old", help="another checkout to compare with")
     p.add_argument("--cases", nargs="+", default=list(CASES))
     p.add_argument("--turns", type=int, default=7)
@@ -131,13 +129,9 @@ def main():
         if importlib.util.find_spec("dictionary_learning") and not case.startswith("jumprelu"):
             peers["dictionary_learning"] = ("dictionary_learning", "-")
         processes = {
-            name: subprocess.Popen(
-                [sys.executable, __file__, "--worker", *what, case],
-                text=True,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
+            name: subprocess.Popen([sys.executable, __file__, "--worker", *what, case], text=True,
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
             for name, what in peers.items()
         }
         times, memory = {name: [] for name in peers}, {}
