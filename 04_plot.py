@@ -45,21 +45,27 @@ class Metric(NamedTuple):
     relative: bool = False   # ... as a share of what it is compared with
 
 
-METRICS = {"l0": Metric("L0", 1), "explained_variance": Metric("EV", 4, 1, 0.01),
-           "ce_recovered": Metric("CE rec.", 4, 1, 0.01),
-           "kl_sae": Metric("KL", 4, -1, 0.1, relative=True),
-           "ce_loss_score": Metric("CE loss score", 4, 1, 0.01),
-           "kl_div_score": Metric("KL div. score", 4, 1, 0.01), "dead": Metric("dead", 3),
-           "mcc": Metric("MCC", 3, 1, 0.02), "f1": Metric("F1", 3, 1, 0.02),
-           "absorption": Metric("absorption", 3, -1, 0.25, relative=True),
-           "absorption_full": Metric("absorption (full)", 4, -1, 0.25, relative=True),
-           "absorption_fraction": Metric("absorption (fraction)", 4, -1, 0.25, relative=True),
-           "probe_1": Metric("top-1 probing accuracy", 3, 1, 0.02),
-           "probe_5": Metric("top-5 probing accuracy", 3, 1, 0.02),
-           "probe_20": Metric("top-20 probing accuracy", 3, 1, 0.02),
-           "scr": Metric("SCR@20", 3, 1, 0.05), "tpp": Metric("TPP@20", 3, 1, 0.25, relative=True),
-           "unlearning": Metric("unlearning score", 3, 1, 0.02),
-           "seconds": Metric("s / M tokens", 1)}
+METRICS = {
+    "l0": Metric("L0", 1),
+    "explained_variance": Metric("EV", 4, 1, 0.01),
+    "ce_recovered": Metric("CE rec.", 4, 1, 0.01),
+    "kl_sae": Metric("KL", 4, -1, 0.1, relative=True),
+    "ce_loss_score": Metric("CE loss score", 4, 1, 0.01),
+    "kl_div_score": Metric("KL div. score", 4, 1, 0.01),
+    "dead": Metric("dead", 3),
+    "mcc": Metric("MCC", 3, 1, 0.02),
+    "f1": Metric("F1", 3, 1, 0.02),
+    "absorption": Metric("absorption", 3, -1, 0.25, relative=True),
+    "absorption_full": Metric("absorption (full)", 4, -1, 0.25, relative=True),
+    "absorption_fraction": Metric("absorption (fraction)", 4, -1, 0.25, relative=True),
+    "probe_1": Metric("top-1 probing accuracy", 3, 1, 0.02),
+    "probe_5": Metric("top-5 probing accuracy", 3, 1, 0.02),
+    "probe_20": Metric("top-20 probing accuracy", 3, 1, 0.02),
+    "scr": Metric("SCR@20", 3, 1, 0.05),
+    "tpp": Metric("TPP@20", 3, 1, 0.25, relative=True),
+    "unlearning": Metric("unlearning score", 3, 1, 0.02),
+    "seconds": Metric("s / M tokens", 1),
+}
 
 # ---- statistics: is a difference real, and does it matter? ---------------------------------------
 
@@ -127,12 +133,17 @@ def call(mean, low, high, p, worth, better=1):
 # ---- runs and curves: two tables of everything that was measured ---------------------------------
 
 # SAEBench's own names of its means -> ours
-SAEBENCH = {"mean_full_absorption_score": "absorption_full",
-            "mean_absorption_fraction_score": "absorption_fraction",
-            "mean_num_split_features": "splits", "sae_top_1_test_accuracy": "probe_1",
-            "sae_top_5_test_accuracy": "probe_5", "sae_top_20_test_accuracy": "probe_20",
-            "scr_metric_threshold_20": "scr", "tpp_threshold_20_total_metric": "tpp",
-            "unlearning_score": "unlearning"}
+SAEBENCH = {
+    "mean_full_absorption_score": "absorption_full",
+    "mean_absorption_fraction_score": "absorption_fraction",
+    "mean_num_split_features": "splits",
+    "sae_top_1_test_accuracy": "probe_1",
+    "sae_top_5_test_accuracy": "probe_5",
+    "sae_top_20_test_accuracy": "probe_20",
+    "scr_metric_threshold_20": "scr",
+    "tpp_threshold_20_total_metric": "tpp",
+    "unlearning_score": "unlearning",
+}
 # Lists of an evaluation whose x is another list: prefix -> name of that list. Others: percent.
 AXES = {"geometry.jl.": "geometry.jl.dimensions", "geometry.pairs.": "geometry.pairs.rows",
         "density.counts": "density.log10_edges"}

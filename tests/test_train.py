@@ -52,8 +52,8 @@ def equal(a, b):
 def test_one_pass_serves_all_runs_and_company_changes_none(here, monkeypatch):
     reads = []
     plain = Acts.shard
-    monkeypatch.setattr(Acts, "shard", lambda acts, i,
-                        buffer=None: (reads.append(buffer is not None), plain(acts, i, buffer))[1])
+    monkeypatch.setattr(Acts, "shard", lambda acts, i, buffer=None: (
+        reads.append(buffer is not None), plain(acts, i, buffer))[1])
     assert call(monkeypatch, "--variant", "baseline", "topk", "--seed", "0", "1", *SMALL) == 0
     assert sum(reads) == 2                           # each shard once for four runs
     names = sorted(p.name for p in Path("runs").iterdir())
@@ -67,8 +67,8 @@ def test_one_pass_serves_all_runs_and_company_changes_none(here, monkeypatch):
 def test_runs_side_by_side_have_the_bits_of_one_after_another(here, monkeypatch):
     args = ["--variant", "contrastive_r10", "topk", "zscore_r9", "--seed", "0", *SMALL]
     threads, plain = set(), train_py.Run.train_on
-    monkeypatch.setattr(train_py.Run, "train_on", lambda run, x,
-                        log_now: (threads.add(threading.get_ident()), plain(run, x, log_now))[1])
+    monkeypatch.setattr(train_py.Run, "train_on", lambda run, x, log_now: (
+        threads.add(threading.get_ident()), plain(run, x, log_now))[1])
     call(monkeypatch, *args)
     expected = {p.name: weights(p.name) for p in Path("runs").iterdir()}
     assert len(threads) == 1
