@@ -52,7 +52,7 @@ from sae import (SAE, Acts, Parser, Refuse, checksum, decoder_layers, files_chec
                  model_checksum, model_tokenizer, pick_device, read_json, read_log, read_tensors,
                  run_folders, run_script, unit, write_file, write_json, write_tensors)
 
-VERSION = 6                  # of the evaluations here; a result of another version is made again
+VERSION = 7                  # of the evaluations here; a result of another version is made again
 LOADED = 2 ** 33             # bytes of SAEs that are in memory at the same time, or one SAE
 CODES = 2 ** 25              # entries of [rows, d_sae] that are made at a time
 LOGITS = {"cpu": 2 ** 22, "cuda": 2 ** 28}     # entries of [tokens, vocabulary] at a time
@@ -652,7 +652,7 @@ def gather_facts(run, metrics, acts):
     ratios = late_ratios(run)
     dominant = [f"{name} {ratio:.2g}" for name, ratio in ratios.items() if ratio > 1]
     idle = [f"{name} {ratio:.2g}" for name, ratio in ratios.items()
-            if ratio < 0.01 and name not in ("aux", "sparsity")]
+            if ratio < 0.01 and name != "aux"]
     return facts | {"cosine_with_start": cosine_with_start(run), "acts": str(acts.folder),
                     "differs": ", ".join(differs), "changed": changed,
                     "rows_per_latent": rows / sae.d_sae, "void": "; ".join(config["void"]),
@@ -1053,7 +1053,6 @@ class Bench:
             raise Unfit(f"SAEBench reads the stream after a layer, these are {acts.meta['hook']}")
         self.acts, self.model, self.device = acts, model, model.device
         self.name = acts.meta["model"]["name"]
-        self.spells = self.name != "tiny"            # the embedded model does not
         self.tokenizer = model.tokenizer
         self.bos = ""                                # to go before a text if no BOS comes by itself
         if not self.tokenizer("")["input_ids"] and self.tokenizer.bos_token:
@@ -1161,14 +1160,14 @@ def evaluate_absorption(acts, model, runs, settings):
     bench, settings = bench_of(acts, model), dict(settings)
     from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
     words = settings.pop("words")
-    if words or not bench.spells:          # few rows in large batches leave probes as they started
-        settings.setdefault("k_sparse_probe_batch_size", max(16, (words or 2048) // 8))
+    if words:                              # few rows in large batches leave probes as they started
+        settings.setdefault("k_sparse_probe_batch_size", max(16, words // 8))
     config = AbsorptionEvalConfig(model_name=bench.name, llm_dtype="float32",
                                   precalc_k_sparse_probe_sae_acts=True, **settings)
     key = {"words": words, "template": config.prompt_template, "position": config.prompt_token_pos}
-    make = letters_in_prompts if bench.spells else letters_in_text
+    make = functools.partial(letters_in_prompts, bench, config, words)
     with quiet():
-        letters = Letters(*bench.kept("letters", key, lambda: make(bench, config, words)))
+        letters = Letters(*bench.kept("letters", key, make))
     known = [a for a, f1 in letters.probe_f1.items() if f1 > config.min_GT_probe_f1]
     if len(known) < 2:
         raise Unfit(f"probes find {len(known)} first letters in the model's activations")
@@ -1356,46 +1355,7 @@ def absorption_facts(run, bench, metrics):
         scope.append(f"{run.sae.d_sae} latents, not {MIN_LATENTS}")
     if parameters < MIN_PARAMETERS:
         scope.append(f"{parameters / 1e6:.3g} M parameters, not {MIN_PARAMETERS / 1e6:.0f} M")
-    if not bench.spells:
-        scope.append("a model that does not spell")
     return {"vacuous": vacuous, "scope": ", ".join(scope)}
-
-
-WORDS, READINGS = 5, 20      # of the embedded model: words per letter, places where each is read
-
-
-def letters_in_text(bench, config, n_words):
-    """(tensors, meta) of Letters: words where they stand in held-out text, if a model can't spell.
-
-    Of each letter the WORDS most frequent tokens, each in READINGS places: half to train probes, a
-    quarter to test them, a quarter to look for absorption."""
-    val = bench.acts.val()
-    tokens, mask = val["tokens"].long(), val["mask"]
-    counts = torch.bincount(tokens[mask], minlength=len(bench.tokenizer))
-    chosen = defaultdict(list)
-    for token in counts.argsort(descending=True, stable=True).tolist():
-        text = bench.tokenizer.decode([token]).strip(" ").lower()
-        is_word = text.isascii() and text.isalpha() and counts[token] >= READINGS
-        if is_word and len(chosen[text[0]]) < WORDS:
-            chosen[text[0]].append(token)
-    acts = torch.cat([bench.model.activations(part.to(bench.device)).cpu().float()
-                      for part in tokens.split(64)])
-    x, y = [], []
-    for letter, token in [(a, token) for a in sorted(chosen) for token in chosen[a]]:
-        places = ((tokens == token) & mask).nonzero()
-        places = places[torch.randperm(len(places))[:READINGS]]
-        x.append(acts[places[:, 0], places[:, 1]])
-        y.append(ord(letter) - 97)
-    x, y = torch.stack(x), torch.tensor(y)[:, None].expand(len(y), READINGS)
-    ends = READINGS // 2, READINGS * 3 // 4
-    rows = {"train": x[:, :ends[0]].flatten(0, 1), "test": x[:, ends[0]:ends[1]].flatten(0, 1)}
-    labels = {"train": y[:, :ends[0]].flatten(), "test": y[:, ends[0]:ends[1]].flatten()}
-    tensors, _ = train_letter_probes(rows, labels)
-    again, y = x[:, ends[1]:].flatten(0, 1), y[:, ends[1]:].flatten()
-    hits = (again * tensors["weight"][y]).sum(1) + tensors["bias"][y] > 0
-    numbers = torch.bincount(y[hits], minlength=26).tolist()
-    words = {a: [f"{a}{i}" for i in range(n)] for a, n in zip(string.ascii_lowercase, numbers)}
-    return {**tensors, "again": again[hits]}, {"words": words}
 
 
 # ---- labelled text: the cached corpus, own tasks, SAEBench's data sets ----

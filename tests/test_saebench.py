@@ -122,7 +122,7 @@ def save_cache(acts, model, tokens, data="none", name="toy", path="model"):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """acts/toy, acts/labelled and acts/tiny with their model; this module's working folder."""
+    """acts/toy and acts/labelled with their model; this module's working folder."""
     folder = tmp_path_factory.mktemp("world")
     with contextlib.chdir(folder):
         model = save_model(Path("model"))
@@ -131,7 +131,6 @@ def world(tmp_path_factory):
         write_corpus(model)
         save_cache(Path("acts/labelled"), model, tokens, data="corpus")
         write_data_sets()
-        save_cache(Path("acts/tiny"), model, tokens.clamp_max(60), name="tiny")
         yield SimpleNamespace(toy=Acts("acts/toy"), model=ev.LanguageModel(Acts("acts/toy"), CPU))
 
 
@@ -404,13 +403,6 @@ def test_absorption_out_of_its_scope_and_without_a_latent_that_knows_letters_is_
 def test_absorption_is_left_out_if_the_model_knows_no_letters(world):
     with pytest.raises(ev.Unfit, match="probes find 0 first letters"):
         results("absorption", "toy", world.model, [], **FEW_K, min_GT_probe_f1=1.1)
-
-
-def test_a_model_that_does_not_spell_is_read_where_words_stand(world):
-    run = make_run("planted", letter_sae(world.toy, False))
-    result = results("absorption", "tiny", world.model, [run], max_k_value=2)[0]
-    assert result["metrics"]["letters"] >= 2
-    assert "a model that does not spell" in result["guards"][-1]["why"]
 
 
 # ---- probing, SCR, TPP ----

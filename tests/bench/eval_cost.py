@@ -4,10 +4,10 @@
     python tests/bench/eval_cost.py --alone    # 03_eval.py alone, on the default job's cache
 
 CPU seconds of one process with one thread. SAEs are random: TopK, 1,024 latents, L0 16. Against
-sae_bench, both work on the embedded model, absorption on 12 words of a letter in prompts, the
-others on passages of documentation that stand in the columns of one of its data sets. sae_bench is
-timed on one SAE and on two; the difference is what a further one costs. Writes nothing but a
-temporary folder.
+sae_bench, both work on the embedded model, absorption on 12 words of a letter (whatever the model
+knows of them: it does not spell, so --alone leaves absorption out), the others on passages of
+documentation that stand in the columns of one of its data sets. sae_bench is timed on one SAE and
+on two; the difference is what a further one costs. Writes nothing but a temporary folder.
 """
 import argparse
 import contextlib
@@ -177,7 +177,7 @@ def main():
         entry = acts.meta["model" if key == "path" else "data"]
         entry[key] = str(Path(entry[key]).resolve())
     corpus, source = ev.corpus_tasks(acts), acts.folder
-    names = args.eval or (("core", *NAMES, "forget") if args.alone else NAMES)
+    names = args.eval or (("core", *NAMES[1:], "forget") if args.alone else NAMES)
     with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
         shutil.copytree(source, "acts", ignore=shutil.ignore_patterns("eval_cache"))
         acts.folder = Path("acts").resolve()
