@@ -15,7 +15,8 @@ MUTANTS = ["topk:activation=relu", "batch_topk:activation=relu", "jumprelu:activ
            "matryoshka:matryoshka_prefixes=1", "matryoshka:-recon_error",
            "fixed_ortho:fixed_ortho_weight=0.0", "ortsae:ortsae_weight=0.0", "skip:skip_scale=0.0",
            "skip:skip_learned=False", "skip:-forward", "layernorm:layernorm_strength=0.0",
-           "layernorm:layernorm_eps=0.0", "layernorm:-init_from_data", "layernorm:-reset_latents"]
+           "layernorm:layernorm_eps=0.0", "layernorm:-init_from_data", "layernorm:-reset_latents",
+           "layernorm:-aux"]
 X = mixture()[0]
 TRAIN, HELD_OUT = X[:-8192], X[-8192:]
 

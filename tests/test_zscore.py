@@ -15,10 +15,11 @@ MUTANTS = [
     "zscore_r1:interference_tau=0.9", "zscore_r1:interference_among=8",
     "zscore_r1:revive_interference=0.0", "zscore_r1:revive_every=0.0", "zscore_r1:-saelens_weights",
     "zscore_r1:-after_step", "zscore_r1:-reset_latents", "zscore_r2:zscore_init=False",
-    "zscore_r2:interference_warmup=0.0", "zscore_r3:interference_weight=0.1",
-    "zscore_r3:plateau_factor=1.0", "zscore_r3:-lr_scale", "zscore_r4:skip_scale=0.0",
-    "zscore_r5:worth_power=0.0", "zscore_r5:worth_l1_weight=0.0", "zscore_r5:latent_lr_high=1.0",
-    "zscore_r5:-after_step", "zscore_r6:layernorm_strength=0.0", "zscore_r6:layernorm_eps=100.0",
+    "zscore_r2:interference_warmup=0.0", "zscore_r2:-reset_latents",
+    "zscore_r3:interference_weight=0.1", "zscore_r3:plateau_factor=1.0", "zscore_r3:-lr_scale",
+    "zscore_r4:skip_scale=0.0", "zscore_r5:worth_power=0.0", "zscore_r5:worth_l1_weight=0.0",
+    "zscore_r5:latent_lr_high=1.0", "zscore_r5:-after_step", "zscore_r5:-reset_latents",
+    "zscore_r6:layernorm_strength=0.0", "zscore_r6:layernorm_eps=100.0",
     "zscore_r7:blend_learned=False", "zscore_r8:attend=False", "zscore_r9:multiscale=False",
     "zscore_r9:multiscale_power4=1.0"]
 
