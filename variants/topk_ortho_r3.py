@@ -3,10 +3,13 @@
     threshold = moving average of (mean + pairs_std * std) over the scores of all pairs
 
 How many pairs pay then follows from how the scores are spread, not from a fixed share; a twentieth
-of all pairs at most, which is reached if pairs_std is below 1.6 or so.
+of all pairs at most, which is reached if pairs_std is below 1.6 or so. On a real model 64,000 pairs
+have a mean cosine of 0.07, below the target: tau rises to its bound, 0.5, where hardly any pair
+pays (0.02 % of the error), here and in the rows after it.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.34, the baseline's 0.40: can't
-be told from it; explained variance is 0.563, the baseline's 0.616: worse.
+be told from it; explained variance is 0.563, the baseline's 0.616: worse. On a real model (3 seeds)
+explained variance is 0.782, the baseline's 0.782: no difference that matters.
 """
 import torch
 
