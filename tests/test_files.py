@@ -23,8 +23,8 @@ def test_tensors_come_back_with_their_meta_also_through_a_kept_buffer(tmp_path):
     for kept in (None, buffer):
         tensors, meta = read_tensors(tmp_path / "a.safetensors", said, kept)
         assert meta["step"] == 7 and meta["name"] == "ü" and tensors.keys() == TENSORS.keys()
-        assert all(torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k,
-                   v in TENSORS.items())
+        assert all(torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype
+                   for k, v in TENSORS.items())
     theirs = safetensors.torch.load_file(tmp_path / "a.safetensors")
     assert all(torch.equal(theirs[k], v) for k, v in TENSORS.items())
     first = buffer.data_ptr()

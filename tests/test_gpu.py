@@ -23,8 +23,8 @@ def test_the_first_steps_are_the_cpus_within_bfloat16(activation):
         sae, _ = build("baseline", X, activation=activation)
         sae = sae.to(where)
         log = losses[where] = []
-        steps(sae, sae.make_optimizer(), X.to(where), stop=20, each=lambda sae, out,
-              terms: log.append(float(sum(terms.values()))))
+        steps(sae, sae.make_optimizer(), X.to(where), stop=20,
+              each=lambda sae, out, terms: log.append(float(sum(terms.values()))))
     assert torch.allclose(torch.tensor(losses["cpu"]), torch.tensor(losses["cuda"]), rtol=0.05)
 
 

@@ -395,7 +395,8 @@ def test_a_damaged_or_incomplete_result_is_refused_by_name(root):
     broken = root / "baseline-s0/eval/core.json"
     write_json(broken, {"metrics": {}, "guards": [], "acts": "tiny", "d_sae": 64,
                         "sae_checksum": "baseline-s0"})
-    with pytest.raises(plot.Refuse, match="no explained_variance or l0: 03_eval.py .* --force"):
+    with pytest.raises(plot.Refuse, match="has no explained_variance or l0: "
+                                          "03_eval.py --eval core --force"):
         read_data(root)
     broken.write_text("{}")
     with pytest.raises(plot.Refuse, match="core.json is damaged"):

@@ -32,10 +32,13 @@ def test_l0_stays_within_5_percent_of_its_schedule(activation, start):
     ratio = {}
     for gain in (0.0, SAE.sparsity_gain):
         followed = []
+
+        def follow(sae, out, terms):
+            followed.append(float((out.acts > 0).sum() / 512 / sae.wanted_l0()))
+
         train("baseline", RICH, 400, activation=activation, l0=6.0, sparsity_start=start,
               batch_size=512, sparsity_gain=gain, sparsity_memory=0.004 if gain else 1e9,
-              each=lambda sae, out,
-              terms: followed.append( float((out.acts > 0).sum() / 512 / sae.wanted_l0())))
+              each=follow)
         ratio[gain] = torch.tensor(followed[20:]).unfold(0, 10, 10).mean(1)
     assert (ratio[SAE.sparsity_gain] - 1).abs().max() < 0.05
     assert (ratio[0.0] - 1).abs().max() > 0.2
@@ -195,8 +198,8 @@ def test_a_reset_touches_these_latents_and_nobody_else():
     sae, opt = build("jumprelu", X)
     steps(sae, opt, X, stop=20)
     before = {k: v.clone() for k, v in sae.state_dict().items()}
-    moments = {name: {k: v.clone() for k, v in opt.state[p].items()} for name,
-               p in sae.named_parameters()}
+    moments = {name: {k: v.clone() for k, v in opt.state[p].items()}
+               for name, p in sae.named_parameters()}
     which = torch.tensor([3, 40])
     directions = torch.randn(2, D_IN, generator=generator("d"))
     sae.reset_latents(opt, which, directions, X[:256])

@@ -26,9 +26,11 @@ def data():
 def trained(name):
     """A trained variant, and the loss terms of every step."""
     log = []
-    sae = train(name, data(), STEPS, each=lambda sae, out,
-                terms: log.append({k: float(v) for k, v in terms.items()}))
-    return sae, log
+
+    def each(sae, out, terms):
+        log.append({k: float(v) for k, v in terms.items()})
+
+    return train(name, data(), STEPS, each=each), log
 
 
 def rows():
@@ -141,8 +143,8 @@ def test_the_sparse_path_trains_as_the_dense_one(name, monkeypatch):
         monkeypatch.setattr(SAE, "path", property(lambda self: path))
         sae, opt = build(name, data(), STEPS)
         log = []
-        steps(sae, opt, data(), stop=6, each=lambda sae, out,
-              terms: log.append(float(sum(terms.values()))))
+        steps(sae, opt, data(), stop=6,
+              each=lambda sae, out, terms: log.append(float(sum(terms.values()))))
         errors[path] = torch.tensor(log)
     assert torch.allclose(errors["sparse"], errors["dense"], rtol=2e-3)
 

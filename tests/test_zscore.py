@@ -252,8 +252,8 @@ def test_captured_is_the_share_of_the_first_directions():
     assert torch.isclose(sae.captured(acts), spectrum[:8].sum() / spectrum.sum(), atol=0.01)
     assert torch.equal(torch.get_rng_state(), state)
     seen = []
-    steps(sae, opt, data(), stop=6, each=lambda sae, out,
-          terms: seen.append("captured" in sae.stats))
+    steps(sae, opt, data(), stop=6,
+          each=lambda sae, out, terms: seen.append("captured" in sae.stats))
     assert seen == [False] * 5 + [True]  # every 2 % of 300 steps
 
 
@@ -399,6 +399,6 @@ def test_r9_the_encoder_reads_four_powers_and_their_weights_are_learned():
     sae.multiscale = False
     shift, size = sae.row_norm(x)
     sae.multiscale = True
-    known = sum(w[i] * ((1 - kept[i]) * (x - shift) / size**p + kept[i] * x) for i,
-                p in enumerate((0.1, 0.5, 1.0, 2.0)))
+    known = sum(w[i] * ((1 - kept[i]) * (x - shift) / size**p + kept[i] * x)
+                for i, p in enumerate((0.1, 0.5, 1.0, 2.0)))
     assert torch.allclose(reads(sae, x), known, atol=1e-3)
