@@ -185,7 +185,7 @@ def test_r3_under_spikes_explains_more_at_its_l0(activation):
     assert on[0] > off[0] + 0.03 or abs(off[1] - 4) > 1
 
 
-def test_r3_a_new_level_of_the_loss_gets_usual_before_ten_refusals_end_the_run():
+def test_r3_a_new_level_of_the_loss_is_usual_before_ten_refusals_end_the_run():
     sae, _ = build(f"{R}3", rows()[0], 600)
     for sae.step in range(400):
         sae.accept(torch.tensor(1.0 if sae.step < 300 else 9.0))
@@ -393,6 +393,27 @@ def test_r9_early_latents_are_denser_than_late_ones():
         rate = (evaluate(sae, rows()[1])[2] > 0).float().mean(0)
         return float(rate[:16].mean() / rate[-16:].mean())
     assert early_over_late(run(9)[0]) > 1.3 > 1.15 > early_over_late(run(8)[0])
+
+
+def test_r9_nothing_is_unlocked_after_the_last_step():
+    sae, _ = build(f"{R}9", rows()[0])
+    sae.step = STEPS - 1
+    sae.restart(sae(rows()[0][:256]))
+    assert sae.unlocked.sum() == 16
+
+
+def test_r9_without_locking_the_sparse_path_has_its_parents_bits():
+    small = {"d_sae": 192, "batch_size": 512, "micro_batches": 1}
+    off = {"unlock_start": 1.0, "unlock_checkpoint": False}
+    parent, child = (train(f"{R}{n}", rows()[0], 2, **small, **more)
+                     for n, more in ((8, {}), (9, off)))
+    assert parent.path == "sparse"
+    weights = dict(child.named_parameters())
+    assert all(torch.equal(weights[k], v) for k, v in parent.named_parameters())
+
+
+def test_r9_of_two_latents_one_is_unlocked_at_first():
+    assert build(f"{R}9", rows()[0], d_sae=2, l0=1.0)[0].unlocked.tolist() == [1, 0]
 
 
 def test_r9_checkpointing_changes_memory_and_no_bit():

@@ -78,6 +78,8 @@ def test_the_weight_of_the_note_falls_to_zero_and_l0_ends_where_it_may():
     wanted = [(1 - step / STEPS) / 64 ** 0.5 for step in range(STEPS)]
     assert weight.tolist() == pytest.approx(wanted, rel=0.01)
     assert measured(1, linear_form="weight")[1] > 1.5 * 4
+    sae, _ = build(f"{R}1", TRAIN, linear_form="weight")
+    assert sae.penalty_scale("sparsity") == pytest.approx(1 / 64 ** 0.5)       # of the first step
 
 
 def test_the_weight_of_the_note_needs_a_penalty():

@@ -28,7 +28,7 @@ class Variant(Base):
     def build(self):
         super().build()
         size = max(10, round(self.spike_memory * self.steps))
-        # rings; a new level of the loss gets usual before ten refusals in a row end the run
+        # rings; a new level of the loss is usual before ten refusals in a row end the run
         self.register_buffer("recent_losses", torch.full((16,), torch.nan))
         self.register_buffer("recent_norms", torch.full((size,), torch.nan))
         self.register_buffer("spikes", torch.zeros(()))

@@ -23,11 +23,16 @@ class Variant(SAE):
     off = {"linear_start": 1.0}
     counts = ("schedule_gap",)              # mean |L0 / wanted - 1| over the run
 
+    @classmethod
+    def check(cls, settings):
+        super().check(settings)
+        kind, start = settings["activation"], settings["linear_start"]
+        if settings["linear_form"] == "weight" and kind not in ("relu", "jumprelu"):
+            raise Refuse(f"--set linear_form=weight activation={kind}: has no weight", 2)
+        if settings["l0"] * start <= (0.5 if kind == "topk" else 0):
+            raise Refuse(f"--set linear_start={start}: nothing could fire at first", 2)
+
     def build(self):
-        if self.linear_form == "weight" and self.activation not in ("relu", "jumprelu"):
-            raise Refuse(f"--set linear_form=weight activation={self.activation}: has no weight", 2)
-        if self.l0 * self.linear_start <= (0.5 if self.activation == "topk" else 0):
-            raise Refuse(f"--set linear_start={self.linear_start}: nothing could fire at first", 2)
         super().build()
         if self.linear_form == "weight":
             self.sparsity_scale.fill_(1 / self.d_sae ** 0.5)
