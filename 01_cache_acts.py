@@ -491,8 +491,8 @@ def check_configuration(folder, config):
     """Refuse a data set of the hub whose README.md lists several configurations, but not this."""
     card = folder / "README.md"
     with hub_errors("data set", folder):
-        about = card.exists() and huggingface_hub.metadata_load(card) or {}
-    named = [entry["config_name"] for entry in about.get("configs", [])]
+        about = huggingface_hub.metadata_load(card) if card.exists() else None
+        named = [entry["config_name"] for entry in (about or {}).get("configs", [])]
     if len(named) > 1 and config not in named:
         raise Refuse(f"--data {folder} has the configurations {', '.join(named)}: say which with "
                      "--config", 2)

@@ -1629,9 +1629,8 @@ def labelled_cases(bench, name, settings):
 
 def cases_of(bench, name, config, sizes, task):
     """[Case] of one data set or own task, of SCR one for each pair of classes."""
-    folder, pairs, tables, cases = own_tasks(bench.acts, name).get(task), [None], None, []
-    if folder:
-        tables = read_own_task(folder)
+    own, pairs, cases = own_tasks(bench.acts, name), [None], []
+    tables = read_own_task(own[task]) if task in own else None
     if name == "scr":
         pairs = confounded_pairs(tables, sizes) if tables else config.column1_vals_lookup[task]
         config.column1_vals_lookup[task] = pairs

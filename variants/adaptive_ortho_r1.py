@@ -7,9 +7,9 @@ Two latents that fire on the same rows may need a common direction; two that nev
 Groups are updated at intervals: each latent goes to the group with whose members, itself among
 them, its firing correlates most (one k-means step over the rows of the batch). One batch says
 little: on a real model (512 rows) 47 % of the latents change their group at each update, to the
-end, on known features 5 %. ortho_form=mean is the note's: the
-mean over all pairs of w_ij cos^2. As a mean it is about 1 / d_in and acts on nothing, so it is
-taken times d_in. The weight is OrtSAE's 0.25; the note's is 0.1 (ortsae_weight=0.1).
+end, on known features 5 %. ortho_form=mean is the note's: the mean over all pairs of w_ij cos^2. As
+a mean it is about 1 / d_in and acts on nothing, so it is taken times d_in. The weight is OrtSAE's
+0.25; the note's is 0.1 (ortsae_weight=0.1).
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.39, the baseline's 0.40: no
 difference that matters; explained variance is 0.604, the baseline's 0.616: worse. On a real model

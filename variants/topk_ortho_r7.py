@@ -23,7 +23,7 @@ class Variant(Base):
     inhibition_radius = 32        # neighbours are so many latents on either side
     inhibition_form = choice("subtract", "scale")
     off = {"inhibition_strength": 0.0}
-    counts = ("inhibited",)       # latents of a row whose pre its winners brought below 0, mean
+    counts = ("inhibited",)       # latents whose pre winners brought below 0, mean over rows
 
     def build(self):
         super().build()

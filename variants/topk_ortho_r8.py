@@ -4,8 +4,8 @@
 
 Each latent's nearest are its neighbours: inhibition_radius of them on average, more the more it
 fires with others, at most twice as many; none before the first count. A latent that restarts has
-those of the latent that it was until others are counted. Only the latents that fire
-most are counted. A pass over these for each of the 64 neighbours makes it the study's slowest row.
+those of the latent that it was until others are counted. Only the latents that fire most are
+counted. A pass over these for each of the 64 neighbours makes it the study's slowest row.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.57, the baseline's 0.40: worse;
 explained variance is 0.464, the baseline's 0.616: worse. On a real model (3 seeds) explained

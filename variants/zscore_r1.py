@@ -3,9 +3,9 @@
     acts_i = pre_i if pre_i > max(0, mean_i + z std_i), else 0; moving averages of pre_i
     interference = mean over latents i of the sum over j of relu(o_ij - tau) cos(d_i, d_j)^2
 
-One z for all holds L0. All latents fire about equally often (by Cantelli none on more than
-1 / (1 + z^2) of the rows) and hardly any dies, but real features are not equally frequent. The cut
-has no gradient, acts have one. The note's z is zscore_start=2 zscore_gain=0, and alone fixes L0.
+One z for all holds L0. All latents fire about equally often (by Cantelli none on more than 1 / (1 +
+z^2) of the rows) and hardly any dies, but real features are not equally frequent. The cut has no
+gradient, acts have one. The note's z is zscore_start=2 zscore_gain=0, and alone fixes L0.
 
 o_ij is by interference_rule
     decoder       cos(d_i, d_j)
