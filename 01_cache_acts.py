@@ -490,7 +490,7 @@ class Text:
 def check_configuration(folder, config):
     """Refuse a data set of the hub whose README.md lists several configurations, but not this."""
     card = folder / "README.md"
-    with hub_errors("data set", folder):
+    with hub_errors("data set card", card):
         about = huggingface_hub.metadata_load(card) if card.exists() else None
         named = [entry["config_name"] for entry in (about or {}).get("configs", [])]
     if len(named) > 1 and config not in named:

@@ -1184,7 +1184,7 @@ def hub_errors(kind, name):
             cause = cause.__cause__ or cause.__context__
         unknown = (f"does not load: {type(e).__name__}: {first_lines(e)}", 3)
         said, code = next((HUB_ERRORS[c] for c in HUB_ERRORS if c in chain), unknown)
-        page = f"datasets/{name}" if kind == "data set" else name
+        page = f"datasets/{name}" if kind == "data set" else str(name)
         said = said.replace("{page}", page).replace("{status}", str(status))
         raise Refuse(f"{kind} {name} {said}", code) from e
 
