@@ -2,7 +2,8 @@
 
     python tests/bench/smollm2.py                   first: the language model and the text
     python tests/bench/study.py                     print the commands of all parts
-    python tests/bench/study.py synthetic       a part: synthetic, yardsticks, ideas, exploratory
+    python tests/bench/study.py synthetic           a part: synthetic, yardsticks, ideas,
+                                                    exploratory, seeds
     python tests/bench/study.py tables              write the tables of STUDIES.md from the runs
 
 All of them in one working folder, which needs 20 GB. What is finished is left alone, and the same
@@ -32,6 +33,8 @@ IDEAS = sorted((name for name in variant_names() if re.search(r"_r\d+$", name)),
 SWEPT = YARDSTICKS[:3]       # what the others are compared with at their own L0
 REAL, TOY = "smollm2-135m_l10", "synthetic"              # folders under acts/
 SEEDS = {REAL: range(3), TOY: range(5)}
+AGAIN = ["baseline", "revive", *(name for name in IDEAS if re.match("zscore|hierarchical", name))]
+MORE_SEEDS = range(3, 5)     # on the real model, for AGAIN: what looked better or cost little
 SETTINGS = {REAL: ["d_sae=2304", "batch_size=512"], TOY: ["d_sae=320", "batch_size=1024"]}
 L0 = {REAL: "40", TOY: "5"}
 SWEEP = {REAL: "22,72", TOY: "3,8"}      # neighbours are at most a factor of 2 apart
@@ -59,6 +62,10 @@ def commands(part):
             yield evaluate(REAL, "core")
     elif part == "exploratory":
         yield evaluate(REAL, "sparse_probing", "absorption")
+    elif part == "seeds":
+        yield from train(REAL, AGAIN, f"l0={L0[REAL]}", MORE_SEEDS)
+        yield from train(REAL, ["baseline"], f"l0={SWEEP[REAL]}", MORE_SEEDS)
+        yield evaluate(REAL, "core")
 
 
 def yardsticks(acts):
@@ -72,11 +79,11 @@ def evaluate(acts, *names):
     return ["03_eval.py", f"runs/*-{acts}-*", "--eval", *names, "--controls"]
 
 
-def train(acts, variants, l0):
+def train(acts, variants, l0, seeds=None):
     """Yield a command for each three variants, so that whole groups are finished early."""
     for i in range(0, len(variants), 3):
         yield ["02_train.py", "--acts", acts, "--variant", *variants[i:i + 3],
-               "--seed", *map(str, SEEDS[acts]), "--set", *SETTINGS[acts], "--sweep", l0]
+               "--seed", *map(str, seeds or SEEDS[acts]), "--set", *SETTINGS[acts], "--sweep", l0]
 
 
 def run(part):
@@ -130,6 +137,8 @@ def write_tables():
 def summarise(data, acts):
     """The lines that stand above the tables of a cache."""
     wanted = len(SEEDS[acts]) * (len(YARDSTICKS + IDEAS) + 2 * len(SWEPT))
+    if acts == REAL:
+        wanted += len(MORE_SEEDS) * (len(AGAIN) + 2)
     main = plot.METRICS[data.metric].title
     others = ", ".join(plot.METRICS[metric].title for metric in EXPLORED[acts])
     return [f"Of {wanted} runs {sum(data.runs.status == 'done')} are trained, and "
@@ -179,7 +188,7 @@ def show_verdict(found):
 
 
 def main():
-    parts = ["synthetic", "yardsticks", "ideas", "exploratory"]
+    parts = ["synthetic", "yardsticks", "ideas", "exploratory", "seeds"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", choices=[*parts, "tables"])
     part = parser.parse_args().part
