@@ -55,32 +55,33 @@ HOOKS = ("resid_post", "mlp_out", "attn_out")
 
 def parse_args():
     p = Parser(__doc__)
-    p.add_argument("--model", default="tiny",
-                   help="tiny (embedded), synthetic, a hub name, a folder or a .gguf file")
-    p.add_argument("--layer", type=natural, nargs="+",
-                   help="decoder layers, from 0; a folder each, one pass (default: the middle one)")
-    p.add_argument("--hook", choices=HOOKS, default="resid_post")
-    p.add_argument("--data", help="text: hub data set, file or folder (default for tiny: its own)")
-    p.add_argument("--column", default="text", help="column of the data that holds the text")
-    p.add_argument("--split", default="train", help="split of the data")
-    p.add_argument("--config", help="configuration of a data set that has several")
-    p.add_argument("--tokens", type=positive_int, default=300_000,
-                   help="tokens to run through the model; rows of synthetic (default: 300_000)")
-    p.add_argument("--val-tokens", type=positive_int,
-                   help="held-out tokens (default: 16_384; at most a tenth of the same text)")
-    p.add_argument("--ctx", type=positive_int, default=128, help="tokens in a context")
-    p.add_argument("--no-pack", dest="pack", action="store_false",
-                   help="one document a context, instead of one after another")
-    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the cached activations")
-    p.add_argument("--model-dtype", choices=DTYPES,
-                   help="of the model (default: float32 on a CPU, else bfloat16)")
-    p.add_argument("--name", help="folder under acts/ (default: from --model, --hook and --layer)")
-    p.add_argument("--batch", type=positive_int, default=32, help="contexts in a forward pass")
-    p.add_argument("--rows-per-shard", type=positive_int, default=65_536, help="on average")
-    p.add_argument("--seed", type=natural, default=0, help="of the shuffle and of synthetic data")
-    p.add_argument("--device", help="cpu or cuda (default: cuda if there is a GPU)")
-    p.add_argument("--trust-remote-code", action="store_true",
-                   help="run code that comes with the model, and read its pickle files")
+    add = p.add_argument
+    add("--model", default="tiny",
+        help="tiny (embedded), synthetic, a hub name, a folder or a .gguf file")
+    add("--layer", type=natural, nargs="+",
+        help="decoder layers, from 0; a folder each, one pass (default: the middle one)")
+    add("--hook", choices=HOOKS, default="resid_post")
+    add("--data", help="text: hub data set, file or folder (default for tiny: its own)")
+    add("--column", default="text", help="column of the data that holds the text")
+    add("--split", default="train", help="split of the data")
+    add("--config", help="configuration of a data set that has several")
+    add("--tokens", type=positive_int, default=300_000,
+        help="tokens to run through the model; rows of synthetic (default: 300_000)")
+    add("--val-tokens", type=positive_int, default=16_384,
+        help="held-out tokens (default: 16_384; at most a tenth of the same text)")
+    add("--ctx", type=positive_int, default=128, help="tokens in a context")
+    add("--no-pack", dest="pack", action="store_false",
+        help="one document a context, instead of one after another")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the cached activations")
+    add("--model-dtype", choices=DTYPES,
+        help="of the model (default: float32 on a CPU, else bfloat16)")
+    add("--name", help="folder under acts/ (default: from --model, --hook and --layer)")
+    add("--batch", type=positive_int, default=32, help="contexts in a forward pass")
+    add("--rows-per-shard", type=positive_int, default=65_536, help="on average")
+    add("--seed", type=natural, default=0, help="of the shuffle and of synthetic data")
+    add("--device", help="cpu or cuda (default: cuda if there is a GPU)")
+    add("--trust-remote-code", action="store_true",
+        help="run code that comes with the model, and read its pickle files")
     args = p.parse_args()
     if args.name is not None:
         check_name("--name", args.name)
@@ -107,10 +108,9 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "testing", "idlel
 def tiny_model():
     """(model folder, text folder) of the embedded model, built first if it is not there."""
     marker = TINY / "recipe.json"
-    if not marker.exists() or read_json(marker)["recipe"] != RECIPE:
-        with lock(TINY, wait=True):
-            if not marker.exists() or read_json(marker)["recipe"] != RECIPE:
-                build_tiny(marker)
+    with lock(TINY, wait=True):
+        if not marker.exists() or read_json(marker)["recipe"] != RECIPE:
+            build_tiny(marker)
     return str(TINY / "model"), str(TINY / "text")
 
 
@@ -161,10 +161,10 @@ def corpus():
 
 def source_files(package):
     """(module, path) of the package's .py files, mixed in an order of their names alone."""
-    spec = package != "stdlib" and importlib.util.find_spec(package)
-    if package != "stdlib" and not spec:
-        return []
-    root = Path(spec.submodule_search_locations[0] if spec else sysconfig.get_path("stdlib"))
+    if package == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+    else:
+        root = Path(importlib.util.find_spec(package).submodule_search_locations[0])
     found = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in LEFT_OUT]
@@ -208,8 +208,8 @@ def spelling(records):
         chosen = rng.sample(words[is_held_out(module)], 8)       # held-out words if it is held out
         lines = [f"{rng.choice(['', ' '])}{word} has the first letter: {word[0].upper()}"
                  for word in chosen]
-        about = dict(package="spelling", module=module, kind="spelling")
-        documents.append(dict(text="\n".join(lines), **about))
+        documents.append(dict(text="\n".join(lines), package="spelling", module=module,
+                              kind="spelling"))
     return documents
 
 
@@ -256,9 +256,8 @@ def train_tiny(tokens, held_out, tokenizer):
         max_position_embeddings=4 * R["ctx"], tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(R["seed"])
-        model = transformers.LlamaForCausalLM(config)
+    torch.manual_seed(R["seed"])
+    model = transformers.LlamaForCausalLM(config)
     for layer in model.model.layers:                     # a block adds nothing at first
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()
@@ -274,8 +273,7 @@ def train_tiny(tokens, held_out, tokenizer):
         return min((step + 1) / R["steps"] / 0.03, (1 - step / R["steps"]) / 0.7, 1)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lr_scale)
-    bar = tqdm(range(R["steps"]), desc="training the language model", unit="step")
-    for step in bar:
+    for step in tqdm(range(R["steps"]), desc="training the language model", unit="step"):
         batch = tokens[step * R["batch"]:(step + 1) * R["batch"]]
         # without a mask transformers looks for several texts in a context: a tenth of a step
         logits = model(batch, torch.ones_like(batch), use_cache=False).logits[:, :-1]
@@ -285,7 +283,6 @@ def train_tiny(tokens, held_out, tokenizer):
         opt.step()
         opt.zero_grad()
         schedule.step()
-        bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
     before, after = held_out[:, :-1].flatten(), held_out[:, 1:].flatten()
     return model.eval(), {"loss": mean_loss(model, held_out),
                           "bigram_loss": -bigram[before, after].log().mean().item(),
@@ -341,7 +338,6 @@ class Synthetic:
                   max_probability=0.6, min_probability=0.006, zipf=1.0, magnitude_std=0.25,
                   correlation=0.1)
     layers, ctx, d_in = [None], 1, recipe["d_in"]         # a context is one row
-    device = torch.device("cpu")
 
     def __init__(self, args):
         if args.layer or args.hook != "resid_post" or args.data:
@@ -350,7 +346,7 @@ class Synthetic:
         if not importlib.util.find_spec("sae_lens"):
             raise Refuse("--model synthetic needs the package sae_lens: pip install sae-lens", 4)
         self.seed, self.dtype = args.seed, getattr(torch, args.dtype)
-        self.n_val = args.val_tokens or 16_384
+        self.n_val = args.val_tokens
 
     def settings(self, layer):
         model = dict(name="synthetic", revision=importlib.metadata.version("sae_lens"),
@@ -374,9 +370,8 @@ class Synthetic:
 
     def sample(self, rows, *key):
         """(activations, feature activations) that depend on the seed and the key alone."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(self.seed, *key).initial_seed())
-            return self.model.sample_with_features(rows)
+        torch.manual_seed(generator(self.seed, *key).initial_seed())
+        return self.model.sample_with_features(rows)
 
     def held_out(self):
         """({file: tensors}, 0): held-out rows, and the truth: directions, rates and parents."""
@@ -438,9 +433,9 @@ class Text:
             self.description["revision"] = Path(path).name
         else:
             with hub_errors("data set", data):
-                hub = huggingface_hub.HfApi()
-                self.description["revision"] = hub.dataset_info(data, timeout=10).sha
-                hub.file_exists(data, "README.md", repo_type="dataset")     # says if it is gated
+                self.description["revision"] = huggingface_hub.dataset_info(data, timeout=10).sha
+                # says if it is gated, which dataset_info() does not
+                huggingface_hub.file_exists(data, "README.md", repo_type="dataset")
         if self.files and "revision" not in self.description:
             self.description["checksum"] = files_checksum(self.files + self.held_out_files)
 
@@ -454,22 +449,22 @@ class Text:
         chosen = [p for p in there if kind_of(p) == kind]
         if config:
             chosen = [p for p in chosen if config in p.relative_to(folder).parts]
-        self.held_out_files = [p for p in chosen if p.name.split(".")[0] == "val"]
-        chosen = [p for p in chosen if p not in self.held_out_files]
+        self.held_out_files = [p for p in chosen if split_of(p, folder) == "held out"]
         self.files = [p for p in chosen if split_of(p, folder) == split]
         if not self.files:
-            under = f" and --config {config}" if config else ""
-            raise Refuse(f"--data {self.name}: no {kind} file of --split {split}{under}", 2)
-        taken = {*self.files, *self.held_out_files}
-        rest = [str(p.relative_to(folder)) for p in there if p not in taken]
+            raise Refuse(f"--data {self.name}: no {kind} file of --split {split}", 2)
+        rest = sorted({*there} - {*self.files} - {*self.held_out_files})
         if rest:
             print(f"note: {self.name}: left out {len(rest)} that are not {kind} of split {split}: "
-                  + ", ".join(rest[:5]) + (", ..." if rest[5:] else ""))
+                  + ", ".join(str(p.relative_to(folder)) for p in rest[:5]))
 
     def train(self):
         if self.files is not None:
             return self.read(self.files)
-        return texts(self.hub_records(), self.column, f"data set {self.name}, record")
+        about = self.description
+        records = read_table("data set", self.name, self.name, about["config"],
+                             split=about["split"], revision=about["revision"])
+        return texts(records, self.column, f"data set {self.name}, record")
 
     def read(self, files):
         for path in files:
@@ -478,13 +473,9 @@ class Text:
             elif suffix_of(path) == ".jsonl":
                 yield from texts(read_jsonl(path), self.column, f"{path}, line")
             else:
-                yield from texts(read_table(path), self.column, f"{path}, record")
-
-    def hub_records(self):
-        with hub_errors("data set", self.name):
-            about = self.description
-            yield from load_dataset(self.name, about["config"], split=about["split"],
-                                    revision=about["revision"], streaming=True)
+                records = read_table("data file", path, kind_of(path), data_files=str(path),
+                                     split="train")
+                yield from texts(records, self.column, f"{path}, record")
 
 
 def check_configuration(folder, config):
@@ -499,12 +490,9 @@ def check_configuration(folder, config):
 
 
 def main_kind(files):
-    """The kind of most files; a .txt beside a table is a licence. None if no file holds data."""
-    counts = Counter(map(kind_of, files))
-    del counts[None]
-    if len(counts) > 1 and 2 * counts["text"] <= counts.total():
-        del counts["text"]
-    return max(counts, key=counts.get, default=None)
+    """The kind of most files; one .txt beside one table is a licence. None if none holds data."""
+    kinds = [kind for kind in map(kind_of, files) if kind]
+    return max(kinds, key=lambda kind: (kinds.count(kind), kind != "text"), default=None)
 
 
 def suffix_of(path):
@@ -519,6 +507,8 @@ def kind_of(path):
 
 def split_of(path, folder):
     """The split that a name such as data/test-00000-of-00002.parquet speaks of; else train."""
+    if path.name.startswith("val."):
+        return "held out"
     words = re.findall("[a-z]+", str(path.relative_to(folder)).lower())
     return next((SPLITS[word] for word in words if word in SPLITS), "train")
 
@@ -529,7 +519,7 @@ def read_txt(path):
     with unpacked(path) as f:
         while lines := f.readlines(10_000):
             where = f"{path}, line {line + 1} or after"
-            yield checked(as_text(b"".join(lines), where, first=line == 0), where)
+            yield checked(as_text(b"".join(lines), where), where)
             line += len(lines)
 
 
@@ -537,7 +527,7 @@ def read_jsonl(path):
     """The records of a file with one JSON object a line; None for an empty line."""
     with unpacked(path) as f:
         for number, line in enumerate(f, 1):
-            text = as_text(line, f"{path}, line {number}", first=number == 1)
+            text = as_text(line, f"{path}, line {number}")
             try:
                 yield json.loads(text) if text.strip() else None
             except ValueError as e:
@@ -553,23 +543,19 @@ def unpacked(path):
         yield io.BufferedReader(f)
 
 
-def read_table(path):
-    with hub_errors("data file", str(path)):
-        yield from load_dataset(kind_of(path), data_files=str(path), split="train", streaming=True)
-
-
-def load_dataset(*args, **kwargs):
-    """datasets.load_dataset(). Imported late: text files and the embedded model do without it."""
+def read_table(what, name, *args, **kwargs):
+    """The records of datasets.load_dataset(*args, **kwargs). what, name: see hub_errors()."""
     if not importlib.util.find_spec("datasets"):
         raise Refuse("such data need the package datasets: pip install datasets, or give .jsonl", 4)
-    import datasets
-    return datasets.load_dataset(*args, **kwargs)
+    with hub_errors(what, name):
+        import datasets      # late: text files and the embedded model do without it
+        yield from datasets.load_dataset(*args, **kwargs, streaming=True)
 
 
-def as_text(data, where, first):
-    """Bytes as text; a byte-order mark is dropped."""
+def as_text(data, where):
+    """Bytes as text; a byte-order mark at their start is dropped."""
     try:
-        return data.decode("utf-8-sig" if first else "utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         byte = data[e.start]
         raise Refuse(f"{where}: not UTF-8 (byte 0x{byte:02x}): save the file as UTF-8") from None
@@ -580,15 +566,15 @@ def texts(records, column, where):
     for number, record in enumerate(records, 1):
         if record is None:
             continue
-        if not isinstance(record, dict) or column not in record:
-            there = ", ".join(record) if isinstance(record, dict) else "no columns"
-            raise Refuse(f"{where} {number}: no column {column!r}, there are {there}: "
-                         "say which with --column", 2)
-        text = record[column]
-        if not isinstance(text, (str, type(None))):
+        columns = record if isinstance(record, dict) else {}
+        if column not in columns:
+            raise Refuse(f"{where} {number}: no column {column!r}, there are "
+                         f"{', '.join(columns) or 'none'}: say which with --column", 2)
+        text = "" if columns[column] is None else columns[column]
+        if not isinstance(text, str):
             raise Refuse(f"{where} {number}: column {column!r} holds {type(text).__name__}, not "
                          "text: make a column of plain text, or name another with --column")
-        yield checked(text or "", f"{where} {number}")
+        yield checked(text, f"{where} {number}")
 
 
 def checked(text, where):
@@ -629,11 +615,8 @@ def contexts(documents, tokenizer, ctx, pack, group=64):
 
 def starting_tokens(tokenizer):
     """[BOS] if the tokenizer puts one before a text (Gemma, Llama), else [] (GPT-2, Pythia)."""
-    for token in range(len(tokenizer)):  # the first that is a text; "a" may be none
-        text = tokenizer.decode([token])
-        plain = tokenizer(text, add_special_tokens=False).input_ids
-        if plain:
-            break
+    text = tokenizer.decode(list(range(min(100, len(tokenizer)))))  # "a" may be unknown to it
+    plain = tokenizer(text, add_special_tokens=False).input_ids
     whole = tokenizer(text).input_ids                     # BOS may also be the EOS that stands last
     starts = whole[:1] == [tokenizer.bos_token_id] and whole[1:len(plain) + 1] == plain
     return whole[:1] if starts else []
@@ -684,7 +667,7 @@ class LanguageModel:
         return dict(source="model", model=model, layer=layer, hook=args.hook,
                     hook_name=f"blocks.{layer}.hook_{args.hook}", d_in=self.d_in, ctx=self.ctx,
                     pack=args.pack, data=self.text.description,
-                    val_tokens=args.val_tokens or 16_384)
+                    val_tokens=args.val_tokens)
 
     @functools.cached_property
     def model(self):
@@ -721,13 +704,11 @@ class LanguageModel:
         streams = [*hidden, *(given for module, (given, _) in seen.items() if module not in inside)]
         for layer in self.layers:
             given, out = seen.get(self.blocks[layer], (None, None))
-            shape = [*tokens.shape, self.d_in]
-            if out is None or list(out.shape) != shape:
-                raise Refuse(f"{name}: layer {layer} gives {list(getattr(out, 'shape', []))}, "
-                             f"not the residual stream {shape}: its activations can't be cached")
-            if not any(close(stream, out, out) for stream in streams):
-                raise Refuse(f"{name}: the output of layer {layer} is not one of the model's "
-                             "hidden states: its residual stream can't be hooked")
+            shape = (*tokens.shape, self.d_in)
+            is_stream = any(close(stream, out, out) for stream in streams)
+            if not is_stream or out.shape != shape:
+                raise Refuse(f"{name}: the output of layer {layer} is not the residual stream, "
+                             f"one of the model's hidden states {list(shape)}: it can't be cached")
             if hook != "resid_post":
                 points = [hook_point(self.blocks[layer], each, name) for each in HOOKS[1:]]
                 if not close(seen[points[0]][1] + seen[points[1]][1], out - given, out):
@@ -748,7 +729,7 @@ class LanguageModel:
         Without files val.*, a tenth of what there is at most.
         """
         args, files, start = self.args, self.text.held_out_files, 0
-        n = max(1, (args.val_tokens or 16_384) // self.ctx)
+        n = max(1, args.val_tokens // self.ctx)
         documents = self.text.read(files) if files else self.text.train()
         found = contexts(documents, self.tokenizer, self.ctx, args.pack, group=1)
         if files:
@@ -775,11 +756,10 @@ class LanguageModel:
         """Contexts as tokens [n, ctx] int32, the mask [n, ctx] of those that are rows, and the
         number of padding tokens."""
         # padding stands last, so a causal model needs no mask
-        tokens = torch.zeros(len(found), self.ctx, dtype=torch.int32)
-        text = torch.zeros(tokens.shape, dtype=torch.bool)
-        for i, context in enumerate(found):
-            tokens[i, :len(context)] = torch.tensor(context, dtype=torch.int32)
-            text[i, :len(context)] = True
+        lengths = torch.tensor([len(context) for context in found])
+        text = torch.arange(self.ctx) < lengths[:, None]
+        tokens = torch.zeros(text.shape, dtype=torch.int32)
+        tokens[text] = torch.tensor(list(itertools.chain(*found)), dtype=torch.int32)
         unknown = int(tokens.max())
         if unknown >= self.n_tokens:
             token = self.tokenizer.decode([unknown])
@@ -1148,6 +1128,7 @@ def main():
             time.sleep(0.2)                               # the process of rank 0 begins them
         for cache in caches:
             if cache.state() == "complete" and rank == 0:
+                shutil.rmtree(cache.scratch, ignore_errors=True)  # of a run killed as it tidied up
                 print(f"{cache.folder} is complete: {cache.meta['rows']:,} rows")
         caches = [cache for cache in caches if cache.state() != "complete"]
         if not caches:
@@ -1217,11 +1198,9 @@ def run_part(source, caches, number, found, bar):
 
 def folders(args, layers):
     """Where each layer goes."""
-    name = args.name
-    if name is None:
-        hook = "" if args.hook == "resid_post" else f"_{args.hook}"
-        model = Path(args.model).absolute().name            # also of the folder "."
-        name = re.sub(r"[^\w.+-]", "_", model.removesuffix(".gguf")) + hook
+    model = Path(args.model).absolute().name.removesuffix(".gguf")  # also of the folder "."
+    hook = "" if args.hook == "resid_post" else f"_{args.hook}"
+    name = args.name or re.sub(r"[^\w.+-]", "_", model) + hook
     numbered = len(layers) > 1 or (args.layer and args.name is None)
     return [Path("acts") / (f"{name}_l{layer}" if numbered else name) for layer in layers]
 

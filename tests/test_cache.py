@@ -465,6 +465,8 @@ def test_a_finished_cache_is_left_alone_and_other_settings_are_refused(here, cap
     ask = ["--model", "m", "--data", "t.jsonl", *SMALL]
     run(*ask)
     before = contents("acts")
+    (here / "acts/m/scratch").mkdir()  # as if killed while tidying up
+    (here / "acts/m/scratch/part_00000.raw").touch()
     run(*ask)
     assert contents("acts") == before and "is complete" in capsys.readouterr().out
     for key, argv in (("ctx", ["--ctx", 16]), ("dtype", ["--dtype", "float16"]),
