@@ -26,6 +26,7 @@ import os
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -169,7 +170,6 @@ class Run:
         ratios = {key.replace("loss_", "ratio_"): value / max(mean["loss_recon"], 1e-12)
                   for key, value in losses.items() if key != "loss_recon"}
         stats = {key: float(value) for key, value in self.sae.stats.items()}
-        self.acted |= {key: stats[key] for key in self.cls.counts if key in stats}
         done = self.next_step + 1
         line = {"step": done, "tokens": done * batch_size, "loss": sum(losses.values()), **losses,
                 **ratios, "mse": mean["mse"],
@@ -178,6 +178,7 @@ class Run:
                 "lr": self.opt.param_groups[0]["lr"], "refused": self.refused,
                 "tokens_per_s": done * batch_size / max(self.seconds, 1e-9), **stats}
         line = {key: value if abs(value) < float("inf") else None for key, value in line.items()}
+        self.acted |= {key: line[key] for key in self.cls.counts if line.get(key) is not None}
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")               # strict JSON: what is not finite is null
         self.last, self.sums, self.sae.stats = line, {}, {}
@@ -475,28 +476,18 @@ def take_step(runs, rows, common, shard, log_now, each):
     def step(run):
         sae = run.sae
         sae.step, sae.position, sae.shard = run.next_step, common.start, shard
-        chosen = choose(run, len(rows))
-        if chosen is not None:
-            x = shared if chosen == common else sae.normalise(rows[chosen])
-            attempt(run, run.train_on, x, log_now)
+        chosen = sae.choose_batch(len(rows), generator(run.seed, sae.step, "batch"))
+        run.train_on(shared if chosen == common else sae.normalise(rows[chosen]), log_now)
 
-    list(each(step, runs))
-
-
-def choose(run, n_rows):
-    """What choose_batch() returned: a slice, or indices as a tensor; None if it failed."""
-    found, rng = [], generator(run.seed, run.next_step, "batch")
-    attempt(run, lambda: found.append(run.sae.choose_batch(n_rows, rng)))
-    return found[0] if found else None
+    list(each(lambda run: attempt(run, step, run), runs))
 
 
 def progress(runs):
     """Medians over the runs, for the progress bar."""
-    last = [run.last for run in runs]
-    middle = {key: sorted(line[key] or 0 for line in last)[len(last) // 2]
-              for key in ("explained_variance", "l0", "dead")}
-    return {"L0": f"{middle['l0']:.1f}", "EV": f"{middle['explained_variance']:.3f}",
-            "dead": f"{middle['dead']:.1%}"}
+    def middle(key):
+        return statistics.median(run.last[key] or 0 for run in runs)
+    return {"L0": f"{middle('l0'):.1f}", "EV": f"{middle('explained_variance'):.3f}",
+            "dead": f"{middle('dead'):.1%}"}
 
 
 # ---- the table, and what a call asks for ---------------------------------------------------------
@@ -530,15 +521,13 @@ def versions():
 def git_state():
     """The commit that ran and whether files differed from it; None outside a git checkout."""
     def ask(*words):
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+        return subprocess.check_output(["git", "-C", ROOT, *words], text=True,
+                                       stderr=subprocess.DEVNULL).strip()
     try:
-        commit = ask("rev-parse", "HEAD")
-        changes = ask("status", "--porcelain", "--untracked-files=no")
-    except FileNotFoundError:                              # no git on this machine
+        return {"commit": ask("rev-parse", "HEAD"),
+                "dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
+    except (FileNotFoundError, subprocess.CalledProcessError):         # no git, or no checkout
         return {"commit": None, "dirty": None}
-    if commit.returncode:
-        return {"commit": None, "dirty": None}
-    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
 
 
 def find_variants(names):
@@ -559,18 +548,15 @@ def find_variants(names):
 def combinations(cls, sets, sweeps):
     """The settings of each run of a sweep: `sets` in all, times every combination of swept
     values."""
-    fixed, grid, swept = parse_settings(cls, sets), [], set()
+    fixed, grid = parse_settings(cls, sets), {}
     for sweep in sweeps:
         key, _, values = sweep.partition("=")
-        if key in fixed or key in swept:
+        if key in fixed or key in grid:
             raise Refuse(f"--sweep {key}: given twice, want --sweep {key}=V1,V2", 2)
-        swept.add(key)
-        grid.append([parse_settings(cls, [f"{key}={value}"]) for value in values.split(",")])
-    found = []
-    for chosen in itertools.product(*grid):
-        settings = {**fixed, **{key: value for part in chosen for key, value in part.items()}}
+        grid[key] = [parse_settings(cls, [f"{key}={value}"])[key] for value in values.split(",")]
+    found = [{**fixed, **dict(zip(grid, values))} for values in itertools.product(*grid.values())]
+    for settings in found:
         cls.check({**cls.settings(), **settings})
-        found.append(settings)
     return found
 
 

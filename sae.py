@@ -16,7 +16,6 @@ import argparse
 import ast
 import contextlib
 import difflib
-import errno
 import importlib
 import inspect
 import json
@@ -92,12 +91,16 @@ class Fired(NamedTuple):
     starts: torch.Tensor     # [B + 1]  row b has the values starts[b] : starts[b + 1]
 
 
+def rows_and_latents(at, d_sae):
+    """The (rows, latents) [n] of flat indices `at` [n] into a tensor [B, d_sae]."""
+    rows = at.div(d_sae, rounding_mode="floor")
+    return rows, at - rows * d_sae
+
+
 def row_starts(rows, n):
     """Where each of n rows starts in the ascending list `rows`, and where the last one ends [n +
     1]."""
-    if rows.is_cuda:         # bincount would wait for the GPU
-        return torch.searchsorted(rows, torch.arange(n + 1, dtype=rows.dtype, device=rows.device))
-    return F.pad(rows.bincount(minlength=n).cumsum(0), (1, 0))
+    return torch.searchsorted(rows, torch.arange(n + 1, dtype=rows.dtype, device=rows.device))
 
 
 def sparse_matmul(values, columns, starts, W):
@@ -144,8 +147,7 @@ class Encode(torch.autograd.Function):
         x, W_enc = ctx.saved_tensors
         if grad.is_sparse:   # from Pick: of the entries that fired
             (rows, latents), values = grad._indices(), grad._values()
-            x = x if x.dtype == W_enc.dtype else x.to(W_enc.dtype)
-            to_W = sparse_matmul_t(values, rows, latents, W_enc.shape[1], x).T
+            to_W = sparse_matmul_t(values, rows, latents, W_enc.shape[1], x.to(W_enc.dtype)).T
             to_b = W_enc.new_zeros(W_enc.shape[1]).index_add(0, latents, values.to(W_enc.dtype))
         else:                # .T twice: the gradient comes in W_enc's memory order
             to_W = (grad.T @ x.to(grad.dtype)).T
@@ -169,8 +171,7 @@ class Pick(torch.autograd.Function):
         at, = ctx.saved_tensors
         if not ctx.sparse:
             return grad.new_zeros(ctx.shape.numel()).scatter_add(0, at, grad).view(ctx.shape), None
-        rows = at.div(ctx.shape[1], rounding_mode="floor")
-        index = torch.stack([rows, at - rows * ctx.shape[1]])
+        index = torch.stack(rows_and_latents(at, ctx.shape[1]))
         return torch.sparse_coo_tensor(index, grad, ctx.shape, check_invariants=False), None
 
 
@@ -413,6 +414,7 @@ class SAE(nn.Module):
     off = {}                  # a variant: the settings that switch its idea off
     fixed = {}                # a variant: a parent's settings that its idea replaces -> why
     counts = ()               # a variant: names in stats that tell what its mechanism did
+    totals = ()               # a variant: those of them that add up over the run, kept as buffers
     paired = True             # False: the variant draws its own batches
 
     def __init__(self, d_in, steps, seed=0, **settings):
@@ -429,6 +431,9 @@ class SAE(nn.Module):
             setattr(self, name, value)
         self.check({name: getattr(self, name) for name in self.settings()})
         self.build()
+        self.totals = [name for c in self.chain() for name in vars(c).get("totals", ())]
+        for name in self.totals:
+            self.register_buffer(name, torch.zeros(()))
 
     @property
     def progress(self):
@@ -479,11 +484,11 @@ class SAE(nn.Module):
             self.register_buffer("sparsity_scale", torch.ones(()))     # on sparsity_weight
 
     def make_optimizer(self):
-        thresholds = [self.log_threshold] if self.activation == "jumprelu" else []
-        others = [p for p in self.parameters() if all(p is not t for t in thresholds)]
-        groups = [{"params": others}]
-        if thresholds:
-            groups.append({"params": thresholds, "lr": self.threshold_lr * self.lr})
+        named = dict(self.named_parameters())
+        threshold = named.pop("log_threshold", None)           # of jumprelu
+        groups = [{"params": list(named.values())}]
+        if threshold is not None:
+            groups.append({"params": [threshold], "lr": self.threshold_lr * self.lr})
         return torch.optim.Adam(groups, lr=self.lr, betas=(0.9, 0.999), fused=True)
 
     @torch.no_grad()
@@ -511,8 +516,7 @@ class SAE(nn.Module):
             self.fired = None
             return self.sparsifier.dense(pre)
         at = self.sparsifier.select(pre.detach())
-        rows = at.div(self.d_sae, rounding_mode="floor")
-        latents = at - rows * self.d_sae
+        rows, latents = rows_and_latents(at, self.d_sae)
         values = self.sparsifier.fire(Pick.apply(pre, at), latents)
         acts = values.new_zeros(pre.numel()).scatter(0, at, values).view(pre.shape)
         self.fired = Fired(acts, values, rows, latents, row_starts(rows, len(pre)))
@@ -531,7 +535,9 @@ class SAE(nn.Module):
 
     def penalties(self, out):
         """{name: value before its weight}. The weight is the setting NAME_weight times
-        penalty_scale(NAME); one of weight 0 is left out. Units: fractions of E||x||^2 / d_in."""
+        penalty_scale(NAME); one of weight 0 is left out. If there is a setting NAME_warmup, the
+        weight comes up from 0 over this fraction of the run. Units: fractions of E||x||^2 / d_in.
+        """
         found = {}
         if self.sparsifier.steered:
             found["sparsity"] = self.sparsity(out)
@@ -541,7 +547,9 @@ class SAE(nn.Module):
 
     def penalty_scale(self, name):
         """Factor on a penalty's weight now: for warm-ups and controllers."""
-        return self.sparsity_scale if name == "sparsity" else 1.0
+        if name == "sparsity":
+            return self.sparsity_scale
+        return self.ramp(getattr(self, f"{name}_warmup", 0.0))
 
     def lr_scale(self):
         """Factor on every learning rate now: linear warm-up, constant, linear decay to 0."""
@@ -556,8 +564,8 @@ class SAE(nn.Module):
     @torch.no_grad()
     def before_step(self, opt):
         """Edit gradients: what would only lengthen a decoder row goes; the rest is clipped."""
-        for grad, W in in_blocks(self.W_dec.grad, self.W_dec):
-            grad.addcmul_(W, (grad * W).sum(-1, keepdim=True), value=-1)
+        grad, W = self.W_dec.grad, self.W_dec
+        grad.addcmul_(W, (grad * W).sum(-1, keepdim=True), value=-1)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         self.stats["grad_norm"] = norm = norm.cpu()  # the loop asks whether it is finite, anyway
         if not norm <= self.clip:  # a factor of 1 would cost a pass over all
@@ -566,8 +574,7 @@ class SAE(nn.Module):
     @torch.no_grad()
     def after_step(self, opt, out):
         """Keep decoder rows unit, follow what fires, hold L0, restart latents."""
-        for W, in in_blocks(self.W_dec):
-            W.div_(W.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+        self.W_dec.copy_(unit(self.W_dec))
         fires = self.firing(out.acts)
         self.silent.copy_(torch.where(fires > 0, 0.0, self.silent + 1))
         self.follow("rate", fires)
@@ -577,6 +584,7 @@ class SAE(nn.Module):
         which, directions = self.restart(out)
         if len(which):
             self.reset_latents(opt, which, directions, out.x)
+        self.stats |= {name: getattr(self, name) for name in self.totals}
         self.fired = None
 
     def restart(self, out):
@@ -637,16 +645,18 @@ class SAE(nn.Module):
         if self.fired is not None and acts is self.fired.acts:
             return self.fired
         at = above(acts.detach(), 0)
-        rows = at.div(self.d_sae, rounding_mode="floor")
-        latents = at - rows * self.d_sae
+        rows, latents = rows_and_latents(at, self.d_sae)
         return Fired(acts, Pick.apply(acts, at), rows, latents, row_starts(rows, len(acts)))
 
-    def row_sums(self, acts):
-        """Sum of each row of acts [B]."""
+    def row_sums(self, acts, weights=None):
+        """Sum of each row of acts [B]; weights: each latent's factor on its acts [d_sae]."""
         if not (self.training and self.path == "sparse"):
-            return acts.sum(-1)
+            return (acts if weights is None else acts * weights).sum(-1)
         fired = self.nonzeros(acts)
-        return fired.values.new_zeros(len(acts)).index_add(0, fired.rows, fired.values)
+        values = fired.values
+        if weights is not None:
+            values = values * weights.index_select(0, fired.latents)
+        return values.new_zeros(len(acts)).index_add(0, fired.rows, values)
 
     def firing(self, acts):
         """The share of the rows of acts [B, d_sae] in which each latent fires [d_sae]."""
@@ -740,7 +750,8 @@ class SAE(nn.Module):
         """Indices of n rows of the batch, drawn by the square of their squared error, as in Bricken
         2023; n <= B."""
         error = (out.x - out.x_hat).float().pow(2).sum(-1)
-        return error.pow(2).multinomial(n, generator=self.generator("bad_rows"))
+        drawn = error.pow(2).multinomial(max(1, n), generator=self.generator("bad_rows"))
+        return drawn[:n]
 
     @torch.no_grad()
     def reset_latents(self, opt, which, directions, x, encoder=1.0):
@@ -807,30 +818,25 @@ class SAE(nn.Module):
         field that would change the reconstruction and is not understood is refused."""
         config = json.loads((Path(folder) / "cfg.json").read_text(encoding="utf-8"))
         weights = safetensors.torch.load((Path(folder) / "sae_weights.safetensors").read_bytes())
-        known = ("metadata", "device", "dtype", "d_in", "d_sae")
-        said = {name: value for name, value in config.items() if name not in known}
-        architecture = said.pop("architecture")
-        k = said.pop("k", None)
-        centred = said.pop("apply_b_dec_to_input", True)
-        rescaled = said.pop("rescale_acts_by_decoder_norm", False)
-        for name, harmless in (("normalize_activations", "none"), ("reshape_activations", "none")):
-            if said.get(name, harmless) == harmless:
-                said.pop(name, None)
-        if architecture not in ("standard", "topk", "jumprelu") or said:
-            unknown = ", ".join(f"{name}={value}" for name, value in said.items())
+        known = ("architecture", "d_in", "d_sae", "k", "apply_b_dec_to_input",
+                 "rescale_acts_by_decoder_norm", "metadata", "device", "dtype")
+        unknown = ", ".join(f"{name}={value}" for name, value in config.items()
+                            if name not in known and value not in ("none", None))
+        architecture = config["architecture"]
+        if architecture not in ("standard", "topk", "jumprelu") or unknown:
             raise Refuse(f"{folder}: SAELens architecture {architecture} {unknown}: can't be read "
                          "here; want standard, topk or jumprelu without these")
         weights = {name: w.float() for name, w in weights.items()}
-        if not centred:
+        if not config.get("apply_b_dec_to_input", True):
             weights["b_enc"] = weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]
-        if rescaled:  # acts count in units of their decoder rows
+        if config.get("rescale_acts_by_decoder_norm"):  # acts count in units of decoder rows
             norm = weights["W_dec"].norm(dim=-1)
             weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norm, weights["b_enc"] * norm
             weights["W_dec"] = unit(weights["W_dec"])
         activation = "relu" if architecture == "standard" else architecture
         settings = {"activation": activation, "d_sae": config["d_sae"]}
         if architecture == "topk":
-            settings["l0"] = float(k)
+            settings["l0"] = float(config["k"])
         sae = SAE(config["d_in"], 1, **settings)
         if architecture == "jumprelu":
             weights["log_threshold"] = weights.pop("threshold").log()
@@ -849,16 +855,21 @@ class SAE(nn.Module):
     def settings(cls):
         """All settings with their defaults: the public bool, int, float and str class
         attributes."""
-        names = {name for c in cls.chain() for name, value in vars(c).items()
-                 if type(value) in (bool, int, float, str, choice) and not name.startswith("_")}
-        return {name: getattr(cls, name) for c in cls.chain() for name in vars(c) if name in names}
+        found = {}
+        for c in cls.chain():
+            for name, value in vars(c).items():
+                if isinstance(value, (bool, int, float, str)) and not name.startswith("_"):
+                    found[name] = getattr(cls, name)
+        return found
 
     @classmethod
     def options(cls, name):
         """The values that setting `name` may have, or None if any of its type will do."""
-        given = [vars(c).get(name) for c in cls.chain()]
-        options = [value.options for value in given if isinstance(value, choice)]
-        return options[-1] if options else None
+        for c in cls.__mro__:
+            default = vars(c).get(name)
+            if isinstance(default, choice):
+                return default.options
+        return None
 
     @classmethod
     def check(cls, settings):
@@ -873,22 +884,28 @@ class SAE(nn.Module):
             if not low <= settings[name] <= high:
                 raise Refuse(f"--set {name}={settings[name]}: want {low:g} to {high:g}", 2)
         for name, value in settings.items():
-            if cls.options(name) and value not in cls.options(name):
-                raise Refuse(f"--set {name}={value}: want {' or '.join(cls.options(name))}", 2)
+            options = cls.options(name)
+            if options and value not in options:
+                raise Refuse(f"--set {name}={value}: want {' or '.join(options)}", 2)
+
+    @classmethod
+    def sources(cls):
+        """{file: its text} of the class chain, base first."""
+        files = [Path(inspect.getfile(c)) for c in cls.chain()]
+        return {file: file.read_text(encoding="utf-8") for file in files}
 
     @classmethod
     def source(cls):
         """What runs, in one text: the source files of the class chain, base first."""
-        files = [Path(inspect.getfile(c)) for c in cls.chain()]
-        return "\n\n".join(f"# ---- {f.name}\n\n{f.read_text(encoding='utf-8')}" for f in files)
+        return "\n\n".join(f"# ---- {f.name}\n\n{text}" for f, text in cls.sources().items())
 
     @classmethod
     def code_checksum(cls):
         """Changes when code that trains or runs this SAE does, not when a comment or docstring
         does."""
-        files = [Path(inspect.getfile(c)).read_text(encoding="utf-8") for c in cls.chain()]
-        files[0] = files[0].split("\n# ==== ")[0]          # sae.py's second half trains nothing
-        return checksum("\n".join(code_of(text) for text in files).encode())
+        # sae.py's second half trains nothing
+        texts = [text.split("\n# ==== ")[0] for text in cls.sources().values()]
+        return checksum("\n".join(code_of(text) for text in texts).encode())
 
 
 def code_of(text):
@@ -901,13 +918,6 @@ def code_of(text):
     return ast.unparse(tree).replace("'", '"')             # Python 3.12 quotes f-strings otherwise
 
 
-def in_blocks(*tensors):
-    """The same rows of each [n, d], so few at a time that a CPU's cache holds them; on a GPU
-    all."""
-    rows = len(tensors[0]) if tensors[0].is_cuda else max(1, 2 ** 16 // tensors[0].shape[1])
-    return zip(*(t.split(rows) for t in tensors))
-
-
 # ==== variants and runs: what follows finds, reads and writes, and trains nothing =================
 
 
@@ -915,14 +925,19 @@ def variant_names():
     return ["baseline"] + sorted(p.stem for p in (ROOT / "variants").glob("[a-z]*.py"))
 
 
+def nearest(word, known):
+    """The end of an error message about a mistyped word: the known one that is most like it."""
+    near = difflib.get_close_matches(word, known, 1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
 def load_variant(name):
     """The class that variants/NAME.py defines; `baseline` is the base itself."""
     if name == "baseline":
         return SAE
     if name not in variant_names():
-        near = difflib.get_close_matches(name, variant_names(), 3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "02_train.py --list shows all"
-        raise Refuse(f"no variant {shorten(name)!r} in variants/: {hint}", 2)
+        raise Refuse(f"no variant {name!r} in variants/{nearest(name, variant_names())} "
+                     "(02_train.py --list shows all)", 2)
     try:
         variant = importlib.import_module(f"variants.{name}").Variant
     except Exception as e:
@@ -950,19 +965,18 @@ def parent_of(name):
 
 def parse_settings(cls, pairs):
     """['l0=32', 'clip=0.5'] -> {'l0': 32.0, 'clip': 0.5}: settings of `cls`, of their types."""
-    known, found, variant = cls.settings(), {}, cls.__module__.split(".")[-1]
+    known, found = cls.settings(), {}
     del known["paired"]                    # says something of the variant's batches
+    idle = {name: why for c in cls.chain() for name, why in c.fixed.items()}
+    variant = cls.__module__.split(".")[-1]
     for pair in pairs:
         key, _, text = pair.partition("=")
         if not key or not text:
-            raise Refuse(f"--set {shorten(pair)!r}: want name=value", 2)
+            raise Refuse(f"--set {pair!r}: want name=value", 2)
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f", did you mean {near[0]}?" if near else ""
-            raise Refuse(f"--set {shorten(key)}: {variant} has no such setting{hint}", 2)
-        why = {name: why for c in cls.chain() for name, why in c.fixed.items()}.get(key)
-        if why:
-            raise Refuse(f"--set {key}: has no effect in {variant}: {why}", 2)
+            raise Refuse(f"--set {key}: {variant} has no such setting{nearest(key, known)}", 2)
+        if key in idle:
+            raise Refuse(f"--set {key}: has no effect in {variant}: {idle[key]}", 2)
         if key in found:
             raise Refuse(f"--set {key}: given twice", 2)
         found[key] = parse_value(key, text, known[key])
@@ -971,17 +985,17 @@ def parse_settings(cls, pairs):
 
 def parse_value(key, text, default):
     """`text` as a value of the type of `default`; numbers are finite."""
-    if type(default) is bool and text.lower() in ("true", "false"):
+    kind = str if isinstance(default, str) else type(default)
+    if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if type(default) in (int, float):
+    if kind in (int, float):
         with contextlib.suppress(ValueError):
             number = float(text)
-            if math.isfinite(number) and (type(default) is float or number.is_integer()):
-                return type(default)(number)
-    if isinstance(default, str) and re.fullmatch(r"\w[\w.-]{0,59}", text, re.ASCII):
+            if math.isfinite(number) and (kind is float or number.is_integer()):
+                return kind(number)
+    if kind is str and re.fullmatch(r"\w[\w.-]{0,59}", text, re.ASCII):
         return text
-    kind = "text" if isinstance(default, str) else type(default).__name__
-    raise Refuse(f"--set {key}={shorten(text)}: want {kind}", 2)
+    raise Refuse(f"--set {key}={text}: want {kind.__name__}", 2)
 
 
 def load_run(folder):
@@ -1003,15 +1017,13 @@ def load_run(folder):
 
 def run_folders(folders):
     """Folders of runs: those given, or all under runs/."""
+    folders = folders or sorted(path.parent for path in Path("runs").glob("*/config.json"))
     found = [Path(folder) for folder in folders if not Path(folder).name.startswith("controls-")]
-    if not folders:
-        found = sorted(path.parent for path in Path("runs").glob("*/config.json"))
     if not found:
-        raise Refuse("no runs under runs/: run 02_train.py first")
+        raise Refuse("there are no runs: run 02_train.py first")
     for folder in found:
         if not (folder / "config.json").exists():
-            what = "has no config.json" if folder.exists() else "does not exist"
-            raise Refuse(f"{folder} {what}, so it is not a run", 2)
+            raise Refuse(f"{folder} is not a run: {folder}/config.json does not exist", 2)
     return list(dict.fromkeys(found))
 
 
@@ -1172,10 +1184,8 @@ def hub_errors(kind, name):
     """Turns what transformers, datasets and the hub raise into one line, by the chain of causes."""
     try:
         yield
-    except (Refuse, GeneratorExit):
-        raise
     except Exception as e:
-        if is_out_of_memory(e):
+        if isinstance(e, Refuse) or is_out_of_memory(e):
             raise
         chain, cause, status = [], e, None
         while cause:
@@ -1227,9 +1237,8 @@ MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".py", ".gguf"
 def model_checksum(folder):
     """Of all that makes the language model in a folder."""
     folder = Path(folder)
-    if folder.is_file():                                   # a .gguf file
-        return files_checksum([folder])
-    return files_checksum(sorted(p for p in folder.iterdir() if p.suffix in MODEL_FILES))
+    there = [folder] if folder.suffix == ".gguf" else sorted(folder.iterdir())
+    return files_checksum([path for path in there if path.suffix in MODEL_FILES])
 
 
 # ---- command lines -------------------------------------------------------------------------------
@@ -1292,19 +1301,15 @@ class Parser(argparse.ArgumentParser):
 
 def positive_int(text):
     """A whole number above 0; 2_000_000 is fine."""
-    if not re.fullmatch(r"\d[\d_]{0,23}", text, re.ASCII) or int(text.replace("_", "")) == 0:
+    if not re.fullmatch(r"[1-9](_?\d){0,17}", text, re.ASCII):
         raise argparse.ArgumentTypeError("want a whole number above 0, such as 2_000_000, not "
-                                         f"{shorten(text)!r}")
-    return int(text.replace("_", ""))
+                                         f"{text!r}")
+    return int(text)
 
 
 def natural(text):
     """A whole number, 0 too."""
     return 0 if text == "0" else positive_int(text)
-
-
-def shorten(text):
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def ranks():
@@ -1321,16 +1326,15 @@ def pick_device(name=None):
             print("WARNING: this torch finds no GPU although a driver is there: running on the "
                   f"CPU. Does the driver fit CUDA {torch.version.cuda}?", file=sys.stderr)
         name = "cpu"
-    found = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name, re.ASCII)
-    if not found or name != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
-        raise Refuse(f"--device {shorten(name)}: want cpu, or cuda where there is a GPU", 2)
+    if name not in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+        raise Refuse(f"--device {name}: want cpu, or cuda where there is a GPU", 2)
     return torch.device(name)
 
 
 def check_name(flag, name, also=""):
     """The name, which becomes a folder's: no path, not hidden, not too long. also: characters."""
     if not re.fullmatch(rf"[\w+][\w.+{also}-]{{0,199}}", name, re.ASCII):
-        raise Refuse(f"{flag} {shorten(name)!r}: want a name of at most 200 letters, digits and "
+        raise Refuse(f"{flag} {name!r}: want a name of at most 200 letters, digits and "
                      ". _ + -", 2)
     return name
 
@@ -1366,10 +1370,7 @@ def write_file(path, *blocks):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise Refuse(f"disk full while writing {path}: free some space, then run the same "
-                         "command again", 4)
-        raise Refuse(f"cannot write {path}: {e.strerror}", 4)
+        raise Refuse(f"cannot write {path}: {e.strerror}", 4) from e
     finally:
         with contextlib.suppress(OSError):                 # it is renamed, or never could be made
             temporary.unlink()

@@ -466,15 +466,3 @@ def test_r10_rates_differ_less_than_with_topk():
 def test_r10_is_refused_on_another_activation():
     with pytest.raises(Refuse, match="activation=relu"):
         build(f"{R}10", rows()[0], activation="relu")
-
-
-# ---- settings ------------------------------------------------------------------------------------
-
-
-CHOICES = [(1, "ortho_form"), (2, "loop_fix"), (8, "gentle_losses")]
-
-
-@pytest.mark.parametrize("number, setting", CHOICES)
-def test_a_misspelt_choice_is_refused(number, setting):
-    with pytest.raises(Refuse, match=f"{setting}=typo: want"):
-        build(f"{R}{number}", rows()[0], **{setting: "typo"})

@@ -282,12 +282,3 @@ def test_a_revived_latent_and_a_freed_one_restart_from_different_rows():
     assert len(which) > 4 and sae.revived == 4
     cos = unit(directions) @ unit(directions).T
     assert cos.fill_diagonal_(0).max() < 0.999
-
-
-# ---- settings ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number, setting", [(1, "linear_form"), (2, "revive_from"), (4, "l1_per")])
-def test_a_misspelt_choice_is_refused(number, setting):
-    with pytest.raises(Refuse, match=f"{setting}=token: want"):
-        build(f"{R}{number}", TRAIN, **{setting: "token"})

@@ -212,6 +212,7 @@ class Variant(SAE):
          "AttributeError in after_step() (broken.py:5)"),
         ("def choose_batch(self, n_rows, rng): return self.nothing",
          "AttributeError in choose_batch()"),
+        ("def choose_batch(self, n_rows, rng): return torch.tensor([n_rows])", "IndexError"),
         ("def accept(self, loss): return False", "10 steps in a row"),
     ],
 )
@@ -246,6 +247,19 @@ def test_a_broken_variant_is_named_and_the_others_go_on(here, monkeypatch, capsy
 
 
 load = train_py.load_variant
+
+
+def test_a_count_that_is_nan_is_left_out_of_what_is_told(here, monkeypatch):
+    plain = SAE.after_step
+
+    def after_step(sae, opt, out):
+        plain(sae, opt, out)
+        sae.stats |= {"odd": float("nan"), "even": 2.0}
+
+    monkeypatch.setattr(SAE, "after_step", after_step)
+    monkeypatch.setattr(SAE, "counts", ("odd", "even"))
+    assert call(monkeypatch, "--variant", "baseline", "--steps", "20", *SMALL) == 0
+    assert read_json(next(Path("runs").iterdir()) / "config.json")["acted"] == {"even": 2.0}
 
 
 def test_a_void_run_is_marked(here, monkeypatch, capsys):

@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
-from sae import (SAE, ROOT, docstring_line, generator, load_variant, parent_of, read_tensors,
-                 variant_names, write_tensors)
+from sae import (SAE, ROOT, Refuse, docstring_line, generator, load_variant, parent_of,
+                 parse_settings, read_tensors, variant_names, write_tensors)
 from toys import build, evaluate, mixture, steps, train, train_py
 
 NAMES = variant_names()
@@ -150,12 +150,21 @@ def test_the_sparse_path_trains_as_the_dense_one(name, monkeypatch):
 
 
 @every_child
-def test_every_fixed_setting_is_an_inherited_one_and_changes_nothing(name):
+def test_every_fixed_setting_is_an_inherited_one_and_is_refused(name):
     cls = load_variant(name)
-    inherited = load_variant(parent_of(name)).settings()
-    for base in cls.__bases__:
-        inherited = {**inherited, **base.settings()}
-    assert set(vars(cls).get("fixed", {})) <= set(inherited)
+    inherited = set().union(*(base.settings() for base in cls.__bases__))
+    for key in (key for c in cls.chain() for key in c.fixed):
+        assert key in inherited
+        with pytest.raises(Refuse, match="no effect"):
+            parse_settings(cls, [f"{key}=1"])
+
+
+@every_file
+def test_a_value_that_a_setting_does_not_have_is_refused(name):
+    cls = load_variant(name)
+    for key in filter(cls.options, cls.settings()):
+        with pytest.raises(Refuse, match=f"{key}=typo: want"):
+            build(name, data(), **{key: "typo"})
 
 
 @every_child

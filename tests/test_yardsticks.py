@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from sae import Refuse, generator, load_variant
+from sae import Refuse, generator
 from toys import (D_IN, absorption, build, cosines, evaluate, hierarchy, mixture, train)
 
 MUTANTS = ["topk:activation=relu", "batch_topk:activation=relu", "jumprelu:activation=relu",
@@ -308,12 +308,3 @@ def test_under_layer_norm_a_rows_length_does_not_change_what_dead_latents_are_as
     with torch.no_grad():
         assert torch.isclose(sae.aux(sae(x)), sae.aux(sae(4 * x)), rtol=1e-3)
     sae.silent[:8] = 0
-
-
-# ---- settings ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["topk", "batch_topk", "jumprelu", "gated", "ortsae"])
-def test_a_misspelt_activation_is_refused(name):
-    with pytest.raises(Refuse, match="activation=topkk: want relu"):
-        load_variant(name)(D_IN, 10, activation="topkk")

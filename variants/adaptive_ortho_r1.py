@@ -27,15 +27,13 @@ class Variant(Base):
     ortho_groups = 16
     ortho_update = 0.02       # the groups are updated every such fraction of the run
     off = {"ortho_form": "max", "ortho_share": 0.0}
-    counts = ("regrouped",)   # latents that have changed their group, in all
+    counts = totals = ("regrouped",)      # latents that have changed their group
 
     def build(self):
         super().build()
         rng = generator(self.seed, "group")
         group = torch.randint(self.ortho_groups, (self.d_sae,), generator=rng)
         self.register_buffer("group", group)
-        self.latents["group"] = (0, None)
-        self.register_buffer("regrouped", torch.zeros(()))
 
     def pair_weight(self, i, j):
         return 1 - self.ortho_share * (self.group[i] == self.group[j])
@@ -53,14 +51,12 @@ class Variant(Base):
         selves = (1 - self.ortho_share) * self.W_dec.square().sum(-1).square().sum()
         return self.d_in * (pairs - selves) / (self.d_sae * (self.d_sae - 1))
 
-    @torch.no_grad()
     def after_step(self, opt, out):
         super().after_step(opt, out)
         if self.due(self.ortho_update):
             group = self.nearest_groups(out.acts > 0)
             self.regrouped += (group != self.group).sum()
             self.group.copy_(group)
-        self.stats["regrouped"] = self.regrouped
 
     def nearest_groups(self, fires):
         """The group that each latent's firing, fires [B, d_sae], correlates most with [d_sae]."""

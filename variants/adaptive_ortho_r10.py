@@ -37,7 +37,6 @@ class Variant(Base):
         winners = height.topk(round(self.wanted_l0())).indices
         return torch.zeros_like(pre).scatter(-1, winners, pre.gather(-1, winners))
 
-    @torch.no_grad()
     def after_step(self, opt, out):
         square = out.pre.float().square().mean(0)
         locked = self.unlocked == 0                        # its pre is 0, which is no size

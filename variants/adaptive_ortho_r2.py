@@ -27,11 +27,7 @@ class Variant(Base):
     loop_fix = choice("median", "sound", "none")
     loop_taken = 0.9          # share of the steps asked for that must be taken
     off = {"loop_fix": "sound"}
-    counts = ("steps_taken",)
-
-    def build(self):
-        super().build()
-        self.register_buffer("steps_taken", torch.zeros(()))
+    counts = totals = ("steps_taken",)
 
     @torch.no_grad()
     def init_from_data(self, x):
@@ -56,11 +52,9 @@ class Variant(Base):
             raise Refuse(f"only {taken} of {self.steps} steps were taken, the others refused", 5)
         return good
 
-    @torch.no_grad()
     def after_step(self, opt, out):
         super().after_step(opt, out)
         self.steps_taken += 1
-        self.stats["steps_taken"] = self.steps_taken
 
 
 def geometric_median(x, rounds=20):

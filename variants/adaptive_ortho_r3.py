@@ -23,7 +23,7 @@ class Variant(Base):
     spike_memory = 0.05       # recent norms: of this fraction of the run
     spike_quantile = 0.5      # clip at this quantile of the recent norms; 0: at `clip` alone
     off = {"spike_factor": 0.0, "spike_quantile": 0.0}
-    counts = ("spikes", "clipped")
+    counts = totals = ("spikes", "clipped")
 
     def build(self):
         super().build()
@@ -31,19 +31,15 @@ class Variant(Base):
         # rings; a new level of the loss is usual before ten refusals in a row end the run
         self.register_buffer("recent_losses", torch.full((16,), torch.nan))
         self.register_buffer("recent_norms", torch.full((size,), torch.nan))
-        self.register_buffer("spikes", torch.zeros(()))
-        self.register_buffer("clipped", torch.zeros(()))
 
-    @torch.no_grad()
     def accept(self, loss):
         usual = self.recent_losses.nanmedian()             # NaN at first, which nothing exceeds
         spike = bool(loss > self.spike_factor * usual) and self.spike_factor > 0
         self.recent_losses[self.step % len(self.recent_losses)] = loss
         self.spikes += spike
-        self.stats["spikes"] = self.spikes
+        self.stats["spikes"] = self.spikes                 # also if the step is refused
         return super().accept(loss if not spike else loss * torch.nan)
 
-    @torch.no_grad()
     def before_step(self, opt):
         super().before_step(opt)
         if not self.spike_quantile:
@@ -54,4 +50,3 @@ class Variant(Base):
         if norm > limit:
             nn.utils.clip_grads_with_norm_(self.parameters(), limit, norm)
             self.clipped += 1
-        self.stats["clipped"] = self.clipped

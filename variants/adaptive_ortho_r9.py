@@ -31,7 +31,6 @@ class Variant(Base):
     def build(self):
         super().build()
         self.register_buffer("unlocked", torch.ones(self.d_sae))           # 1 or 0
-        self.latents["unlocked"] = (0, None)
 
     @torch.no_grad()
     def init_from_data(self, x):

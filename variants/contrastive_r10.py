@@ -51,7 +51,6 @@ class Variant(Revive, Prune, Base):
         rows = (Q * R.diagonal(dim1=1, dim2=2).sign()[:, None]).mT
         self.W_dec.copy_(torch.zeros_like(rows).scatter(1, order, rows).view_as(self.W_dec))
 
-    @torch.no_grad()
     def reset_latents(self, opt, which, directions, x, encoder=1.0):
         if self.hard_block:
             fresh = torch.zeros(self.d_sae, dtype=torch.bool, device=which.device)
@@ -74,7 +73,6 @@ class Variant(Revive, Prune, Base):
             G -= (across + across.mT) / 2 @ W          # what would leave the orthonormal frames
         super().before_step(opt)
 
-    @torch.no_grad()
     def after_step(self, opt, out):
         super().after_step(opt, out)
         if self.hard_block:

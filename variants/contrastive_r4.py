@@ -20,7 +20,8 @@ from variants.contrastive_r3 import Variant as Base
 
 
 class Variant(Base):
-    diversity_weight = 0.1    # reached over the first half of the run: L0 can settle after it
+    diversity_weight = 0.1
+    diversity_warmup = 0.5    # fraction of the run; L0 can settle after it
     div_latents = 512         # the most used that are compared
     div_product = choice("halves", "batch")
     off = {"diversity_weight": 0.0}
@@ -39,6 +40,3 @@ class Variant(Base):
         latents = self.most_used(self.div_latents)
         diversity = self.overlap(out.acts, latents).sum() / len(latents)
         return super().penalties(out) | {"diversity": diversity}
-
-    def penalty_scale(self, name):
-        return super().penalty_scale(name) * (self.ramp(0.5) if name == "diversity" else 1.0)

@@ -57,26 +57,22 @@ class Variant(Base):
 
     @torch.no_grad()
     def form_blocks(self, acts):
-        """Each block: the most used free latent, and the free ones that fire most with it."""
+        """Fill each block: the most used free latent, and the free ones that fire most with it."""
         latents = self.firing(acts).topk(len(self.gs_order)).indices
         together = self.column_cosines(acts, latents).fill_diagonal_(2)
         free = torch.ones_like(latents, dtype=torch.bool)
-        blocks = []
-        for _ in range(len(latents) // self.gs_block):
+        for block in self.gs_order.view(-1, self.gs_block):
             lead = free.float().argmax(0, keepdim=True)
             near = together.index_select(0, lead)[0].masked_fill(~free, -1)
-            block = near.topk(self.gs_block).indices
-            free[block] = False
-            blocks.append(latents[block])
-        if blocks:
-            self.gs_order.copy_(torch.cat(blocks))
+            members = near.topk(self.gs_block).indices
+            free[members] = False
+            block.copy_(latents[members])
 
     @torch.no_grad()
     def init_from_data(self, x):
         super().init_from_data(x)
         self.form_blocks(self(x[:4096]).acts)
 
-    @torch.no_grad()
     def after_step(self, opt, out):
         super().after_step(opt, out)
         if self.due(self.gs_every) and self.progress < 0.5:

@@ -16,4 +16,3 @@ from variants.grad_balance import Variant as GradBalance
 
 class Variant(GradBalance, Base):
     off = {"balance_strength": 0.0}
-    counts = ("balance_spread",)

@@ -35,7 +35,8 @@ class Variant(Base):
     group_share = 0.25        # of the groups, that a row may use; 1: no mask
     group_norm = choice("score", "forward")       # what is normalised
     group_lasso_weight = 0.05
-    group_cosine_weight = 0.2                     # reached over the first half of the run
+    group_cosine_weight = 0.2
+    group_cosine_warmup = 0.5                     # fraction of the run
     off = {"group_share": 1.0, "group_lasso_weight": 0.0, "group_cosine_weight": 0.0}
     counts = ("groups_per_row", "top_group_share")
 
@@ -82,11 +83,10 @@ class Variant(Base):
 
     def penalty_scale(self, name):
         scale = super().penalty_scale(name)
-        if name in ("group_lasso", "group_cosine"):
-            scale *= super().penalty_scale("sparsity") if self.sparsifier.steered else 1.0
-        return scale * (self.ramp(0.5) if name == "group_cosine" else 1.0)
+        if name in ("group_lasso", "group_cosine") and self.sparsifier.steered:
+            return scale * self.sparsity_scale
+        return scale
 
-    @torch.no_grad()
     def after_step(self, opt, out):
         super().after_step(opt, out)
         energy = out.acts.float().pow(2) @ self.in_group

@@ -44,7 +44,6 @@ class Variant(LatentLR, Base):
         energy = self.group_energy
         return self.in_group @ (energy.mean() / energy) ** self.latent_lr_power
 
-    @torch.no_grad()
     def choose_batch(self, n_rows, rng):
         if not self.sample_strength:
             return super().choose_batch(n_rows, rng)
@@ -79,7 +78,6 @@ class Variant(LatentLR, Base):
         """Rows of large error have more active latents; the batch is asked for as many more."""
         return super().wanted_l0() * float(self.l0_ratio)
 
-    @torch.no_grad()
     def after_step(self, opt, out):
         super().after_step(opt, out)
         if self.row_weight is None:

@@ -44,7 +44,6 @@ class Variant(SAE):
         shortest = (self.balance_eps * length.mean()).clamp_min(1e-30)
         return (length.mean() / length.clamp_min(shortest)) ** self.balance_strength
 
-    @torch.no_grad()
     def before_step(self, opt):
         if self.balance_strength and self.balance_of == "gradient":
             self.W_enc.grad *= self.balance_factor(self.W_enc.grad, 0)

@@ -50,7 +50,6 @@ class Variant(SAE):
         else:
             super().steer_sparsity(l0)
 
-    @torch.no_grad()
     def after_step(self, opt, out):
         fires = self.firing(out.acts)
         self.follow("window", fires)

@@ -27,7 +27,6 @@ class Variant(LatentL1, Base):
     def l1_weights(self):
         return self.l1_of
 
-    @torch.no_grad()
     def after_step(self, opt, out):
         super().after_step(opt, out)
         share = self.window / self.window.mean().clamp_min(1e-12)

@@ -21,11 +21,7 @@ class Variant(Base):
     merge_every = 0.02            # fraction of the run
     merge_threshold = 0.9         # cosine of two decoder rows above which they are merged
     off = {"merge_every": 0.0}
-    counts = ("merged",)
-
-    def build(self):
-        super().build()
-        self.register_buffer("merged", torch.zeros(()))        # so far
+    counts = totals = ("merged",)
 
     def restart(self, out):
         which, directions = super().restart(out)
@@ -33,14 +29,12 @@ class Variant(Base):
             freed, kept = self.merging_pairs(which)
             room = len(out.x) - len(which)
             freed, kept = freed[:room], kept[:room]
-            if len(freed):
-                self.merge(freed, kept)
-                # the first of these went to the latents that hierarchical_r2 has revived
-                rows = self.bad_rows(out, len(which) + len(freed))[len(which):]
-                which = torch.cat([which, freed])
-                directions = torch.cat([directions, (out.x - out.x_hat)[rows]])
+            self.merge(freed, kept)
+            # the first of these went to the latents that hierarchical_r2 has revived
+            rows = self.bad_rows(out, len(which) + len(freed))[len(which):]
+            which = torch.cat([which, freed])
+            directions = torch.cat([directions, (out.x - out.x_hat)[rows]])
             self.merged += len(freed)
-        self.stats["merged"] = self.merged
         return which, directions
 
     def merging_pairs(self, restarting):

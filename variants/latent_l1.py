@@ -25,21 +25,14 @@ class Variant(SAE):
         """What each row pays if latent i costs weights[i] [B]."""
         if self.activation == "jumprelu":
             return Step.apply(out.pre, self.log_threshold.exp(), self.bandwidth) @ weights / self.l0
-        if not (self.training and self.path == "sparse"):
-            return (out.acts * weights).sum(-1) / self.d_in ** 0.5
-        fired = self.nonzeros(out.acts)
-        paid = fired.values * weights.index_select(0, fired.latents)
-        return paid.new_zeros(len(out.x)).index_add(0, fired.rows, paid) / self.d_in ** 0.5
+        return self.row_sums(out.acts, weights) / self.d_in ** 0.5
 
     def sparsity(self, out):
-        weights = self.l1_weights()
-        self.stats["latent_l1_spread"] = weights.std()
-        return self.cost(out, weights).mean()
+        return self.cost(out, self.l1_weights()).mean()
 
     def penalties(self, out):
-        found = super().penalties(out)
+        found, weights = super().penalties(out), self.l1_weights()
+        self.stats["latent_l1_spread"] = weights.std()
         if not self.sparsifier.steered:
-            weights = self.l1_weights()
-            self.stats["latent_l1_spread"] = weights.std()
             found["latent_l1"] = self.cost(out, weights - weights.mean()).mean()
         return found

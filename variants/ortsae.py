@@ -20,10 +20,7 @@ class Variant(SAE):
     ortsae_weight = 0.25      # the paper's
     ortsae_chunk = 8192       # latents that are compared with each other
     off = {"ortsae_weight": 0.0}
-
-    def build(self):
-        super().build()
-        self.nearest_at, self.nearest = None, None             # the step of self.nearest
+    nearest_at = None         # the step of self.nearest
 
     def penalties(self, out):
         return super().penalties(out) | {"ortsae": self.ortho()}

@@ -16,11 +16,7 @@ class Variant(SAE):
     prune_threshold = 0.8
     prune_near = 8            # survivors that a fresh direction is orthogonal to
     off = {"prune_every": 0.0}
-    counts = ("pruned",)
-
-    def build(self):
-        super().build()
-        self.register_buffer("pruned", torch.zeros(()))        # so far
+    counts = totals = ("pruned",)
 
     def spare(self, double):
         """The mask `double` [d_sae] of the latents to prune, without those that may not be."""
@@ -49,5 +45,4 @@ class Variant(SAE):
             which = torch.cat([which, double.nonzero().flatten()])
             directions = torch.cat([directions, fresh])
             self.pruned += len(fresh)
-        self.stats["pruned"] = self.pruned
         return which, directions

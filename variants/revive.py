@@ -23,11 +23,7 @@ class Variant(SAE):
     revive_silent = 0.1       # a latent is revived if it was silent for this fraction of the run
     revive_from = choice("error", "random")       # residuals of badly reconstructed rows, or random
     off = {"revive_every": 0.0}
-    counts = ("revived",)
-
-    def build(self):
-        super().build()
-        self.register_buffer("revived", torch.zeros(()))       # so far
+    counts = totals = ("revived",)
 
     def to_revive(self):
         """Mask [d_sae] of the latents to restart now."""
@@ -42,12 +38,10 @@ class Variant(SAE):
             which = torch.cat([which, revived])
             directions = torch.cat([directions, self.revival_directions(out, len(revived))])
             self.revived += len(revived)
-        self.stats["revived"] = self.revived
         return which, directions
 
     def revival_directions(self, out, n):
-        if self.revive_from == "random" or n == 0:
+        if self.revive_from == "random":
             g = self.generator("revive")
             return torch.randn(n, self.d_in, generator=g, device=out.x.device)
-        rows = self.bad_rows(out, n)
-        return (out.x - out.x_hat)[rows]
+        return (out.x - out.x_hat)[self.bad_rows(out, n)]

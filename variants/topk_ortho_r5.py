@@ -17,19 +17,17 @@ class Variant(Base):
     importance_protects = 0.5     # this share of the latents, the most important, may not be pruned
     importance_memory = 0.02      # fraction of the run that importance is averaged over
     off = {"importance_protects": 0.0}
-    counts = ("spared",)          # important doubles at each check, summed over the checks
+    counts = totals = ("spared",)         # important doubles at each check
 
     def build(self):
         super().build()
         self.track("importance", fresh=0.0, memory=self.importance_memory)
-        self.register_buffer("spared", torch.zeros(()))
 
     def spare(self, double):
         least_first = self.importance.argsort(stable=True)
         pruned = double.clone()
         pruned[least_first[round((1 - self.importance_protects) * self.d_sae):]] = False
         self.spared += double.sum() - pruned.sum()
-        self.stats["spared"] = self.spared
         return pruned
 
     def after_step(self, opt, out):

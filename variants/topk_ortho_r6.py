@@ -24,26 +24,22 @@ class Variant(LatentL1, Base):
     l1_rate_target = 1.0      # wanted rate, over l0 / d_sae
     l1_low = 0.25             # bounds of a weight: the note's 0.01 and 0.2, over its weight 0.04
     l1_high = 5.0
-    l1_memory = 0.02          # fraction of the run that rates are averaged over
     off = {"l1_gain": 0.0}
     fixed = {"latent_l1_power": "the weights follow the rates step by step"}
     counts = ("rate_error",)  # mean relative error of the latents' rates
 
     def build(self):
         super().build()
-        self.l1_target = self.l1_rate_target * self.l0 / self.d_sae
         self.track("l1_scale", fresh=1.0, start=1.0)
-        self.track("l1_rate", fresh=self.l1_target, memory=self.l1_memory)
 
     def l1_weights(self):
         return self.l1_scale
 
     def after_step(self, opt, out):
-        self.follow("l1_rate", self.firing(out.acts))
-        error = self.l1_rate / self.l1_target - 1
+        super().after_step(opt, out)
+        error = self.rate / (self.l1_rate_target * self.l0 / self.d_sae) - 1
         self.stats["rate_error"] = error.abs().mean()
         if self.l1_form == "global":
             error = error.mean().expand(self.d_sae)
         move = self.l1_gain / (0.01 * self.steps) * error.clamp(-1, 1)
         self.l1_scale.mul_(move.exp()).clamp_(self.l1_low, self.l1_high)
-        super().after_step(opt, out)

@@ -130,8 +130,6 @@ class Variant(Base):
 
     def to_revive(self):
         silent = super().to_revive()
-        if not self.revive_interference or not silent.any():
-            return silent
         living = self.W_dec[~silent]
         usual = self.cost_with(living, living[:self.interference_among]).mean()
         usual -= 1 - self.interference_tau                 # each one's with itself
@@ -144,7 +142,6 @@ class Variant(Base):
         cosines = (part @ living.T for part in rows.split(1024))
         return torch.cat([self.pair_cost(cos, cos).sum(1) for cos in cosines])
 
-    @torch.no_grad()
     def reset_latents(self, opt, which, directions, x, encoder=1.0):
         super().reset_latents(opt, which, directions, x, encoder)
         if self.zscore_threshold:                          # to fire at the wanted rate

@@ -31,13 +31,8 @@ class Variant(Base):
             error, spread = (x - x_hat).square().sum(), (x - self.b_dec).square().sum()
             self.stats["started_at"] = 1 - error / spread
 
-    @torch.no_grad()
     def reset_latents(self, opt, which, directions, x, encoder=1.0):
         super().reset_latents(opt, which, directions, x, encoder)
         if self.zscore_init and self.zscore_threshold:
             self.pre_mean[which] -= self.b_enc[which]
             self.b_enc[which] = 0
-
-    def penalty_scale(self, name):
-        warm = self.ramp(self.interference_warmup) if name == "interference" else 1.0
-        return super().penalty_scale(name) * warm

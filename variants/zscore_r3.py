@@ -33,7 +33,6 @@ class Variant(Base):
     def lr_scale(self):
         return super().lr_scale() * float(self.plateau_lr)
 
-    @torch.no_grad()
     def accept(self, loss):
         accepted = super().accept(loss)
         if accepted:

@@ -23,7 +23,6 @@ class Variant(LatentLR, Base):
     worth_l1_weight = 0.01
     off = {"latent_lr_low": 1.0, "latent_lr_high": 1.0, "worth_l1_weight": 0.0}
     fixed = {"latent_lr_power": "worth_power takes its place"}
-    counts = ("latent_lr_spread",)
 
     def build(self):
         super().build()

@@ -23,7 +23,7 @@ class Variant(Base):
     def build(self):
         super().build()
         if self.blend_learned:
-            self.blend = nn.Parameter(torch.special.logit(torch.tensor(self.blend_start)))
+            self.blend = nn.Parameter(torch.tensor(self.blend_start).logit())
 
     def row_norm(self, x):
         shift, size = super().row_norm(x)

@@ -29,18 +29,17 @@ class Variant(Base):
 
     def build(self):
         super().build()
-        self.powers = [getattr(self, f"multiscale_power{i}") for i in (1, 2, 3, 4)]
         if self.multiscale:
             self.power_logits = nn.Parameter(torch.zeros(4))
-            kept = torch.full((4,), self.multiscale_kept)
-            self.power_kept = nn.Parameter(torch.special.logit(kept))
+            self.power_kept = nn.Parameter(torch.full((4,), self.multiscale_kept).logit())
 
     def row_norm(self, x):
         shift, size = super().row_norm(x)
         if not self.multiscale:
             return shift, size
         w, kept = self.power_logits.softmax(0), self.power_kept.sigmoid()
-        divided = torch.cat([size ** -power for power in self.powers], dim=-1)         # [B, 4]
+        powers = [getattr(self, f"multiscale_power{i}") for i in (1, 2, 3, 4)]
+        divided = torch.cat([size ** -power for power in powers], dim=-1)              # [B, 4]
         self.stats["scale_spread"] = w.detach().std()
         normed = (divided * w * (1 - kept)).sum(-1, keepdim=True)
         return self.as_norm(shift, normed, plain=(w * kept).sum())
