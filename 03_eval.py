@@ -32,12 +32,12 @@ import re
 import string
 import sys
 import tempfile
-import textwrap
 import time
+import unittest.mock
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
-from statistics import median_low
+from statistics import median_high, median_low
 from typing import Callable, NamedTuple
 
 import numpy
@@ -63,7 +63,7 @@ class Run:
 
     def __init__(self, folder, config, sae):
         self.folder, self.name, self.config = folder, folder.name, config
-        self.sae = sae                     # in eval mode; None when it is no longer needed
+        self.sae = sae.requires_grad_(False)     # in eval mode; None when no longer needed
         self.is_control = "control" in config
 
 
@@ -73,7 +73,6 @@ class Evaluation(NamedTuple):
     settings: Callable = lambda acts: {}   # what results depend on besides weights, activations
     inputs: Callable = lambda run: {}      # ... and what other files of this run or of its siblings
     of_controls: bool = True               # whether it says something of a control
-    reads_model: bool = True               # whether it asks the language model, if there is one
     of_synthetic: bool = False             # whether it says something of synthetic data
 
 
@@ -81,23 +80,26 @@ class Unfit(Exception):
     """An evaluation can say nothing of these activations; no run has failed."""
 
 
-@contextlib.contextmanager
-def noting(failed, run):
-    """Put what goes wrong inside into failed[run], so that the other runs go on."""
-    try:
-        yield
-    except Exception as error:       # reported by evaluate(), which gets it in place of a result
-        failed[run] = error
+def attempt(failed, run, step, *args):
+    """step(*args), or the error that ended this step or an earlier one of the run.
+
+    Other runs go on; evaluate() reports the error, which it gets in place of a result.
+    """
+    if run not in failed:
+        try:
+            return step(*args)
+        except Exception as error:
+            failed[run] = error
+    return failed[run]
 
 
 def each(name, runs, evaluate, *more):
     """Yield (run, evaluate(run, *more) or the error that it raised)."""
     for run in tqdm(runs, desc=name, disable=None):
-        failed, result = {}, {"metrics": {}, "guards": find_guards({"no_latents": "none"})}
-        if run.sae.W_dec.any():              # not so of the control that predicts the mean
-            with noting(failed, run):
-                result = evaluate(run, *more)
-        yield run, failed.get(run) or result
+        if run.sae.W_dec.any():
+            yield run, attempt({}, run, evaluate, run, *more)
+        else:                                # the control that predicts the mean
+            yield run, {"metrics": {}, "guards": find_guards({"no_latents": "none"})}
 
 
 # ---- the language model --------------------------------------------------------------------------
@@ -108,21 +110,31 @@ class Reached(Exception):
 
 
 class LanguageModel:
-    """The language model in fp32, read at stage 1's hook and run on with other values there."""
+    """The language model in fp32, read at stage 1's hook and run on with other values there.
+
+    Loaded when it is first needed, so that evaluations that need none do without it."""
 
     def __init__(self, acts, device, trust_remote_code=False):
-        meta = acts.meta["model"]
-        self.path, self.d_in, self.device = meta["path"], acts.d_in, device
-        is_local = Path(self.path).exists()
-        if is_local and meta["revision"] not in (None, model_checksum(self.path)):
+        self.meta, self.device = acts.meta, device
+        self.path, self.revision = (acts.meta["model"][key] for key in ("path", "revision"))
+        self.is_local = Path(self.path).exists()
+        self.extra = {} if self.is_local else {"revision": self.revision}
+        self.extra["trust_remote_code"] = trust_remote_code
+
+    @functools.cached_property
+    def model(self):
+        if self.is_local and self.revision not in (None, model_checksum(self.path)):
             raise Refuse(f"the language model in {self.path} has changed since its activations "
                          "were cached: put it back, or cache again")
-        self.extra = {} if is_local else {"revision": meta["revision"]}
-        self.extra["trust_remote_code"] = trust_remote_code
         with hub_errors("model", self.path):
-            self.model = language_model(self.path, torch.float32, **self.extra).to(device)
-        layers = decoder_layers(self.model.base_model, meta["n_layers"], self.path)
-        self.point = hook_point(layers[acts.meta["layer"]], acts.meta["hook"], self.path)
+            model = language_model(self.path, torch.float32, **self.extra)
+        return model.to(self.device).requires_grad_(False)
+
+    @functools.cached_property
+    def point(self):
+        """The module whose output was cached."""
+        layers = decoder_layers(self.model.base_model, self.meta["model"]["n_layers"], self.path)
+        return hook_point(layers[self.meta["layer"]], self.meta["hook"], self.path)
 
     @functools.cached_property
     def tokenizer(self):
@@ -136,41 +148,33 @@ class LanguageModel:
     @property
     def unembedding(self):
         """[vocabulary, d_model]"""
-        return self.model.get_output_embeddings().weight.detach()
+        return self.model.get_output_embeddings().weight
 
     def at_once(self, ctx):
         """How many contexts of ctx tokens the memory for logits holds."""
         return max(1, LOGITS[self.device.type] // (ctx * len(self.unembedding)))
 
-    @torch.no_grad()
     def activations(self, tokens, mask=None):
         """What the hook sees of tokens [n, ctx]: [n, ctx, d_in]. mask [n, ctx]: 0 at padding.
         The layers after the hook do not run."""
         def stop(module, args, out):
             raise Reached(hidden_of(out))
 
-        handle = self.point.register_forward_hook(stop)
         try:
-            self.run(tokens, mask)
+            with self.point.register_forward_hook(stop):
+                self.run(tokens, mask)
         except Reached as reached:
             return reached.args[0]
-        finally:
-            handle.remove()
 
-    @torch.no_grad()
-    def logits(self, tokens, mask=None, replace=None):
+    def logits(self, tokens, mask=None, replace=lambda hidden: hidden):
         """Logits [n, ctx, vocabulary] of tokens [n, ctx]. replace: function from the hook's output
         [n, ctx, d_in] to what takes its place."""
         def splice(module, args, out):
             hidden = replace(hidden_of(out))
             return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
-        handle = self.point.register_forward_hook(splice) if replace else None
-        try:
+        with self.point.register_forward_hook(splice):
             return self.run(tokens, mask).logits.float()
-        finally:
-            if handle:
-                handle.remove()
 
     def run(self, tokens, mask):
         """The forward pass."""
@@ -220,14 +224,16 @@ class Predictions:
         hidden[self.rows] = x
         return hidden
 
-    def our_sums(self, ce, kl):
+    def our_sums(self, name, ce, kl):
         """Summed over the predictions from a row, of a row."""
-        return total(ce[self.counted]), total(kl[:, :-1][self.counted])
+        return {f"ce_{name}": total(ce[self.counted]),
+                f"kl_{name}": total(kl[:, :-1][self.counted])}
 
-    def saebench_sums(self, ce, kl):
+    def saebench_sums(self, name, ce, kl):
         """Summed as SAEBench does: all that is predicted from a token of `mask`; the loss has no
         last position."""
-        return total(ce[self.followed]), total(kl[self.mask])
+        return {f"ce_loss_with_{name}": total(ce[self.followed]),
+                f"kl_div_with_{name}": total(kl[self.mask])}
 
 
 def next_token_loss(log_p, tokens):
@@ -279,26 +285,21 @@ def forward_in_blocks(sae, x):
 def evaluate_core(acts, model, runs, settings):
     """Core metrics and guards of all runs from one pass over the held-out data."""
     device = runs[0].sae.b_dec.device
-    failed, scores, data, truth = {}, {}, Data(acts, device), load_truth(acts, device)
-    for run in runs:
-        with noting(failed, run):
-            scores[run] = Score(run.sae, truth)
-    with torch.no_grad():
-        for batch in held_out(acts, model, device):
-            data.add(batch)
-            for run in runs:
-                if run not in failed:
-                    with noting(failed, run):
-                        scores[run].add(batch)
+    failed, data, truth = {}, Data(acts, device), load_truth(acts, device)
+    scores = {run: attempt(failed, run, Score, run.sae, truth) for run in runs}
+    for batch in held_out(acts, model, device):
+        data.add(batch)
         for run in runs:
-            if run not in failed:
-                with noting(failed, run):
-                    metrics = scores[run].metrics(data)
-                    guards = find_guards(gather_facts(run, metrics, acts))
-                    result = {"metrics": metrics, "guards": guards,
-                              "details": {"density": density(scores[run].fires / data.n)},
-                              "rows": data.n, "rates": (scores[run].fires / data.n).float().cpu()}
-            yield run, failed.get(run) or result
+            attempt(failed, run, Score.add, scores[run], batch)
+    for run in runs:
+        yield run, attempt(failed, run, core_result, run, scores[run], data, acts)
+
+
+def core_result(run, score, data, acts):
+    """The result of one run, from the sums of its Score and of Data."""
+    metrics, rate = score.metrics(data), score.fires / data.n
+    return {"metrics": metrics, "guards": find_guards(gather_facts(run, metrics, acts)),
+            "details": {"density": density(rate)}, "rows": data.n, "rates": rate.float().cpu()}
 
 
 class Data:
@@ -309,7 +310,7 @@ class Data:
         self.sum = torch.zeros(acts.d_in, dtype=torch.float64, device=device)
         self.square = torch.zeros(acts.d_in, acts.d_in, dtype=torch.float64, device=device)
         self.sample = training_rows(acts, 16_384, device)
-        self.language = defaultdict(float)
+        self.language = Counter()
 
     def add(self, batch):
         x = batch.x.double()
@@ -322,18 +323,15 @@ class Data:
 
     def add_language(self, found):
         """Losses clean, with zeros for the rows (ours) and with zeros everywhere (SAEBench's)."""
-        s = self.language
-        s["predictions"] += found.counted.sum().item()
-        s["saebench_ce"] += found.followed.sum().item()
-        s["saebench_kl"] += found.mask.sum().item()
-        s["ce_clean"] += total(found.clean[found.counted])
-        s["ce_loss_without_sae"] += total(found.clean[found.followed])
-        ce, kl = found.our_sums(*found.spliced(found.with_rows(0.0)))
-        s["ce_zero"] += ce
-        s["kl_zero"] += kl
-        ce, kl = found.saebench_sums(*found.spliced(torch.zeros_like(found.hidden)))
-        s["ce_loss_with_ablation"] += ce
-        s["kl_div_with_ablation"] += kl
+        zeros = torch.zeros_like(found.hidden)
+        self.language.update({
+            "predictions": found.counted.sum().item(),
+            "saebench_ce": found.followed.sum().item(),
+            "saebench_kl": found.mask.sum().item(),
+            "ce_clean": total(found.clean[found.counted]),
+            "ce_loss_without_sae": total(found.clean[found.followed]),
+            **found.our_sums("zero", *found.spliced(found.with_rows(0.0))),
+            **found.saebench_sums("ablation", *found.spliced(zeros))})
 
     @property
     def variance(self):
@@ -366,7 +364,7 @@ class Score:
     """Sums over the held-out rows for one SAE."""
 
     def __init__(self, sae, truth):
-        self.sae, self.sums = sae, defaultdict(float)
+        self.sae, self.sums = sae, Counter()
         self.fires = torch.zeros(sae.d_sae, dtype=torch.float64, device=sae.b_dec.device)
         self.truth = TruthScore(truth, sae) if truth else None
 
@@ -383,15 +381,16 @@ class Score:
             self.add_language(batch.predictions, torch.cat(reconstructed))
 
     def add_rows(self, x, x_hat, acts):
-        s, fires = self.sums, acts > 0
-        s["error"] += total((x - x_hat).square())
-        s["dot"] += total(x * x_hat)
-        s["norm"] += total(x_hat.norm(dim=-1))
-        s["square"] += total(x_hat.square())
-        s["cosine"] += total(torch.cosine_similarity(x, x_hat, dim=-1))
-        s["l1"] += total(acts) / self.sae.scale.item()
-        s["silent_rows"] += total(~fires.any(-1))
+        fires = acts > 0
         self.fires += fires.sum(0)
+        self.sums.update({
+            "error": total((x - x_hat).square()),
+            "dot": total(x * x_hat),
+            "norm": total(x_hat.norm(dim=-1)),
+            "square": total(x_hat.square()),
+            "cosine": total(torch.cosine_similarity(x, x_hat, dim=-1)),
+            "l1": total(acts) / self.sae.scale.item(),
+            "silent_rows": total(~fires.any(-1))})
 
     def add_language(self, found, x_hat):
         """One spliced pass for ours and SAEBench's figures; a second one where rows above the norm
@@ -401,10 +400,8 @@ class Score:
         if found.outliers.any():
             hidden[found.outliers] = self.sae.reconstruct(found.hidden[found.outliers])
             saebench = found.spliced(hidden)
-        names = "ce_sae", "kl_sae", "ce_loss_with_sae", "kl_div_with_sae"
-        values = *found.our_sums(*ours), *found.saebench_sums(*saebench)
-        for name, value in zip(names, values):
-            self.sums[name] += value
+        self.sums.update(found.our_sums("sae", *ours))
+        self.sums.update(found.saebench_sums("sae", *saebench))
 
     def metrics(self, data):
         s, n, rate = self.sums, data.n, self.fires / data.n
@@ -499,8 +496,8 @@ class TruthScore:
     """How the latents of one SAE agree with the true features."""
 
     def __init__(self, truth, sae):
-        self.truth, self.sums = truth, defaultdict(int)
-        self.cosine = truth.directions @ unit(sae.W_dec.detach()).T            # [n_features, d_sae]
+        self.truth, self.sums = truth, Counter()
+        self.cosine = truth.directions @ unit(sae.W_dec).T            # [n_features, d_sae]
         # one latent for each feature, so that the sum of cosines is highest
         matched = linear_sum_assignment(self.cosine.abs().cpu().numpy(), maximize=True)
         self.features, self.latents = (torch.as_tensor(i).to(self.cosine.device) for i in matched)
@@ -518,8 +515,7 @@ class TruthScore:
         counts = {"hit": mine & true, "fired": mine, "true": true, "both": both,
                   "absorbed": both & ~seen[:, parent] & stands_in,
                   "parent": on[:, parents], "recalled": on[:, parents] & seen[:, parents]}
-        for name, count in counts.items():
-            self.sums[name] = self.sums[name] + count.sum(0)
+        self.sums.update({name: count.sum(0) for name, count in counts.items()})
 
     def metrics(self):
         """mcc: mean |cosine| of features and their latents. uniqueness: features that are some
@@ -696,9 +692,9 @@ def evaluate_geometry(acts, model, runs, settings):
 
 @functools.cache
 def random_geometry(n, d, device):
-    """(random unit rows [n, d], their decoder_geometry())."""
+    """(random unit rows [n, d], their decoder_geometry(), their projections())."""
     W = random_directions(n, d, "geometry").to(device)
-    return W, decoder_geometry(W)
+    return W, decoder_geometry(W), projections(W)
 
 
 def random_directions(n, d, *key):
@@ -706,61 +702,44 @@ def random_directions(n, d, *key):
     return unit(torch.randn(n, d, generator=generator("directions", n, d, *key)))
 
 
-@torch.no_grad()
 def geometry_of(run, x):
     """The result of one SAE on raw rows x [n, d_in]."""
     W, code = unit(run.sae.W_dec), encode_sample(run.sae, x)
-    chance, (null_metrics, null_details) = random_geometry(*W.shape, W.device)
-    metrics, details = decoder_geometry(W)
-    groups = cofiring_groups(code)
+    chance, null, null_projections = random_geometry(*W.shape, W.device)
+    metrics = decoder_geometry(W) | sparsity(code) | {"correlation": mean_correlation(code.acts)}
+    null = null | {"correlation": mean_correlation(shift_columns(code.acts))}
     condition = {}
-    for kind, sets in (("active", code.active), ("group", groups)):
-        mine, random = condition_numbers(W, sets), condition_numbers(chance, sets)
-        condition[kind] = {"run": mine, "null": random}
-        metrics[f"condition_{kind}"] = mine["median"]
-    metrics |= sparsity(code) | {"correlation": mean_correlation(code.acts)}
-    jl = {"dimensions": JL_DIMENSIONS, "run": details.pop("jl"), "null": null_details["jl"]}
-    details |= {"l0_of_rows": quantiles(code.l0), "condition": condition, "jl": jl,
-                "pairs": pair_stability(code),
-                "null": {**null_metrics, "nearest_cosine": null_details["nearest_cosine"],
-                         "correlation": mean_correlation(shift_columns(code.acts))}}
+    for kind, sets in (("active", code.active), ("group", cofiring_groups(code))):
+        metrics[f"condition_{kind}"] = condition_number(W, sets)
+        condition[kind] = {"null": {"median": condition_number(chance, sets)}}
+    jl = {"dimensions": JL_DIMENSIONS, "run": projections(W), "null": null_projections}
+    percentiles = numpy.percentile(code.l0.double().cpu(), range(101), method="nearest")
+    details = {"l0_of_rows": percentiles.tolist(), "condition": condition, "jl": jl,
+               "pairs": pair_stability(code), "null": null}
     return {"rows": len(x), "latents": len(code.latents), "metrics": metrics, "guards": [],
             "details": details}
 
 
 def decoder_geometry(W, block=1024):
-    """(metrics, details) of unit rows W [n, d]; never all pairs at once.
+    """Metrics of unit rows W [n, d]; never all pairs at once.
 
-    coherence: largest |cosine| of two rows. unique: share of rows whose nearest other one has a
-    cosine below 0.2. mean_square_cosine can't be below Welch's (n - d) / (d (n - 1)).
-    effective_rank: exp of the entropy of the squared singular values' shares, which is also the
-    Vendi score (Friedman 2022).
+    coherence: largest |cosine| of two rows. mean_max_cosine: mean cosine of a row with the nearest
+    other one. effective_rank: exp of the entropy of the squared singular values' shares, which is
+    also the Vendi score (Friedman 2022).
     """
     n = len(W)
-    absolute, square, largest, nearest = 0.0, 0.0, 0.0, []
+    absolute, largest, nearest = 0.0, 0.0, []
     for start in range(0, n, block):
         cosine = W[start:start + block] @ W.T
         cosine.diagonal(start).zero_()
         absolute += total(cosine.abs())
-        square += total(cosine.square())
         largest = max(largest, cosine.abs().max().item())
         cosine.diagonal(start).fill_(-2.0 if n > 1 else 0.0)
         nearest.append(cosine.amax(-1))
-    nearest, pairs = torch.cat(nearest), max(1, n * (n - 1))
     power = torch.linalg.eigvalsh((W.T @ W).double()).clamp_min(0)
-    metrics = {"coherence": largest, "mean_max_cosine": nearest.mean().item(),
-               "mean_abs_cosine": absolute / pairs, "mean_square_cosine": square / pairs,
-               "unique": (nearest < 0.2).double().mean().item(),
-               "effective_rank": torch.special.entr(power / power.sum()).sum().exp().item()}
-    return metrics, {"nearest_cosine": quantiles(nearest), "jl": projections(W)}
-
-
-def quantiles(values, n=100):
-    """n + 1 quantiles of a tensor, from the lowest to the highest; None of an empty one."""
-    if not len(values):
-        return None
-    ordered = values.double().sort().values.cpu()
-    return ordered[torch.linspace(0, len(values) - 1, n + 1).round().long()].tolist()
+    return {"coherence": largest, "mean_max_cosine": torch.cat(nearest).mean().item(),
+            "mean_abs_cosine": absolute / max(1, n * (n - 1)),
+            "effective_rank": torch.special.entr(power / power.sum()).sum().exp().item()}
 
 
 def projections(W):
@@ -838,19 +817,17 @@ def cofiring_groups(code):
     return [code.latents[near] for near in phi.topk(min(GROUP, n)).indices]
 
 
-def condition_numbers(W, sets):
-    """Median, 10th and 90th percentile of the condition numbers of the rows W[set], over the sets.
+def condition_number(W, sets):
+    """Median condition number of the rows W[set], over the sets; None if it is infinite.
 
-    A set with dependent rows, as any of more than d rows, counts as infinite, which is None here.
+    A set with dependent rows, as any of more than d rows, counts as infinite.
     """
     found = []
     for latents in sets:
         s = torch.linalg.svdvals(W[latents].double())
         independent = len(latents) <= W.shape[1] and s[-1] > 1e-6 * s[0]
         found.append((s[0] / s[-1]).item() if independent else math.inf)
-    tenths = quantiles(torch.tensor(found), 10) or [None] * 11
-    return {"median": finite(tenths[5]), "low": finite(tenths[1]), "high": finite(tenths[9]),
-            "sets": len(found), "infinite": found.count(math.inf)}
+    return finite(median_high(found)) if found else None
 
 
 def finite(number):
@@ -905,21 +882,15 @@ def pair_stability(code):
         for size in sizes:
             batches = list(zip(code.acts.split(size), code.pre.split(size)))[:min(n // size, 4)]
             chosen = [top_pairs(score(acts, pre), count) for acts, pre in batches]
-            indices = [jaccard(a, b) for a, b in zip(chosen, chosen[1:])]
+            indices = [len(a & b) / len(a | b) for a, b in itertools.pairwise(chosen)]
             found[rule]["jaccard"].append(sum(indices) / len(indices))
     return found
 
 
 def top_pairs(score, count):
-    """Flat indices i m + j, i < j, of the `count` highest scores [m, m]."""
+    """The set of the `count` pairs i < j with the highest scores [m, m], as flat indices."""
     below = torch.ones_like(score, dtype=torch.bool).tril()
-    return score.masked_fill(below, -math.inf).flatten().topk(count).indices
-
-
-def jaccard(a, b):
-    """The size of the intersection of two sets of unique indices over that of their union."""
-    both = torch.isin(a, b).sum().item()
-    return both / (len(a) + len(b) - both)
+    return set(score.masked_fill(below, -math.inf).flatten().topk(count).indices.tolist())
 
 
 # ---- stability: which latents another seed finds again -------------------------------------------
@@ -928,23 +899,20 @@ def jaccard(a, b):
 def siblings(run):
     """{name: checksum of its SAE} of the finished runs that differ from `run` in the seed alone."""
     same = ("variant", "acts_checksum", "steps", "settings", "code_checksum", "status")
-    stem = re.sub(r"-s\d+$", "", run.name)
+    stem = run.name.rsplit("-s", 1)[0]
     found = {}
-    for folder in sorted(run.folder.parent.iterdir()):
-        if re.fullmatch(rf"{re.escape(stem)}-s\d+", folder.name) and folder.name != run.name:
-            try:
-                config = read_json(folder / "config.json")
-            except Refuse:             # its training was killed at its start, or it is damaged
-                continue
-            if all(config.get(key) == run.config.get(key) for key in same):
-                found[folder.name] = config["sae_checksum"]
+    for path in sorted(run.folder.parent.glob(f"{stem}-s*/config.json")):
+        with contextlib.suppress(Refuse):  # its training was killed at its start, or it is damaged
+            config, name = read_json(path), path.parent.name
+            if name != run.name and all(config.get(key) == run.config.get(key) for key in same):
+                found[name] = config["sae_checksum"]
     return found
 
 
 def evaluate_stability(acts, model, runs, settings):
     """The latents of each run against those of its siblings, matched one-to-one by decoder rows.
     `null`: the same of two random dictionaries."""
-    decoders = {run.folder: unit(run.sae.W_dec.detach()) for run in runs}
+    decoders = {run.folder: unit(run.sae.W_dec) for run in runs}
     yield from each("stability", runs, stability_of, decoders)
 
 
@@ -955,22 +923,19 @@ def stability_of(run, decoders):
         folder = run.folder.parent / name
         if folder not in decoders:
             sae, _ = load_run(folder)
-            decoders[folder] = unit(sae.W_dec.detach()).to(W)
+            decoders[folder] = unit(sae.W_dec.data).to(W)
         others[name] = compare(W, decoders[folder])
-    metrics, details = {}, {"others": others}
+    metrics = pd.DataFrame(others).mean(axis=1).to_dict()
     if others:
-        null = match_random(*W.shape)
-        for key in ("matched", "best", "again"):
-            metrics[key] = sum(other[key] for other in others.values()) / len(others)
-        metrics["null"] = null.mean().item()
-        details["null"] = {"cosines": quantiles(null)}
-    return {"metrics": metrics, "guards": [], "details": details}
+        metrics["null"] = match_random(*W.shape)
+    return {"metrics": metrics, "guards": [], "details": {"others": others}}
 
 
 @functools.cache
 def match_random(n, d):
-    """match() of two random dictionaries."""
-    return match(random_directions(n, d, "one"), random_directions(n, d, "other"))
+    """The mean cosine that match() finds in two random dictionaries."""
+    one, other = (random_directions(n, d, key) for key in ("one", "other"))
+    return match(one, other).mean().item()
 
 
 def match(W, V):
@@ -987,7 +952,7 @@ def compare(W, V):
     cosine = match(W, V)
     best = torch.cat([(part @ V.T).amax(-1) for part in W.split(1024)])
     return {"matched": cosine.mean().item(), "again": (cosine > 0.7).double().mean().item(),
-            "best": best.mean().item(), "cosines": quantiles(cosine)}
+            "best": best.mean().item()}
 
 
 # ---- SAEBench's metrics ----
@@ -1011,8 +976,6 @@ RETAIN = 0.01                # forget: share by which the loss on other text may
 BENCH_SETTINGS = {
     "absorption": {"words": 0},            # how many words of the vocabulary; 0: all
     "sparse_probing": {"k_values": [1, 2, 5, 20]},
-    "forget": {"texts": 16, "context_length": 128, "retain_threshold": 0.01, "n_features": [10],
-               "multiples": [0.5, 2.0]},   # clamped to minus so many times the mean norm of a row
 }
 FEW_TEXTS = {"context_length": 64, "train_set_size": 200, "test_set_size": 200,
              "n_values": [2, 5, 10, 20],
@@ -1033,6 +996,9 @@ def bench_settings(acts, name):
         asked = json.loads(file.read_text("utf-8")) if file.exists() else {}
     except ValueError as error:
         raise Refuse(f"{file} is not JSON: {error}", 2) from error
+    unknown = ", ".join(set(asked) - set(EVALS))
+    if unknown:
+        raise Refuse(f"{file}: there is no evaluation {unknown}, only {', '.join(EVALS)}", 2)
     corpus = CORPUS_SETTINGS.get(name, {}) if corpus_tasks(acts) else {}
     return {**BENCH_SETTINGS.get(name, {}), **corpus, **asked.get(name, {})}
 
@@ -1058,7 +1024,7 @@ class Bench:
         if not self.tokenizer("")["input_ids"] and self.tokenizer.bos_token:
             self.bos = self.tokenizer.bos_token
         self.texts = {}                              # (data set, context length) -> Texts
-        self.codes_kept, self.room = {}, KEPT
+        self.room = KEPT
         self.versions = [importlib.metadata.version(p) for p in ("sae-bench", "transformers")]
 
     def kept(self, name, key, make):
@@ -1086,19 +1052,9 @@ class Bench:
             yield ids, mask, acts.cpu()
 
     def codes(self, run, x):
-        """Acts [..., d_sae] of raw activations x [..., d_in], in host memory."""
-        acts = [run.sae.encode(part.to(self.device).float()).cpu()
-                for part in x.reshape(-1, x.shape[-1]).split(1024)]
-        return torch.cat(acts).view(*x.shape[:-1], -1)
-
-    def cfg(self, run):
-        """sae_bench's description of an SAE."""
-        from sae_bench.custom_saes.custom_sae_config import CustomSAEConfig
-        meta = self.acts.meta
-        return CustomSAEConfig(
-            self.name, run.sae.d_in, run.sae.d_sae, meta["layer"], meta["hook_name"],
-            architecture=run.config.get("variant", "control"), dtype="float32",
-            context_size=meta["ctx"])
+        """Acts [n, d_sae] of raw activations x [n, d_in], in host memory."""
+        return torch.cat([run.sae.encode(part.to(self.device).float()).cpu()
+                          for part in x.split(1024)])
 
     def output(self, kind, run, config, metrics, details, **more):
         """A result in the form of sae_bench's output class `kind`, as a dict."""
@@ -1109,7 +1065,7 @@ class Bench:
             sae_bench_commit_hash=self.versions[0],
             sae_lens_id="custom_sae", sae_lens_release_id=run.name,
             sae_lens_version=sae_bench_utils.get_sae_lens_version(),
-            sae_cfg_dict=self.cfg(run).to_dict(), **more)
+            sae_cfg_dict=BenchSAE(self, run).cfg.to_dict(), **more)
         return json.loads(made.to_json())
 
 
@@ -1117,11 +1073,15 @@ class BenchSAE:
     """A run in the form of sae_bench's BaseSAE, with its own `encode` or another."""
 
     def __init__(self, bench, run, encode=None):
-        sae = run.sae
+        from sae_bench.custom_saes.custom_sae_config import CustomSAEConfig
+        sae, meta = run.sae, bench.acts.meta
         self.encode = encode or sae.encode
-        self.W_enc, self.W_dec = sae.W_enc.detach(), sae.W_dec.detach()
-        self.b_dec = sae.b_dec.detach() / sae.scale + sae.mean
-        self.device, self.dtype, self.cfg = sae.W_dec.device, torch.float32, bench.cfg(run)
+        self.W_enc, self.W_dec = sae.W_enc, sae.W_dec
+        self.b_dec = sae.b_dec / sae.scale + sae.mean
+        self.device, self.dtype = sae.W_dec.device, torch.float32
+        self.cfg = CustomSAEConfig(
+            bench.name, sae.d_in, sae.d_sae, meta["layer"], meta["hook_name"], dtype="float32",
+            architecture=run.config.get("variant", "control"), context_size=meta["ctx"])
 
     def decode(self, acts):
         return acts @ self.W_dec + self.b_dec
@@ -1135,13 +1095,10 @@ def quiet():
     """Inside, sae_bench's prints are dropped and every generator starts from SEED; afterwards grad
     mode is as before."""
     import threadpoolctl
-    with contextlib.ExitStack() as stack:
-        null = stack.enter_context(open(os.devnull, "w"))
-        stack.enter_context(contextlib.redirect_stdout(null))
-        stack.enter_context(contextlib.redirect_stderr(null))
-        stack.enter_context(warnings.catch_warnings(action="ignore"))
-        stack.enter_context(threadpoolctl.threadpool_limits(1, "blas"))  # faster in small fits
-        stack.enter_context(torch.enable_grad())
+    with (open(os.devnull, "w") as null, contextlib.redirect_stdout(null),
+          contextlib.redirect_stderr(null), warnings.catch_warnings(action="ignore"),
+          threadpoolctl.threadpool_limits(1, "blas"),        # faster in small fits
+          torch.enable_grad()):
         random.seed(SEED)
         numpy.random.seed(SEED)
         torch.manual_seed(SEED)
@@ -1201,8 +1158,6 @@ def letters_in_prompts(bench, config, n_words):
     words = sorted(vocab.get_alpha_tokens(bench.tokenizer))      # a tokenizer's own order changes
     if n_words:
         words = sorted(random.Random(SEED).sample(words, min(n_words, len(words))))
-    if len({word.strip()[0].lower() for word in words}) < 2:
-        raise Unfit("the tokenizer's vocabulary has no words of two first letters")
 
     # rows to train and test the probes
     template, position = config.prompt_template, config.prompt_token_pos
@@ -1275,19 +1230,15 @@ def absorption_of(run, bench, letters, known, config):
     split, main_f1 = split_latents(run, bench, letters, config)
     scores = word_scores(run, bench, letters, split)
     scores = scores[scores.letter.isin(known)]
-    detail = eval_output.AbsorptionResultDetail
-    named = scores.rename(columns={"letter": "first_letter",
-                                   "num_split_feats": "num_split_features"})
-    named = named[[field.name for field in dataclasses.fields(detail)]]
-    details = [detail(**row) for row in named.to_dict("records")]
+    details = scores.rename(columns={"letter": "first_letter",
+                                     "num_split_feats": "num_split_features"})
     summary = {}
     for name, column in (("absorption_fraction_score", scores.mean_absorption_fraction),
                          ("full_absorption_score", scores.full_absorption_rate),
                          ("num_split_features", scores.num_split_feats)):
         summary |= {f"mean_{name}": float(column.mean()), f"std_dev_{name}": float(column.std())}
-    means = eval_output.AbsorptionMeanMetrics(**summary)
-    output = bench.output(eval_output.AbsorptionEvalOutput, run, config,
-                          eval_output.AbsorptionMetricCategories(mean=means), details)
+    output = bench.output(eval_output.AbsorptionEvalOutput, run, config, {"mean": summary},
+                          details.to_dict("records"))
     metrics = {**summary, "letters": len(scores),
                "median_main_latent_f1": float(numpy.median([main_f1[a] for a in scores.letter]))}
     guards = find_guards(absorption_facts(run, bench, metrics))
@@ -1369,7 +1320,7 @@ HUB_TASKS = {                # evaluation -> SAEBench's tasks
         "fancyzhx/ag_news", "Helsinki-NLP/europarl"],
     "scr": ["LabHC/bias_in_bios_class_set1", "canrager/amazon_reviews_mcauley_1and5"],
     "tpp": ["LabHC/bias_in_bios_class_set1", "canrager/amazon_reviews_mcauley_1and5"]}
-RUNS_CODE = ["codeparrot/github-code"]     # a script on the hub: only from labelled/
+RUNS_CODE = "codeparrot/github-code"       # a script on the hub: only from labelled/
 BIOS = "LabHC/bias_in_bios"  # own tasks go through sae_bench's code in the columns of this data set
 MOST_CLASSES, MOST_PAIRS = 6, 2            # of an own task
 SCIENCE = ("numpy", "sympy", "networkx")
@@ -1388,17 +1339,17 @@ def corpus_tasks(acts):
     file = Path(acts.meta.get("data", {}).get("name", "")) / "train.jsonl"
     if not file.is_file():
         return None
-    records = pd.read_json(file, lines=True, dtype=False)
-    if not {"text", "package", "module", "kind"} <= set(records.columns):
+    read = functools.partial(pd.read_json, file, lines=True, dtype=False, encoding="utf-8-sig")
+    if not {"text", "package", "module", "kind"} <= set(read(nrows=1)):
         return None
     folder = acts.folder / "eval_cache" / f"labelled-{files_checksum([file])[:16]}"
     if not (folder / "retain" / "test.jsonl").exists():
-        for task, table in label_corpus(records).items():
+        for task, table in label_corpus(read()).items():
             table = table.drop_duplicates("text")
             table = table.iloc[table.text.map(text_hash).argsort()]        # in a fixed random order
             in_test = table.source.map(text_hash).str[0] < "4"            # a quarter of the modules
             for split, part in (("train", table[~in_test]), ("test", table[in_test])):
-                part = part.drop(columns="source").groupby(["label", "group"]).head(400)
+                part = part.groupby(["label", "group"]).head(400)[["text", "label", "group"]]
                 blob = part.to_json(orient="records", lines=True, force_ascii=False)
                 write_file(folder / task / f"{split}.jsonl", blob.encode())
     return folder
@@ -1406,28 +1357,27 @@ def corpus_tasks(acts):
 
 def label_corpus(records):
     """{task: table of text, label, group, source} of the records of a corpus."""
-    rows = defaultdict(list)
+    rows = []                              # task, text, label, group, source
     for record in records.itertuples():
         package, module = record.package, record.module
         field = "science" if package in SCIENCE else "library"
         if record.kind == "doc":
             for text in passages(record.text.splitlines()):
                 group = "doctest" if ">>>" in text else "plain"
-                rows["package"].append((text, package, group, module))
+                rows.append(("package", text, package, group, module))
             if len(record.text) > LONG:
-                rows["long"].append((record.text, package, "long", module))
+                rows.append(("long", record.text, package, "long", module))
         elif record.kind == "code":
             lines = kinds_of_line(record.text)
             for kind, found in lines.items():
-                rows["kind"] += [(text, kind, field, module) for text in passages(found)]
+                rows += [("kind", text, kind, field, module) for text in passages(found)]
             for match in filter(None, map(KEYWORD.match, lines["code"])):
-                rows["statement"].append((match[2], match[1], field, module))
-    columns = ["text", "label", "group", "source"]
-    tables = {task: pd.DataFrame(rows[task], columns=columns)
-              for task in ("package", "kind", "statement", "long")}
-    long = tables.pop("long")
-    is_topic = long.label == (long.label.mode()[0] if len(long) else "")
-    return {**tables, "forget": long[is_topic], "retain": long[~is_topic]}
+                rows.append(("statement", match[2], match[1], field, module))
+    table = pd.DataFrame(rows, columns=["task", "text", "label", "group", "source"])
+    is_long = table.task == "long"
+    is_topic = table.label == table.label[is_long].mode().get(0)
+    table.loc[is_long, "task"] = is_topic.map({True: "forget", False: "retain"})
+    return dict(iter(table.groupby("task")))
 
 
 def passages(lines):
@@ -1488,13 +1438,9 @@ def data_set_of(task):
 def hub_version(name):
     """The commit of a data set on the hub; None if it is out of reach."""
     import huggingface_hub
-    if name in RUNS_CODE:
-        return None
-    try:
-        with hub_errors("data set", name):
+    if name != RUNS_CODE:
+        with contextlib.suppress(Refuse), hub_errors("data set", name):
             return huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
-    except Refuse:               # labelled_settings() says what is missing
-        return None
 
 
 @contextlib.contextmanager
@@ -1510,17 +1456,13 @@ def local_data():
             return datasets.load_dataset("json", data_files=files, split=split, streaming=streaming)
         return datasets.load_dataset(name, config, split=split, streaming=streaming)
 
-    names = ("sae_bench_utils.dataset_utils", "evals.scr_and_tpp.dataset_creation",
-             "evals.unlearning.utils.feature_activation", "evals.unlearning.utils.metrics")
-    modules = [importlib.import_module(f"sae_bench.{name}") for name in names]
-    before = [module.load_dataset for module in modules]
-    try:
-        for module in modules:
-            module.load_dataset = load_dataset
+    with contextlib.ExitStack() as stack:
+        for module in ("sae_bench_utils.dataset_utils", "evals.scr_and_tpp.dataset_creation",
+                       "evals.unlearning.utils.feature_activation",
+                       "evals.unlearning.utils.metrics"):
+            name = f"sae_bench.{module}.load_dataset"
+            stack.enter_context(unittest.mock.patch(name, load_dataset))
         yield
-    finally:
-        for module, loader in zip(modules, before):
-            module.load_dataset = loader
 
 
 class Texts:
@@ -1531,6 +1473,7 @@ class Texts:
 
     def __init__(self, bench, ctx):
         self.bench, self.ctx, self.number, self.chunks = bench, ctx, {}, []
+        self.codes_kept = {}                         # (checksum of an SAE, chunk) -> codes
         self.length = torch.zeros(0, dtype=torch.long)
         self.mean = torch.zeros(0, bench.acts.d_in)
 
@@ -1566,23 +1509,23 @@ class Texts:
 
     def codes(self, run):
         """The mean acts of each text [n, d_sae]."""
-        return torch.cat([self.codes_of(run, chunk) for chunk in self.chunks])
+        return torch.cat([self.codes_of(run, i) for i in range(len(self.chunks))])
 
-    def codes_of(self, run, chunk):
-        """... of a chunk of texts, made once for all evaluations if memory allows."""
-        key = run.config["sae_checksum"], text_hash(json.dumps(chunk)), self.ctx
-        if key in self.bench.codes_kept:
-            return self.bench.codes_kept[key]
-        part, found = self.part(chunk), []
+    def codes_of(self, run, i):
+        """... of chunk i, made once for all evaluations if memory allows."""
+        key = run.config["sae_checksum"], i
+        if key in self.codes_kept:
+            return self.codes_kept[key]
+        part, found = self.part(self.chunks[i]), []
         texts = part["rows"].split(part["length"].tolist())
         few = max(1, 1024 // self.ctx)               # texts whose acts a cache may hold
-        for i in range(0, len(texts), few):
-            acts = self.bench.codes(run, torch.cat(texts[i:i + few]))
-            found.append(text_means(acts, part["length"][i:i + few]))
+        for start in range(0, len(texts), few):
+            acts = self.bench.codes(run, torch.cat(texts[start:start + few]))
+            found.append(text_means(acts, part["length"][start:start + few]))
         found = torch.cat(found)
         if found.nbytes <= self.bench.room:
             self.bench.room -= found.nbytes
-            self.bench.codes_kept[key] = found
+            self.codes_kept[key] = found
         return found
 
 
@@ -1609,13 +1552,14 @@ def labelled_cases(bench, name, settings):
     """(config, [Case]) of sparse_probing, scr or tpp."""
     from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
-    kind = SparseProbingEvalConfig if name == "sparse_probing" else ScrAndTppEvalConfig
-    config = kind(model_name=bench.name, llm_dtype="float32", random_seed=SEED, llm_batch_size=32,
-                  dataset_names=list(settings["data"]), **settings["config"])
-    prefix = "probe_" if name == "sparse_probing" else ""
-    sizes = [getattr(config, f"{prefix}{split}_set_size") for split in ("train", "test")]
-    if name != "sparse_probing":
-        config.perform_scr = name == "scr"
+    given = dict(model_name=bench.name, llm_dtype="float32", random_seed=SEED, llm_batch_size=32,
+                 dataset_names=list(settings["data"]), **settings["config"])
+    if name == "sparse_probing":
+        config = SparseProbingEvalConfig(**given)
+        sizes = config.probe_train_set_size, config.probe_test_set_size
+    else:
+        config = ScrAndTppEvalConfig(perform_scr=name == "scr", **given)
+        sizes = config.train_set_size, config.test_set_size
     cases = []
     for task in config.dataset_names:
         found = cases_of(bench, name, config, sizes, task)
@@ -1700,25 +1644,30 @@ def own_texts(tables, sizes, pair):
             classes = list(counts.index[counts >= size // 2])
             splits.append(dataset_utils.gather_dataset_from_df(
                 table, classes, size // 2, "profession", "hard_text", SEED))
-    train, test = dataset_utils.ensure_shared_keys(*splits)
-    classes = list(train) if pair else sorted(train)[:MOST_CLASSES]
-    return [{label: split[label] for label in classes} for split in (train, test)]
+    splits = dataset_utils.ensure_shared_keys(*splits)
+    if pair:
+        return splits
+    classes = sorted(splits[0])[:MOST_CLASSES]
+    return [dataset_utils.filter_dataset(split, classes) for split in splits]
 
 
-# ---- sparse probing ----
-
-
-def evaluate_sparse_probing(acts, model, runs, settings):
-    """Accuracy of probes on the k best latents, per data set."""
+def evaluate_labelled(name, acts, model, runs, settings):
+    """Sparse probing, SCR or TPP, as `name` says, on labelled texts."""
+    of_model, of_run = model_probes, ablation_of
+    if name == "sparse_probing":
+        of_model, of_run = model_accuracies, probing_of
     bench = bench_of(acts, model)
     with quiet():
-        config, cases = labelled_cases(bench, "sparse_probing", settings)
-    of_model = [model_accuracies(config, case) for case in cases]
-    yield from each("sparse_probing", runs, probing_of, bench, config, cases, of_model)
+        config, cases = labelled_cases(bench, name, settings)
+    of_cases = [of_model(bench, config, case) for case in cases]
+    yield from each(name, runs, of_run, bench, config, cases, of_cases)
+
+
+# ---- sparse probing: accuracy of probes on the k best latents ----
 
 
 @quiet()
-def model_accuracies(config, case):
+def model_accuracies(bench, config, case):
     """probe_accuracies() of the model's own activations."""
     return probe_accuracies("llm", config, case, case.texts.mean)
 
@@ -1754,30 +1703,18 @@ def probing_of(run, bench, config, cases, of_model):
         results[name] = {key: sum(of.values()) / len(of) for key, of in accuracies.items()}
     means = average_results_dictionaries(results, [case.name for case in cases])
     llm, sae = ({k: v for k, v in means.items() if k.startswith(who)} for who in ("llm", "sae"))
-    output = bench.output(
-        eval_output.SparseProbingEvalOutput, run, config,
-        eval_output.SparseProbingMetricCategories(
-            llm=eval_output.SparseProbingLlmMetrics(**llm),
-            sae=eval_output.SparseProbingSaeMetrics(**sae)),
-        [eval_output.SparseProbingResultDetail(dataset_name=name, **found)
-         for name, found in results.items()],
-        eval_result_unstructured=per_class)
+    details = [{"dataset_name": name, **found} for name, found in results.items()]
+    output = bench.output(eval_output.SparseProbingEvalOutput, run, config,
+                          {"llm": llm, "sae": sae}, details, eval_result_unstructured=per_class)
     above_chance = max(abs(value - 0.5) for key, value in sae.items() if "_top_" in key)
     metrics = {key: value for key, value in means.items() if value != -1}
     return {**output, "metrics": metrics, "guards": find_guards({"above_chance": above_chance})}
 
 
 # ---- spurious correlation removal (SCR) and targeted probe perturbation (TPP) ----
-
-
-def evaluate_ablation(name, acts, model, runs, settings):
-    """SCR: how much of a planted bias goes with the latents that carry it. TPP: how much of a
-    class, and of that class alone, goes with its latents."""
-    bench = bench_of(acts, model)
-    with quiet():
-        config, cases = labelled_cases(bench, name, settings)
-    probes = [model_probes(bench, config, case) for case in cases]
-    yield from each(name, runs, ablation_of, bench, config, cases, probes)
+#
+# SCR: how much of a planted bias goes with the latents that carry it. TPP: how much of a class, and
+# of that class alone, goes with its latents.
 
 
 def classes_of(config, case):
@@ -1821,15 +1758,13 @@ def ablation_of(run, bench, config, cases, probes):
             of_task[case.name.removesuffix("_tpp")] = per_class
         results[f"{case.name}_results"] = found
     means = average_results_dictionaries(results, [case.name for case in cases])
+    details = [{"dataset_name": name, **found} for name, found in results.items()]
     if config.perform_scr:
-        kind, detail = eval_output.ScrEvalOutput, eval_output.ScrResultDetail
-        categories = eval_output.ScrMetricCategories(scr_metrics=eval_output.ScrMetrics(**means))
+        kind, category = eval_output.ScrEvalOutput, "scr_metrics"
     else:
-        kind, detail = eval_output.TppEvalOutput, eval_output.TppResultDetail
-        categories = eval_output.TppMetricCategories(tpp_metrics=eval_output.TppMetrics(**means))
+        kind, category = eval_output.TppEvalOutput, "tpp_metrics"
+    output = bench.output(kind, run, config, {category: means}, details, **more)
     facts = {"most_ablated": max(fit), "bias_cost": sum(gaps) / len(gaps) if gaps else None}
-    details = [detail(dataset_name=name, **found) for name, found in results.items()]
-    output = bench.output(kind, run, config, categories, details, **more)
     return {**output, "metrics": means, "guards": find_guards(facts)}
 
 
@@ -1869,6 +1804,15 @@ def ablated_accuracies(run, bench, config, case, probes):
 # ---- forget: what clamping a topic's latents costs on its text, and on other text ----
 
 
+class ForgetConfig(NamedTuple):
+    """As sae_bench's classes of settings: a mistyped one is refused."""
+    texts: int = 16                        # of either kind, to choose latents by and to score
+    context_length: int = 128
+    retain_threshold: float = 0.01         # chosen latents fire more rarely on other text
+    n_features: tuple = (10,)              # latents that are clamped
+    multiples: tuple = (0.5, 2.0)          # to minus so many times the mean norm of a row
+
+
 def forget_settings(acts):
     folder = corpus_tasks(acts) or LABELLED
     files = sorted(folder.glob("forget/*.jsonl")) + sorted(folder.glob("retain/*.jsonl"))
@@ -1881,7 +1825,7 @@ def evaluate_forget(acts, model, runs, settings):
 
     Latents are chosen and clamped as in SAEBench's unlearning. No questions are asked, so that the
     two can't be compared."""
-    bench, config = bench_of(acts, model), settings["config"]
+    bench, config = bench_of(acts, model), ForgetConfig(**settings["config"])
     if settings["data"] is None:
         raise Unfit(f"neither the corpus nor {LABELLED}/ has text to forget and to retain")
     folder = corpus_tasks(acts) or LABELLED
@@ -1896,30 +1840,25 @@ class Topic:
     def __init__(self, bench, folder, config):
         self.bench = bench
         chosen, scored = [pd.read_json(folder / f"{split}.jsonl", lines=True, dtype=False).text
-                          .head(config["texts"]).tolist() for split in ("train", "test")]
-        ctx = config["context_length"]
-        self.texts = Texts(bench, ctx)
-        self.texts.add({"all": chosen})
-        self.batches = list(bench.read(scored, ctx, batch=bench.model.at_once(ctx)))
-        self.clean = self.losses([lambda x: x])[0]
+                          .head(config.texts).tolist() for split in ("train", "test")]
+        ctx = config.context_length
+        self.rows = Texts(bench, ctx).read(chosen)[0]["rows"]
+        self.scored = list(bench.read(scored, ctx, batch=bench.model.at_once(ctx)))
+        self.clean = self.loss(lambda x: x)
 
     def rates(self, run):
         """How often each latent fires on the texts to choose by [d_sae]."""
-        rows = torch.cat([self.texts.part(chunk)["rows"] for chunk in self.texts.chunks])
-        return (self.bench.codes(run, rows) > 0).float().mean(0).numpy()
+        return (self.bench.codes(run, self.rows) > 0).float().mean(0).numpy()
 
-    def losses(self, changes):
-        """The mean loss under each of `changes`, functions of activations [n, ctx, d_in]."""
-        sums, n = [0.0] * len(changes), 0
-        for ids, mask, x in self.batches:
+    def loss(self, change):
+        """The mean loss on the other texts with change(x) in place of the hook's x [n, ctx,
+        d_in]."""
+        losses = []
+        for ids, mask, _ in self.scored:
             ids, mask = ids.to(self.bench.device), mask.to(self.bench.device)
-            counted = mask[:, 1:].bool()
-            n += int(counted.sum())
-            for i, change in enumerate(changes):
-                hidden = change(x.to(self.bench.device))
-                log_p = self.bench.model.logits(ids, mask, lambda _: hidden).log_softmax(-1)
-                sums[i] += total(next_token_loss(log_p, ids)[counted])
-        return [value / n for value in sums]
+            log_p = self.bench.model.logits(ids, mask, change).log_softmax(-1)
+            losses.append(next_token_loss(log_p, ids)[mask[:, 1:].bool()])
+        return torch.cat(losses).double().mean().item()
 
 
 @quiet()
@@ -1927,24 +1866,19 @@ def forget_of(run, bench, topics, config):
     """The result of one SAE: what costs the topic most, of settings that cost other text little."""
     from sae_bench.evals.unlearning.utils.feature_activation import get_top_features
     top = get_top_features(topics["forget"].rates(run), topics["retain"].rates(run),
-                           config["retain_threshold"])
-    tried, changes = [], []
-    for n, multiple in itertools.product(config["n_features"], config["multiples"]):
+                           config.retain_threshold)
+    clean = {name: topic.clean for name, topic in topics.items()}
+    tried = []
+    for n, multiple in itertools.product(config.n_features, config.multiples):
         size = max(1.0, multiple * bench.acts.meta["mean_norm"])
-        tried.append({"n_features": len(top[:n]), "multiplier": size})
-        changes.append(functools.partial(clamp, run.sae, top[:n].tolist(), size))
-    clean = {f"{name}_loss": topic.clean for name, topic in topics.items()}
-    best = clean
-    if len(top):
-        for name, topic in topics.items():
-            for setting, loss in zip(tried, topic.losses(changes)):
-                setting[f"{name}_loss"] = loss
-        most = (1 + RETAIN) * clean["retain_loss"]
-        fit = [setting for setting in tried if setting["retain_loss"] <= most]
-        best = max([clean, *fit], key=lambda setting: setting["forget_loss"])
+        change = functools.partial(clamp, run.sae, top[:n].tolist(), size)
+        losses = {name: topic.loss(change) for name, topic in topics.items()}
+        tried.append({"n_features": len(top[:n]), "multiplier": size, **losses})
+    fit = [losses for losses in tried if losses["retain"] <= (1 + RETAIN) * clean["retain"]]
+    best = max([clean, *fit], key=lambda losses: losses["forget"])
     metrics = {}
-    for name, loss in clean.items():
-        metrics |= {f"{name}_clean": loss, f"{name}_added": best[name] - loss}
+    for name in topics:
+        metrics |= {f"{name}_clean": clean[name], f"{name}_added": best[name] - clean[name]}
     return {"metrics": metrics, "guards": find_guards({"clamped": len(top)}),
             "details": {"settings": tried}}
 
@@ -1955,7 +1889,7 @@ def clamp(sae, latents, size, x):
     acts = sae.encode(x)[..., latents]
     change = torch.where(acts > 0, -size - acts, 0.0)
     change[:, 0] = 0.0
-    return x + change @ sae.W_dec.detach()[latents]
+    return x + change @ sae.W_dec[latents]
 
 
 # ---- unlearning: SAEBench's own call, on questions that only its data and a large model have ----
@@ -2007,27 +1941,20 @@ SHOWN = {"random": 20, "frequent": 5, "rare": 5}      # latents of each kind
 def evaluate_features(acts, model, runs, settings):
     """For some latents of each run: the contexts in which it fires most, the tokens that its
     decoder row promotes through the unembedding, and the latents nearest to it."""
-    failed, chosen, tops = {}, {}, defaultdict(list)
-    for run in runs:
-        with noting(failed, run):
-            chosen[run] = choose_latents(run)
-    val = acts.val()
+    failed, tops, val = {}, defaultdict(list), acts.val()
+    chosen = {run: attempt(failed, run, choose_latents, run) for run in runs}
     size = model.at_once(val["tokens"].shape[1])
     for start in tqdm(range(0, len(val["tokens"]), size), desc="features", disable=None):
-        part = {name: val[name][start:start + size].to(model.device) for name in ("tokens", "mask")}
-        hidden = model.activations(part["tokens"].long())
-        rows = part["mask"] & (hidden.norm(dim=-1) <= acts.norm_limit)
+        tokens, mask = (val[name][start:start + size].to(model.device)
+                        for name in ("tokens", "mask"))
+        hidden = model.activations(tokens.long())
+        rows = mask & (hidden.norm(dim=-1) <= acts.norm_limit)
         for run in runs:
-            if run not in failed:
-                with noting(failed, run), torch.no_grad():
-                    tops[run].append(highest_in_context(run.sae, hidden, rows, chosen[run]))
+            tops[run].append(attempt(failed, run, highest_in_context, run.sae, hidden, rows,
+                                     chosen[run]))
     for run in runs:
-        if run not in failed:
-            with noting(failed, run):
-                best, where = (torch.cat(parts) for parts in zip(*tops[run]))
-                describe_latents(run, model, val["tokens"], chosen[run], best, where)
-                result = {"metrics": {}, "guards": [], "latents": chosen[run]}
-        yield run, failed.get(run) or result
+        yield run, attempt(failed, run, describe_latents, run, model, val["tokens"], chosen[run],
+                           tops[run])
 
 
 def choose_latents(run):
@@ -2057,9 +1984,13 @@ def highest_in_context(sae, hidden, rows, chosen):
     return [tensor.cpu() for tensor in full.max(1)]
 
 
-def describe_latents(run, model, tokens, chosen, best, where):
-    """Add to each chosen latent what stage 4's browser shows; best, where [n_contexts, k]."""
-    decode, W_dec = model.tokenizer.decode, run.sae.W_dec.detach()
+def describe_latents(run, model, tokens, chosen, tops):
+    """The result of one run: the chosen latents with what stage 4's browser shows of each.
+
+    tops: what highest_in_context() gives for each batch of the contexts `tokens`.
+    """
+    best, where = (torch.cat(parts) for parts in zip(*tops))
+    decode, W_dec = model.tokenizer.decode, run.sae.W_dec
     rows = unit(W_dec)
     for i, entry in enumerate(chosen):
         latent, contexts = entry["latent"], []
@@ -2074,6 +2005,7 @@ def describe_latents(run, model, tokens, chosen, best, where):
         neighbours = [{"latent": j, "cosine": cosine[j].item()} for j in near]
         entry |= {"promotes": [decode([t]) for t in promoted], "neighbours": neighbours,
                   "contexts": contexts}
+    return {"metrics": {}, "guards": [], "latents": chosen}
 
 
 def marked(decode, tokens, at, before=16, after=4):
@@ -2086,7 +2018,6 @@ def marked(decode, tokens, at, before=16, after=4):
 # ---- controls: SAEs that have learned nothing ----------------------------------------------------
 
 
-@torch.no_grad()
 def make_controls(acts, runs):
     """Controls as sparse as the runs were to be (medians): an untrained SAE and random directions,
     as wide as they; PCA; the mean of the training rows."""
@@ -2095,12 +2026,12 @@ def make_controls(acts, runs):
     d_sae, l0 = (median_low(run.config["settings"][key] for run in runs) for key in ("d_sae", "l0"))
     l0 = max(1, round(l0))
     rank = min(l0, acts.d_in)
-    plans = {"untrained": ("relu", d_sae, l0), "random": ("topk", d_sae, l0),
-             "pca": ("relu", 2 * rank, rank), "mean": ("relu", 1, 1)}
     made = []
-    for kind, (activation, width, l0) in plans.items():
+    for kind, activation, width, l0 in (("untrained", "relu", d_sae, l0),
+                                        ("random", "topk", d_sae, l0),
+                                        ("pca", "relu", 2 * rank, rank), ("mean", "relu", 1, 1)):
         settings = {"activation": activation, "d_sae": width, "l0": float(l0)}
-        sae = SAE(acts.d_in, 0, 0, **settings).to(device).eval()
+        sae = SAE(acts.d_in, 0, 0, **settings).to(device).eval().requires_grad_(False)
         sae.mean.copy_(acts.mean)
         sae.scale.fill_(acts.scale)
         x = sae.normalise(rows)
@@ -2114,7 +2045,7 @@ def make_controls(acts, runs):
             sae.W_dec.zero_()
             sae.W_enc.zero_()
         weights = b"".join(value.cpu().numpy().tobytes() for value in sae.state_dict().values())
-        config = {"control": kind, "steps": 0, "seed": 0, "settings": SAE.settings() | settings,
+        config = {"control": kind, "settings": SAE.settings() | settings,
                   "sae_checksum": checksum(weights + json.dumps(settings).encode())}
         beside = runs[0].folder.parent / f"controls-{acts.folder.name}"
         made.append(Run(beside / kind, config, sae))
@@ -2126,18 +2057,14 @@ def make_controls(acts, runs):
 
 EVALS = {                                  # in the order in which they run
     "core": Evaluation(evaluate_core, of_synthetic=True),
-    "geometry": Evaluation(evaluate_geometry, of_controls=False, reads_model=False,
-                           of_synthetic=True),
+    "geometry": Evaluation(evaluate_geometry, of_controls=False, of_synthetic=True),
     "stability": Evaluation(evaluate_stability, inputs=siblings, of_controls=False,
-                            reads_model=False, of_synthetic=True),
+                            of_synthetic=True),
     "absorption": Evaluation(
         evaluate_absorption, functools.partial(bench_settings, name="absorption")),
-    "sparse_probing": Evaluation(
-        evaluate_sparse_probing, functools.partial(labelled_settings, "sparse_probing")),
-    "scr": Evaluation(functools.partial(evaluate_ablation, "scr"),
-                      functools.partial(labelled_settings, "scr")),
-    "tpp": Evaluation(functools.partial(evaluate_ablation, "tpp"),
-                      functools.partial(labelled_settings, "tpp")),
+    **{name: Evaluation(functools.partial(evaluate_labelled, name),
+                        functools.partial(labelled_settings, name))
+       for name in ("sparse_probing", "scr", "tpp")},
     "forget": Evaluation(evaluate_forget, forget_settings),
     "unlearning": Evaluation(evaluate_unlearning, unlearning_settings, of_controls=False),
     "features": Evaluation(evaluate_features, of_controls=False),
@@ -2163,8 +2090,7 @@ def stored(name, run, acts):
         result = read_json(run.folder / "eval" / f"{name}.json", "metrics", "guards")
     except Refuse:                         # missing, damaged or older: it is made again
         return None
-    wanted = identity(name, run, acts)
-    return result if all(result.get(key) == value for key, value in wanted.items()) else None
+    return result if identity(name, run, acts).items() <= result.items() else None
 
 
 def save(name, run, acts, result):
@@ -2189,13 +2115,10 @@ def evaluate(name, acts, model, runs, failures):
     try:
         for run, result in evaluation.make(acts, model, runs, evaluation.settings(acts)):
             left.discard(run)
-            failed = {}
-            with noting(failed, run):
-                if isinstance(result, Exception):
-                    raise result
-                save(name, run, acts, result)
-            if failed:
-                report(f"{run.folder}: {name}", failed[run], failures)
+            if not isinstance(result, Exception):
+                result = attempt({}, run, save, name, run, acts, result)
+            if result:
+                report(f"{run.folder}: {name}", result, failures)
     except Unfit as reason:
         print(f"{acts.folder}: no {name}: {reason}")
     except Exception as error:             # the other evaluations go on
@@ -2206,69 +2129,39 @@ def report(what, error, failures):
     """Say on one line what failed, and count it."""
     reason = str(error) if isinstance(error, Refuse) else f"{type(error).__name__}: {error}"
     failures.append(what)
-    print("error: " + " ".join(f"{what}: {reason}".split()), file=sys.stderr)
+    said = reason if reason.startswith(what) else f"{what}: {reason}"
+    print("error: " + " ".join(said.split()), file=sys.stderr)
 
 
 # ---- the script ----------------------------------------------------------------------------------
 
 
-COLUMNS = {                                # title -> (metric of core, format)
-    "L0": ("l0", ".2f"), "EV": ("explained_variance", ".4f"), "CE rec.": ("ce_recovered", ".4f"),
-    "KL": ("kl_sae", ".4f"), "dead": ("dead", ".1%"), "MCC": ("mcc", ".3f"), "F1": ("f1", ".3f"),
-    "absorb.": ("absorption", ".3f"),
+COLUMNS = {                                # metric of core -> title
+    "l0": "L0", "explained_variance": "EV", "ce_recovered": "CE rec.", "kl_sae": "KL",
+    "dead": "dead", "mcc": "MCC", "f1": "F1", "absorption": "absorb.",
 }
 
 
 def print_table(runs, acts):
     """Print core's metrics of each run and its guards in words: those that make it invalid, with !,
     and the reasons below; else its caveats."""
-    results = {run: stored("core", run, acts) for run in runs}
-    results = {run: result for run, result in results.items() if result}
-    names = short_names([run.name for run in results if not run.is_control])
-    rows, reasons = [], []
-    for run, result in results.items():
-        name = f"control: {run.name}" if run.is_control else names[run.name]
-        rows.append({"run": name, **table_row(result)})
-        if not run.is_control:
-            reasons += [f"{run.name}: invalid, {guard['name']}: {guard['why']}"
-                        for guard in result["guards"] if guard["level"] == INVALID]
+    rows, reasons = {}, []
+    for run in runs:
+        result = stored("core", run, acts)
+        if result:
+            invalid = [guard for guard in result["guards"] if guard["level"] == INVALID]
+            words = [f"{guard['name']}!" for guard in invalid]
+            words = words or [guard["name"] for guard in result["guards"]]
+            name = f"control: {run.name}" if run.is_control else run.name
+            rows[name] = result["metrics"] | {"guards": ", ".join(words)}
+            if not run.is_control:
+                reasons += [f"{run.name}: invalid, {guard['name']}: {guard['why']}"
+                            for guard in invalid]
     if rows:
-        print("\n".join(["", str(acts.folder), *table_lines(pd.DataFrame(rows)), *reasons]))
-
-
-def table_row(result):
-    """{title: cell} of a result of core."""
-    row = {}
-    for title, (metric, form) in COLUMNS.items():
-        if result["metrics"].get(metric) is not None:
-            row[title] = format(result["metrics"][metric], form)
-    invalid = [guard["name"] + "!" for guard in result["guards"] if guard["level"] == INVALID]
-    words = invalid or [guard["name"] for guard in result["guards"]]
-    return {**row, "guards": ", ".join(words) or "-"}
-
-
-def short_names(names, room=34):
-    """{name: the name}; without the parts that all names share, where one is longer than `room`."""
-    parts = {name: name.split("-") for name in names}
-    if max(map(len, names), default=0) <= room:
-        return {name: name for name in names}
-    shared = set.intersection(*map(set, parts.values()))
-    return {name: "-".join([first, *(part for part in rest if part not in shared)])
-            for name, (first, *rest) in parts.items()}
-
-
-def table_lines(table):
-    """The lines of print_table's table, `run` on the left and `guards` in what is left of 100
-    columns."""
-    table = table[[title for title in ("run", *COLUMNS, "guards") if title in table]]
-    guards = ["guards", *table.pop("guards")]
-    width = table["run"].str.len().max()
-    table["run"] = table["run"].str.ljust(width)
-    table = table.rename(columns={"run": "run".ljust(width)})
-    lines = table.to_string(index=False, na_rep="-").split("\n")
-    room = max(10, 98 - len(lines[0]))
-    return [f"{line}  {textwrap.shorten(text, room, placeholder=' ...')}"
-            for line, text in zip(lines, guards)]
+        table = pd.DataFrame(rows.values(), rows).filter([*COLUMNS, "guards"])
+        lines = table.rename(columns=COLUMNS).to_string(
+            float_format="{:.4f}".format, na_rep="-", max_colwidth=30)
+        print("", acts.folder, lines, *reasons, sep="\n")
 
 
 def portions(folders):
@@ -2321,7 +2214,10 @@ def fitting(names, acts, asked):
     """The evaluations of `names` that say something of a cache; without `asked`, those that take
     minutes."""
     if acts.meta["source"] != "model":
-        names = [name for name in names if EVALS[name].of_synthetic]
+        left_out = [name for name in names if not EVALS[name].of_synthetic]
+        if asked and left_out:
+            print(f"{acts.folder}: no {', '.join(left_out)}, which need a language model")
+        names = [name for name in names if name not in left_out]
     elif not asked and acts.meta["model"]["name"] != "tiny":
         names = [name for name in names if name != "sparse_probing"]   # large data sets, on the hub
     return names
@@ -2333,19 +2229,12 @@ def missing(name, acts, runs, force):
     return [run for run in runs if force or not stored(name, run, acts)]
 
 
-def load_model(acts, device, args, failures):
-    """The language model; False if it can't be had, which is said: what needs none goes on."""
-    try:
-        return LanguageModel(acts, device, args.trust_remote_code)
-    except Refuse as error:
-        report(str(acts.folder), error, failures)
-        return False
-
-
 def evaluate_cache(acts, folders, args, names, device, failures):
     """Make what is missing of the named evaluations for the runs of a cache; print the table."""
     locks = [lock(folder) for folder in folders]
     model, seen = None, []
+    if acts.meta["source"] == "model":
+        model = LanguageModel(acts, device, args.trust_remote_code)
     for portion in portions(folders):
         runs = load_runs(portion, acts, device, failures)
         if args.controls and runs and not any(run.is_control for run in seen):
@@ -2354,10 +2243,6 @@ def evaluate_cache(acts, folders, args, names, device, failures):
             runs += controls
         for name in fitting(names, acts, args.eval):
             todo = missing(name, acts, runs, args.force)
-            if todo and EVALS[name].reads_model and acts.meta["source"] == "model":
-                if model is None:
-                    model = load_model(acts, device, args, failures)
-                todo = todo if model else []
             if todo:
                 evaluate(name, acts, model, todo, failures)
         seen += runs
@@ -2384,8 +2269,8 @@ def main():
     args = parser.parse_args()
     device, failures = pick_device(args.device), []
 
-    asked = EVALS if args.eval == ["all"] else args.eval or DEFAULT
-    names = [name for name in EVALS if name in asked]
+    asked = args.eval or DEFAULT
+    names = [name for name in EVALS if name in asked or "all" in asked]
     for acts_name, folders in finished(run_folders(args.runs), failures).items():
         try:
             acts = Acts(Path("acts") / acts_name)

@@ -127,7 +127,7 @@ def build(acts, variant="topk", seed=0, **settings):
     sae.scale.fill_(acts.scale)
     sae.init_from_data(sae.normalise(acts.shard(0)["acts"][:512]))
     sae.step = sae.steps
-    return sae.eval()
+    return sae.eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -72,11 +72,11 @@ def test_a_language_model_that_changed_since_is_refused(tmp_path):
     meta = read_json(tmp_path / "meta.json")
     meta["model"]["revision"] = eval_py.model_checksum(tmp_path / "model")
     write_json(tmp_path / "meta.json", meta)
-    eval_py.LanguageModel(Acts(tmp_path), CPU)
+    assert eval_py.LanguageModel(Acts(tmp_path), CPU).model
     language_cache(tmp_path / "other", "llama, tied")
     shutil.copytree(tmp_path / "other" / "model", tmp_path / "model", dirs_exist_ok=True)
     with pytest.raises(eval_py.Refuse, match="has changed"):
-        eval_py.LanguageModel(Acts(tmp_path), CPU)
+        eval_py.LanguageModel(Acts(tmp_path), CPU).model
 
 
 def test_a_pickle_is_read_if_remote_code_is_trusted_as_in_stage_1(tmp_path):
@@ -88,7 +88,7 @@ def test_a_pickle_is_read_if_remote_code_is_trusted_as_in_stage_1(tmp_path):
     meta["model"]["revision"] = eval_py.model_checksum(tmp_path / "model")
     write_json(tmp_path / "meta.json", meta)
     with pytest.raises(eval_py.Refuse, match="--trust-remote-code"):
-        eval_py.LanguageModel(Acts(tmp_path), CPU)
+        eval_py.LanguageModel(Acts(tmp_path), CPU).model
     after = eval_py.LanguageModel(Acts(tmp_path), CPU, trust_remote_code=True)
     assert torch.equal(after.activations(tokens), before.activations(tokens))
     with pytest.raises(eval_py.Refuse, match="the folder has no tokenizer"):
@@ -500,18 +500,6 @@ def test_the_table_is_narrow_and_says_guards_in_words(place):
     assert "untrained!" in row
 
 
-def test_long_names_lose_what_all_of_them_share():
-    names = [f"{idea}-synthetic-batch_size=1024-d_sae=320-l0={l0}-s{seed}"
-             for idea in ("topk", "batch_topk") for l0 in (3.0, 5.0) for seed in (0, 1)]
-    short = eval_py.short_names(names)
-    assert short[names[-1]] == "batch_topk-l0=5.0-s1" and len(set(short.values())) == 8
-    assert eval_py.short_names(["topk-s0", "topk-s1"]) == {"topk-s0": "topk-s0",
-                                                           "topk-s1": "topk-s1"}
-    table = eval_py.pd.DataFrame(
-        {"run": short.values(), "L0": "5.00", "guards": "dense latents, shrinkage, short run"})
-    assert all(len(line) <= 100 for line in eval_py.table_lines(table))
-
-
 def test_a_result_says_what_it_belongs_to(place):
     run = place[0] / "runs/topk-s0"
     result, config = read_json(run / "eval/core.json"), read_json(run / "config.json")
@@ -670,7 +658,7 @@ def test_an_evaluation_that_fails_is_named_and_the_others_go_on(place, tmp_path,
         raise KeyError("words")
         yield
 
-    monkeypatch.setitem(eval_py.EVALS, "geometry", eval_py.Evaluation(broken, reads_model=False))
+    monkeypatch.setitem(eval_py.EVALS, "geometry", eval_py.Evaluation(broken))
     done = script(folder, "runs/topk-s0", "--eval", "geometry", "stability")
     assert done.code == 5 and "geometry" in done.err and "KeyError" in done.err
     assert done.err.count("\n") == 1 and (folder / "runs/topk-s0/eval/stability.json").exists()
@@ -688,6 +676,12 @@ def test_without_sae_bench_its_evaluations_are_left_out_and_the_others_made(plac
 def test_what_needs_a_language_model_is_left_out_for_synthetic_data(place):
     done = script(place[0], "runs/topk-true-s0", "--eval", "core", "features")
     assert done.code == 0 and not (place[0] / "runs/topk-true-s0/eval/features.json").exists()
+    assert "acts/true: no features, which need a language model" in done.out
+
+
+def test_all_evaluations_are_made_if_others_are_named_too(place):
+    script(place[0], "runs/topk-true-s0", "--eval", "core", "all")
+    assert (place[0] / "runs/topk-true-s0/eval/geometry.json").exists()
 
 
 def test_a_cache_that_is_gone_does_not_keep_the_others_from_being_evaluated(place, tmp_path):

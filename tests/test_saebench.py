@@ -564,6 +564,24 @@ def test_settings_that_are_no_json_are_one_line(world):
         ev.EVALS["absorption"].settings(Acts("acts/toy"))
 
 
+def test_a_mistyped_name_in_the_settings_is_refused(world):
+    write_lines(Path("labelled/settings.json"), [{"sparse_probng": PROBING}])
+    with pytest.raises(ev.Refuse, match="no evaluation sparse_probng"):
+        ev.EVALS["absorption"].settings(Acts("acts/toy"))
+    with pytest.raises(TypeError, match="n_feature"):
+        results("forget", "labelled", world.model, [], n_feature=[4])
+
+
+def test_a_data_folder_that_is_not_the_embedded_corpus_is_not_read_whole(world):
+    """Of a large one that would take all memory; here: what pandas can't read."""
+    Path("data").mkdir()
+    for head in ("\ufeff", ""):               # with a byte-order mark, which stage 1 reads too
+        Path("data/train.jsonl").write_text(head + '{"text": "one"}\nno json\n', "utf-8")
+        acts = Acts("acts/toy")
+        acts.meta["data"] = {"name": "data"}
+        assert ev.corpus_tasks(acts) is None
+
+
 def test_a_result_depends_on_what_the_labelled_files_hold(world):
     name = "sparse_probing"
     write_lines(Path("labelled/settings.json"), [{name: PROBING}])
@@ -627,8 +645,8 @@ def test_clamping_planted_latents_costs_the_topic_and_not_the_rest(world):
     settings = {"texts": 24, "context_length": CTX, "n_features": [4], "multiples": [1.0]}
     run = make_run("planted", alphabet_sae(world.toy))
     planted = results("forget", "labelled", world.model, [run], **settings)[0]
-    assert planted["metrics"]["forget_loss_added"] > 0.05
-    cost = planted["metrics"]["retain_loss_added"] / planted["metrics"]["retain_loss_clean"]
+    assert planted["metrics"]["forget_added"] > 0.05
+    cost = planted["metrics"]["retain_added"] / planted["metrics"]["retain_clean"]
     assert abs(cost) <= 0.01
     assert planted["details"]["settings"][0]["n_features"] == 4
 
@@ -654,7 +672,7 @@ def test_forgets_clean_losses_are_the_models_own(world):
     ids = tokenizer(texts, truncation=True, max_length=CTX, return_tensors="pt")["input_ids"]
     model = transformers.AutoModelForCausalLM.from_pretrained("model")
     loss = model(ids, labels=ids).loss.item()
-    assert metrics["retain_loss_clean"] == pytest.approx(loss, rel=1e-4)
+    assert metrics["retain_clean"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_questions_are_asked_only_of_models_that_saebench_has_prompts_for(world):

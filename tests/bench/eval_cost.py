@@ -189,6 +189,7 @@ def main():
             hooked = hooked_llama(acts.meta["model"]["path"])
         ev.corpus_tasks.cache_clear()
         model = ev.LanguageModel(acts, CPU)
+        assert model.point and model.tokenizer             # loaded before the clock starts
         runs = [random_run(acts, seed) for seed in range(args.saes)]
         start = time.process_time()
         print(f"CPU seconds; imports and loading {start:.1f}")
