@@ -16,11 +16,12 @@ guard of another evaluation takes that evaluation's numbers out.
 import base64
 import html
 import io
+import itertools
 import json
 import math
 import re
 import textwrap
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,12 +123,11 @@ def call(mean, low, high, p, worth, better=1):
 
     p: adjusted; worth: the smallest difference that matters; better: -1 where less is better.
     """
-    mean, low, high, p = (np.asarray(v, float) for v in (mean, low, high, p))
-    real = (p <= LEVEL) & (np.abs(mean) >= worth)
-    gain = mean * better > 0
+    gain = np.multiply(mean, better)
+    real = (p <= LEVEL) & (abs(gain) >= worth)
     small = (low > -worth) & (high < worth)
     words = ["better", "worse", "no difference seen"]
-    return np.select([real & gain, real & ~gain, small], words, "cannot tell")
+    return np.select([real & (gain > 0), real & (gain < 0), small], words, "cannot tell")
 
 
 # ---- runs and curves: two tables of everything that was measured ---------------------------------
@@ -156,8 +156,7 @@ def read_evaluation(name, result):
     nested dicts joined by dots.
     """
     numbers, lists = {}, {}
-    means = result.get("eval_result_metrics", {}).values()       # SAEBench's
-    for part in (*means, result["metrics"], result.get("details") or {}):
+    for part in (result["metrics"], result.get("details") or {}):
         for key, (value,) in pd.json_normalize(part).items():
             key = SAEBENCH.get(key, key)
             if name != "core" and key not in METRICS:
@@ -189,13 +188,6 @@ def read_log_curves(log, settings):
     return curves, log.iloc[-1].add_prefix("final.").to_dict()
 
 
-def read_usage(path):
-    """[(metric, x, y)]: firing rates, most frequent first, against the place in percent."""
-    rates = read_tensors(path)[0]["rate"].numpy()
-    places = np.linspace(0, 100, 201)
-    return [("usage", places, np.percentile(rates, 100 - places))]
-
-
 MEASURED_ON = ("version", "acts_checksum", "val", "settings")       # keys of a file eval/NAME.json
 
 
@@ -206,34 +198,30 @@ def read_evaluations(folder, row):
     """
     curves = []
     for path in sorted((folder / "eval").glob("*.json"), key=lambda p: (p.stem != "core", p.stem)):
-        result = read_json(path, "metrics", "guards", "sae_checksum", "acts", "d_sae")
-        if row["control"] and path.stem == "core":
-            row |= {key: result[key] for key in ("sae_checksum", "acts", "d_sae")}
+        result = read_json(path, "metrics", "guards", "sae_checksum")
+        is_core = path.stem == "core"
         if result["sae_checksum"] != row["sae_checksum"]:
             row["stale"].append(path.stem)
             continue
-        invalid = [g["name"] for g in result["guards"] if g["level"] == "invalid"]
-        row["whys"] += [(g["name"], g["why"]) for g in result["guards"]]
-        row["caveats"] += [g["name"] for g in result["guards"] if g["name"] not in invalid]
-        row["invalid" if path.stem == "core" else "caveats"] += invalid
-        if path.stem == "core" or not invalid:
-            numbers, more = read_evaluation(path.stem, result)
-            lacking = {"l0", "explained_variance"} - numbers.keys()
-            if path.stem == "core" and lacking and not invalid:
-                raise Refuse(f"{path} has no {' or '.join(sorted(lacking))}: "
-                             "03_eval.py --eval core --force")
-            add_numbers(row, numbers, result)
-            curves += more
+
+        # guards
+        for guard in result["guards"]:
+            row["whys"].append((guard["name"], guard["why"]))
+            is_out = is_core and guard["level"] == "invalid"
+            row["invalid" if is_out else "caveats"].append(guard["name"])
+        invalid = any(guard["level"] == "invalid" for guard in result["guards"])
+        if invalid and not is_core:
+            continue
+
+        # numbers, and what they were measured on
+        numbers, more = read_evaluation(path.stem, result)
+        if is_core and not invalid and not {"l0", "explained_variance"} <= numbers.keys():
+            raise Refuse(f"{path} lacks explained_variance or l0: 03_eval.py --eval core --force")
+        on = json.dumps([result.get(key) for key in MEASURED_ON], sort_keys=True)
+        row["measured_on"] |= dict.fromkeys(numbers, on)
+        row |= numbers
+        curves += more
     return curves
-
-
-def add_numbers(row, numbers, result):
-    """Add an evaluation's numbers to `row` that are not there yet, and what they were measured
-    on."""
-    new = {name: value for name, value in numbers.items() if name not in row}
-    on = json.dumps([result.get(key) for key in MEASURED_ON], sort_keys=True)
-    row["measured_on"] |= dict.fromkeys(new, on)
-    row |= new
 
 
 def read_run(folder):
@@ -243,25 +231,31 @@ def read_run(folder):
     """
     control = not (folder / "config.json").exists()
     needed = ("name", "variant", "acts", "seed", "settings", "status", "parent", "steps")
-    config = {} if control else read_json(folder / "config.json", *needed)
-    kept = ("acts_checksum", "sae_checksum", "code_checksum", "base_checksum", "acted")
-    row = {key: config.get(key) for key in (*needed, *kept)}
+    if control:
+        config = read_json(folder / "eval" / "core.json", "acts", "sae_checksum")
+    else:
+        config = read_json(folder / "config.json", *needed)
+    settings = config.get("settings") or {}
+    row = {key: config.get(key) for key in needed}
+    row |= {key: config.get(key, "") for key in
+            ("acts_checksum", "sae_checksum", "code_checksum", "base_checksum", "acted")}
+    row |= {key: settings.get(key) for key in ("d_sae", "batch_size")}
     row |= {"folder": folder, "control": control, "paired": config.get("paired", True),
-            "d_sae": config.get("settings", {}).get("d_sae"),
             "invalid": ["void"] * bool(config.get("void")), "caveats": [], "whys": [], "stale": [],
-            "measured_on": {}}
+            "measured_on": {}, "l0": math.nan}
     curves = read_evaluations(folder, row)
 
     # what training logged, and how often each latent fires
-    if not control and config["status"] == "done":
-        log_curves, final = read_log_curves(read_log(folder, config), config["settings"])
+    if row["status"] == "done":
+        log_curves, final = read_log_curves(read_log(folder, config), settings)
         curves += log_curves
         row |= final
-        rows = config["steps"] * config["settings"]["batch_size"]
+        rows = config["steps"] * settings["batch_size"]
         row["seconds"] = config.get("seconds", math.nan) * 1e6 / rows
     usage = folder / "eval" / "rates.safetensors"
     if usage.exists() and "core" not in row["stale"]:
-        curves += read_usage(usage)
+        rates, places = read_tensors(usage)[0]["rate"].numpy(), np.linspace(0, 100, 201)
+        curves.append(("usage", places, np.percentile(rates, 100 - places)))
     row["problem"] = problem(row)
     row["caveats"] += [f"{name} is of older weights" for name in row["stale"]]
     return row, curves
@@ -275,13 +269,13 @@ def problem(row):
         return "invalid: " + ", ".join(sorted(set(row["invalid"])))
     if "core" in row["stale"]:
         return "evaluated before its last training"
-    return "" if "l0" in row else "not evaluated"
+    return "not evaluated" if math.isnan(row["l0"]) else ""
 
 
 class Data(NamedTuple):
     runs: pd.DataFrame       # a row per run: config, metrics, guards; `group`: all but its seed
     controls: pd.DataFrame   # the same of the controls
-    curves: pd.DataFrame     # run (its folder), metric, x, y
+    curves: pd.DataFrame     # folder (of the run), metric, x, y
     found: pd.DataFrame      # a row per group and other: difference and verdict
     metric: str              # what the verdicts are about
 
@@ -298,15 +292,16 @@ def read_runs(folders):
     for folder in folders + sorted(path.parent.parent for path in cores):
         row, curves = read_run(folder)
         rows.append(row)
-        parts += [(str(folder), *curve) for curve in curves]
+        parts += [(folder, *curve) for curve in curves]
     table = pd.DataFrame(rows)
-    curves = pd.DataFrame(parts, columns=["run", "metric", "x", "y"]).explode(["x", "y"])
-    curves = curves.astype({"run": "category", "metric": "category", "y": float})
+    curves = pd.DataFrame(parts, columns=["folder", "metric", "x", "y"]).explode(["x", "y"])
+    curves = curves.astype({"y": float})
     runs, controls = table[~table.control].copy(), table[table.control]
     name_groups(runs)
+    order = sorted(runs.index, key=lambda i: (runs.acts[i], natural(runs.group[i]), runs.seed[i]))
+    runs = runs.loc[order].reset_index(drop=True)
     mark_other_code(runs)
     mark_duplicates(runs)
-    runs = runs.sort_values(["acts", "order", "seed"], kind="stable").reset_index(drop=True)
     return runs, controls[controls.acts.isin(runs.acts)], curves
 
 
@@ -317,7 +312,7 @@ def natural(name):
 
 
 def name_groups(runs):
-    """Add overrides, usual, group, study and order to `runs`.
+    """Add overrides, usual, group and study to `runs`.
 
     overrides: settings from --set and --sweep, which a run's name shows; usual: those that more
     than half of a cache's runs have; group: variant and its other overrides; study: the name
@@ -325,22 +320,22 @@ def name_groups(runs):
     """
     # a run's length is in its name like a setting
     runs["settings"] = [{**run.settings, "steps": run.steps} for run in runs.itertuples()]
-    runs["overrides"] = runs.apply(lambda r: {k: str(v) for k, v in r.settings.items()
-                                              if f"-{k}={v}-" in f"{r['name']}-"}, axis=1)
-    usual = {acts: usual_settings(list(of_cache)) for acts, of_cache in
-             runs.overrides.groupby(runs.acts)}
+    runs["overrides"] = [shown_settings(run) for run in runs.itertuples()]
+    usual = {acts: usual_settings(shown) for acts, shown in runs.overrides.groupby(runs.acts)}
     runs["usual"] = runs.acts.map(usual)
     runs["group"] = [name_group(run) for run in runs.itertuples()]
     runs["study"] = runs.variant.str.extract(r"(.+)_r\d+$")[0].fillna("yardsticks")
-    ranks = {name: i for i, name in enumerate(sorted(runs.group.unique(), key=natural))}
-    runs["order"] = runs.group.map(ranks)
+
+
+def shown_settings(run):
+    """{setting: value as text} that a run's name shows."""
+    return {k: str(v) for k, v in run.settings.items() if f"-{k}={v}-" in f"{run.name}-"}
 
 
 def mark_other_code(runs):
     """Take out the runs that ran other code than most seeds of their group; without a majority
     all."""
-    known = runs[(runs.problem == "") & runs.code_checksum.notna()]
-    for _, members in known.groupby(["acts", "group"]):
+    for _, members in runs[runs.problem == ""].groupby(["acts", "group"]):
         counts = members.code_checksum.value_counts()
         usual = counts.index[0] if counts.iloc[0] > len(members) / 2 else None
         odd = members.index[members.code_checksum != usual]
@@ -348,16 +343,10 @@ def mark_other_code(runs):
 
 
 def mark_duplicates(runs):
-    """Take out the runs that have the weights of another: an idea that never acted, or a copy. The
-    run that stays is the one with the fewest ideas on top of the baseline."""
-    parents = dict(zip(runs.variant, runs.parent))
-
-    def ideas(variant):
-        return 1 + ideas(parents[variant]) if variant in parents else 0
-
-    known = runs[(runs.problem == "") & runs.sae_checksum.notna()]
-    for _, same in known.groupby(["acts", "sae_checksum"]):
-        first = min(same.index, key=lambda i: (ideas(same.variant[i]), same.order[i]))
+    """Take out the runs that have the weights of another: an idea that never acted, or a copy. Of
+    an idea and its parent the parent stays."""
+    for _, same in runs[runs.problem == ""].groupby(["acts", "sae_checksum"]):
+        first = same[~same.parent.isin(same.variant)].index[0]
         why = f"the weights of {runs.folder[first]}: an idea that never acted, or a copied run"
         for i in same.index.drop(first):
             runs.at[i, "problem"] = "invalid: duplicate"
@@ -373,46 +362,59 @@ def usual_settings(overrides):
 def name_group(run):
     """A run's variant and its unusual settings: 'topk-l0=32.0'."""
     known = run.overrides.keys() | run.usual.keys() & run.settings.keys()
-    values = {key: str(run.settings[key]) for key in sorted(known)}
-    unusual = [f"{key}={value}" for key, value in values.items() if run.usual.get(key) != value]
+    unusual = [f"{key}={run.settings[key]}" for key in sorted(known)
+               if str(run.settings[key]) != run.usual.get(key)]
     return "-".join([run.variant, *unusual])
 
 
 # ---- comparisons: the same seed at the same L0 ---------------------------------------------------
 
 
-def twins(run, others, l0):
-    """The runs of `others` that `run` may be compared with, by L0; or in words why there are none.
+class NoMatch(Exception):
+    """Why a run has none to be compared with, in a few words."""
 
-    others: the runs of one variant. Of those of the same data, length, width and base the group
-    with the least different settings, the fewest settings in its name and the L0 nearest to l0, and
-    all that differ from it in l0 alone; of these what is valid and of the run's seed. So each seed
-    gets the same group, and none gets another in place of one that failed. l0: the median of the
-    run's seeds.
+
+MUST_MATCH = {               # column of `runs` -> what is said if it differs
+    "steps": "no run of the same length on the same data",
+    "acts_checksum": "no run of the same length on the same data",
+    "d_sae": "another width",
+    "batch_size": "another batch size",
+    "base_checksum": "trained by another sae.py",
+}
+
+
+def twins(run, other, others, l0):
+    """The runs of `others`, those of the variant `other`, that `run` may be compared with, by L0.
+
+    Of those that match the group with the least different settings, the fewest settings in its name
+    and the L0 nearest to l0, and all that differ from it in l0 alone; of these what is valid and of
+    the run's seed. So each seed gets the same group, and none gets another in place of one that
+    failed. l0: the median of the run's seeds. NoMatch if there are none.
     """
-    same = others[(others.steps == run["steps"]) & (others.acts_checksum == run["acts_checksum"])]
-    if same.empty:
-        return "no run of the same length on the same data"
-    same = same[same.d_sae == run["d_sae"]]
-    if same.empty:
-        return "another width"
-    size = run["settings"].get("batch_size")
-    same = same[[settings.get("batch_size") == size for settings in same.settings]]
-    if same.empty:
-        return "another batch size"
-    known = same.base_checksum.notna() & (run["base_checksum"] is not None)
-    same = same[~known | (same.base_checksum == run["base_checksum"])]
-    if same.empty:
-        return "trained by another sae.py"
-    unlike = same.settings.map(lambda settings: count_unlike(settings, run["settings"]))
-    alike = same[unlike == unlike.min()]
-    off = (alike.groupby("group").l0.median() / l0 - 1).abs().fillna(0)
+    if others.empty:
+        raise NoMatch(f"{other} was not run")
+    if (others.problem != "").all():
+        whys = others.problem.str.removeprefix("invalid: ").unique()
+        raise NoMatch(f"{other} is out: {', '.join(whys)}")
+    for column, words in MUST_MATCH.items():
+        unknown = (others[column] == "") | (run[column] == "")       # to an older stage 2
+        others = others[unknown | (others[column] == run[column])]
+        if others.empty:
+            raise NoMatch(words)
+
+    # the group: the same for all seeds of the run
+    unlike = others.settings.map(lambda settings: count_unlike(settings, run.settings))
+    alike = others[unlike == unlike.min()]
+    off = (alike.groupby("group").l0.transform("median") / l0 - 1).abs().fillna(0)
     named = alike.overrides.map(lambda shown: len(shown.keys() - {"l0"}))
-    nearest = alike.loc[min(alike.index, key=lambda i: (named[i], off[alike.group[i]],
-                                                        alike.group[i]))]
+    nearest = alike.assign(named=named, off=off).sort_values(["named", "off", "group"]).iloc[0]
+
+    # its runs at any l0
     curve = alike.settings.map(lambda settings: count_unlike(settings, nearest.settings) == 0)
-    curve = alike[curve & (alike.seed == run["seed"]) & (alike.problem == "")]
-    return "no valid run of the same seed" if curve.empty else curve.sort_values("l0")
+    curve = alike[curve & (alike.seed == run.seed) & (alike.problem == "")]
+    if curve.empty:
+        raise NoMatch("no valid run of the same seed")
+    return curve.sort_values("l0")
 
 
 def count_unlike(a, b):
@@ -421,53 +423,53 @@ def count_unlike(a, b):
     return len(differ) - 0.5 * ("activation" in differ)
 
 
-def value_at_l0(curve, l0, metric, on=None):
-    """A metric of `curve`, runs sorted by L0, at `l0`; or in words why there is none. on: what it
-    has to be measured on."""
-    curve = curve[curve[metric].notna()]
+def value_at_l0(curve, run, metric):
+    """A metric of `curve`, runs sorted by L0, at the L0 of `run`; NoMatch if there is none."""
+    on = run.measured_on[metric]
+    curve = curve[[found.get(metric) == on for found in curve.measured_on]]
     if curve.empty:
-        return "not measured"
-    curve = curve[curve.measured_on.map(lambda found: found.get(metric)) == on] if on else curve
-    if curve.empty:
-        return "evaluated on other data or otherwise: 03_eval.py again"
+        raise NoMatch("not evaluated alike: 03_eval.py again")
     xs, ys = curve.l0.to_numpy(float), curve[metric].to_numpy(float)
-    above = np.searchsorted(xs, l0, side="right")
+    above = np.searchsorted(xs, run.l0, side="right")
     if 0 < above < len(xs) and xs[above] <= WIDEST * xs[above - 1]:
-        return float(np.interp(np.log(l0), np.log(xs), ys))
-    nearest = np.argmin(np.abs(np.log(xs / l0)))
-    if abs(l0 / xs[nearest] - 1) > SAME_L0:
-        return "its L0 differs"
-    return float(ys[nearest])
+        return np.interp(np.log(run.l0), np.log(xs), ys)
+    nearest = np.argmin(np.abs(np.log(xs / run.l0)))
+    if abs(run.l0 / xs[nearest] - 1) > SAME_L0:
+        raise NoMatch("its L0 differs")
+    return ys[nearest]
 
 
-def difference(members, curves, metric, paired):
-    """A group's difference in a metric as {mean, low, high, p, worth, used, seeds, lost, deltas}.
+def difference(members, other, others, metric):
+    """A group's difference in a metric to the runs `others` of the variant `other`, as a dict with
+    mean, low, high, p, worth, used, seeds, lost, deltas, against.
 
-    members: its runs as dicts; curves: what twins() gave for each of them. lost: why seeds
-    are missing, {words: how many}.
+    lost: why seeds are missing, {words: how many}; against: the groups whose names differ from
+    `other` in more than l0.
     """
-    mine, theirs, lost = [], [], Counter()
-    for run, curve in zip(members, curves):
-        value, on = run.get(metric, math.nan), run["measured_on"].get(metric)
-        if run["problem"]:
-            lost[run["problem"]] += 1
-        elif value is None or math.isnan(value):
-            lost["not measured"] += 1
-        elif isinstance(curve, str):
-            lost[curve] += 1
-        elif isinstance(other := value_at_l0(curve, run["l0"], metric, on), str):
-            lost[other] += 1
-        else:
-            mine.append(value)
-            theirs.append(other)
-    result = {"mean": math.nan, "low": math.nan, "high": math.nan, "p": 1.0, "worth": math.nan}
+    mine, theirs, lost, groups = [], [], Counter(), set()
+    l0 = members.l0[members.problem == ""].quantile()
+    for _, run in members.iterrows():
+        try:
+            if run.problem:
+                raise NoMatch(run.problem)
+            if pd.isna(run.get(metric)):
+                raise NoMatch("not measured")
+            curve = twins(run, other, others, l0)
+            theirs.append(value_at_l0(curve, run, metric))
+            mine.append(run[metric])
+            groups.update(curve.group.str.replace(r"-l0=[^-]+", "", regex=True))
+        except NoMatch as why:
+            lost[str(why)] += 1
+
+    mean, low, high, p, worth = math.nan, math.nan, math.nan, 1.0, math.nan
     if mine:
+        paired = members.paired.all() and others.paired.all()
         mean, low, high, p = mean_difference(mine, theirs, paired)
         level = abs(np.mean(theirs)) if METRICS[metric].relative else 1
         worth = METRICS[metric].worth * level
-        result = {"mean": mean, "low": low, "high": high, "p": p, "worth": worth}
-    return result | {"used": len(mine), "seeds": len(members), "lost": lost,
-                     "deltas": np.subtract(mine, theirs).tolist()}
+    return {"mean": mean, "low": low, "high": high, "p": p, "worth": worth, "used": len(mine),
+            "seeds": len(members), "lost": lost, "deltas": np.subtract(mine, theirs).tolist(),
+            "against": ", ".join(sorted(groups - {other}))}
 
 
 def compare(runs, metric):
@@ -476,41 +478,18 @@ def compare(runs, metric):
     The parent is the row before. Holm's correction is over all groups of a cache.
     """
     rows = []
-    for (acts, group), members in groups(runs[runs.variant != "baseline"]):
+    ideas = runs[runs.variant != "baseline"].groupby(["acts", "group"], sort=False)
+    for (acts, group), members in ideas:
         for whose, other in (("baseline", "baseline"), ("parent", members.parent.iloc[0])):
             others = runs[(runs.variant == other) & (runs.acts == acts)]
-            valid = others[others.problem == ""]
-            l0 = members.l0.quantile() if "l0" in members else math.nan
-            if valid.empty:
-                curves = [no_other(other, others)] * len(members)
-            else:
-                curves = [twins(run, others, l0) for _, run in members.iterrows()]
-            paired = members.paired.all() and others.paired.all()
-            row = difference(members.to_dict("records"), curves, metric, paired)
-            against = {re.sub(r"-l0=[^-]+", "", name) for curve in curves
-                       if not isinstance(curve, str) for name in curve.group}
-            about = {"acts": acts, "group": group, "whose": whose, "other": other, "metric": metric,
-                     "against": ", ".join(sorted(against - {other}))}
-            rows.append(about | row)
-    columns = ["acts", "group", "whose", "other", "metric", "against", "mean", "low", "high", "p",
-               "worth", "used", "seeds", "lost", "deltas"]
+            about = {"acts": acts, "group": group, "whose": whose, "other": other, "metric": metric}
+            rows.append(about | difference(members, other, others, metric))
+    columns = ["acts", "group", "whose", "other", "metric", "mean", "low", "high", "p", "worth",
+               "used", "seeds", "lost", "deltas", "against"]
     found = pd.DataFrame(rows, columns=columns)
     found["holm"] = found.groupby(["acts", "whose"]).p.transform(holm)
     found["verdict"] = [verdict(row) for _, row in found.iterrows()]
     return found
-
-
-def groups(runs):
-    """Yield ((cache, group), its runs) in the order of the tables."""
-    return runs.groupby(["acts", "group"], sort=False)
-
-
-def no_other(name, others):
-    """Why there is nothing to compare with. Another parent is never taken instead."""
-    if others.empty:
-        return f"{name} was not run"
-    whys = others.problem.str.removeprefix("invalid: ").unique()
-    return f"{name} is out: {', '.join(whys)}"
 
 
 def verdict(row):
@@ -532,7 +511,7 @@ def verdict(row):
 
 def mean_sd(values, digits):
     """'0.865 ± 0.002', or '0.865' of one value, or '-' of none."""
-    values = pd.to_numeric(values).dropna()
+    values = values.dropna()
     if values.empty:
         return "-"
     spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
@@ -543,14 +522,18 @@ def show_interval(row, digits):
     """'+0.010 [+0.002, +0.018]', '+0.010', or '-'."""
     if math.isnan(row["mean"]):
         return "-"
-    if math.isnan(row.low):
-        return f"{row['mean']:+.{digits}f}"
-    return f"{row['mean']:+.{digits}f} [{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
+    interval = "" if math.isnan(row.low) else f" [{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
+    return f"{row['mean']:+.{digits}f}{interval}"
+
+
+def measured(runs, metrics):
+    """Those of `metrics` that a run has."""
+    return [m for m in metrics if m in runs and runs[m].notna().any()]
 
 
 def entries(data, acts):
     """Yield (name, runs to average, all runs, {whose: row of `found`}), controls last."""
-    for (_, group), members in groups(data.runs[data.runs.acts == acts]):
+    for group, members in data.runs[data.runs.acts == acts].groupby("group", sort=False):
         mine = data.found[(data.found.acts == acts) & (data.found.group == group)]
         told = {row.whose: row for _, row in mine.iterrows()}
         valid = members[members.problem == ""]
@@ -577,8 +560,7 @@ def remarks(members, told):
 
 def results_table(data, acts):
     """The full table of one cache as a data frame: a row per group, controls last."""
-    both = pd.concat([data.runs[data.runs.acts == acts], data.controls[data.controls.acts == acts]])
-    metrics = [m for m in METRICS if m in both and both[m].notna().any()]
+    metrics = measured(data.runs[data.runs.acts == acts], METRICS)
     blind, main, rows = uninformative(data, acts), METRICS[data.metric], []
     for name, scored, members, told in entries(data, acts):
         row = {"run": name}
@@ -636,9 +618,9 @@ def notes(data, acts):
 
 def printed_table(data, acts, width=100):
     """The short table of one cache as lines of at most `width` columns."""
-    runs, main = data.runs[data.runs.acts == acts], METRICS[data.metric]
-    wanted = ["l0", "explained_variance", "ce_recovered", "mcc", data.metric]
-    wanted = [m for m in dict.fromkeys(wanted) if m in runs and runs[m].notna().any()]
+    main = METRICS[data.metric]
+    wanted = dict.fromkeys(["l0", "explained_variance", "ce_recovered", "mcc", data.metric])
+    wanted = measured(data.runs[data.runs.acts == acts], wanted)
     rows = [["run", *(METRICS[m].title for m in wanted), f"{main.title} - baseline's", "verdict"]]
     for name, scored, members, told in entries(data, acts):
         cells = [mean_sd(scored[[m]].mean(), min(3, METRICS[m].digits)) for m in wanted]
@@ -649,22 +631,24 @@ def printed_table(data, acts, width=100):
 
 
 def align(rows, width):
-    """Rows of cells as lines of at most `width` columns; the last column is wrapped.
+    """Rows of cells as lines of at most `width` columns; headings and the last column are wrapped.
 
     A name that is wider than a quarter of the line has a line of its own.
     """
-    columns = list(zip(*rows))
-    name_width = min(width // 4, max(map(len, columns[0])))
-    widths = [max(map(len, column)) for column in columns[1:-1]]
-    at = name_width + 2 + sum(w + 2 for w in widths)
+    names, *columns, _ = zip(*rows)
+    widths = [min(width // 4, max(map(len, names)))]
+    for heading, *cells in columns:
+        widths.append(max(map(len, [*textwrap.wrap(heading, 15), *cells])))
+    widths.append(max(10, width - sum(widths) - 2 * len(widths)))
     lines = []
-    for name, *cells, words in rows:
-        if len(name) > name_width:
+    for name, *cells in rows:
+        if len(name) > widths[0]:
             lines.append(name)
             name = ""
-        start = f"{name:<{name_width}}  " + "".join(f"{c:>{w}}  " for c, w in zip(cells, widths))
-        first, *more = textwrap.wrap(words, max(20, width - at)) or [""]
-        lines += [(start + first).rstrip(), *(" " * at + text for text in more)]
+        wrapped = [textwrap.wrap(cell, w) for cell, w in zip([name, *cells], widths)]
+        for name, *numbers, words in itertools.zip_longest(*wrapped, fillvalue=""):
+            numbers = [f"{cell:>{w}}" for cell, w in zip(numbers, widths[1:])]
+            lines.append("  ".join([name.ljust(widths[0]), *numbers, words]).rstrip())
     return lines
 
 
@@ -692,8 +676,6 @@ def summary(data, acts):
     said = f"In {METRICS[data.metric].title}, {'; '.join(parts)}."
     if found.seeds.max() < MIN_SEEDS:
         said += " Verdicts need three seeds: 02_train.py --seed 0 1 2."
-    elif found.used.max() < MIN_SEEDS:
-        said += f" Most often: {sum(found.lost, Counter()).most_common(1)[0][0]}."
     return said
 
 
@@ -736,16 +718,16 @@ def worth_in_words():
 # ---- plots: a few ways to draw, then one table of what is drawn ----------------------------------
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A", "#8C6D46"]
-DASHES = ["-", "--"]
-RIGHT = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.02)}    # a legend beside its panel
+DASHES = ["-", "--", "-."]
 MARKERS = "osD^vP*"          # one fewer than colours, so that 56 pairs differ
 STYLE = {"figure.dpi": 100, "savefig.dpi": 130, "font.size": 9, "axes.titlesize": 9,
          "axes.labelsize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.color": "#E5E5E5", "axes.axisbelow": True, "legend.framealpha": 0.7,
          "legend.edgecolor": "none", "legend.fontsize": 7, "xtick.labelsize": 7.5,
-         "ytick.labelsize": 7.5, "axes.formatter.min_exponent": 5}
-MANY = 15                    # lines of a panel that differ in colour or dashes, and the baseline's
+         "ytick.labelsize": 7.5, "axes.formatter.min_exponent": 5,
+         "axes.prop_cycle": plt.cycler(color=COLOURS)}
+MANY = 15                    # lines of a panel that can be told apart, without the baseline's
 
 LABELS = {                   # what stands beside an axis; METRICS has the others
     "explained_variance": "explained variance",
@@ -813,20 +795,14 @@ X_LABELS = {"log.": "training tokens", "geometry.jl.": "dimensions of the projec
 
 def label(metric):
     """What stands beside the axis of a metric."""
-    text = LABELS.get(metric) or (METRICS[metric].title if metric in METRICS else metric)
-    return textwrap.fill(text, 30)
-
-
-def measured(runs, metrics):
-    """Those of `metrics` that a run has."""
-    return [m for m in metrics if m in runs and runs[m].notna().any()]
+    return textwrap.fill(LABELS.get(metric) or METRICS[metric].title, 30)
 
 
 def panels(runs, with_swept=False):
     """[(title, runs)]: a panel for each cache or, of more than MANY lines, for each study.
 
-    The baseline is in each; a study of more than MANY lines is cut in parts. Settings that were
-    swept have plots of their own: without with_swept a variant's usual settings stand for it.
+    The baseline is in each. Settings that were swept have plots of their own: without with_swept a
+    variant's usual settings stand for it.
     """
     found = []
     for acts, of_cache in runs.groupby("acts", sort=False):
@@ -834,43 +810,48 @@ def panels(runs, with_swept=False):
             plain = of_cache.group == of_cache.variant
             only_swept = ~of_cache.variant.isin(of_cache.variant[plain])
             of_cache = of_cache[plain | only_swept]
-        drawn = "variant" if with_swept else "group"       # what has a line
-        if of_cache[drawn].nunique() <= MANY:
+        drawn = of_cache.variant if with_swept else of_cache.group       # what has a line
+        if drawn.nunique() <= MANY:
             found.append((f"{acts}: all runs", of_cache))
             continue
         is_base = of_cache.variant == "baseline"
-        room = max(1, MANY + 1 - of_cache[is_base][drawn].nunique())
         for study, members in of_cache[~is_base].groupby("study"):
-            names = members[drawn].unique()
-            for at in range(0, len(names), room):
-                part = members[drawn].isin(names[at:at + room])
-                found.append((f"{acts}: {study}", pd.concat([of_cache[is_base], members[part]])))
+            found.append((f"{acts}: {study}", pd.concat([of_cache[is_base], members])))
     return found
 
 
 def grid(shown, things):
-    """(figure, [(axis, title, runs, thing)]): a row for each panel, a column for each thing."""
-    cells = [(title, runs, thing) for title, runs in shown for thing in things]
-    across = len(things)
+    """(figure, [(axes, title, runs)]): for each (title, runs) of `shown` an axis for each thing."""
+    n, across = len(shown) * len(things), len(things)
     if across == 1:
-        across = min(3, len(cells))
+        across = min(3, n)
     elif len(shown) == 1 and across == 4:
         across = 2
-    down = math.ceil(len(cells) / across)
+    down = math.ceil(n / across)
     figure, axes = plt.subplots(down, across, figsize=(4.3 * across, 3.1 * down), squeeze=False,
                                 layout="constrained")
-    for axis in axes.flat[len(cells):]:
+    for axis in axes.flat[n:]:
         axis.set_axis_off()
-    for axis, (title, _, _) in zip(axes.flat, cells):
-        axis.set_title(title)
-    return figure, [(axis, *cell) for axis, cell in zip(axes.flat, cells)]
+    rows = axes.flat[:n].reshape(len(shown), -1)
+    for axes, (title, _) in zip(rows, shown):
+        for axis in axes:
+            axis.set_title(title)
+    return figure, [(axes, *panel) for axes, panel in zip(rows, shown)]
+
+
+def add_legend(axes):
+    """Say beside the last of a row of axes what all of them show."""
+    found = {}
+    for axis in axes:
+        found |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+    axes[-1].legend(found.values(), found.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.02))
 
 
 def looks(names):
     """{name: {color, ls, marker}} of the lines of a panel; the baseline is black."""
     found = {"baseline": {"color": "#222222", "ls": "-", "marker": "o"}}
     for i, name in enumerate(name for name in names if name != "baseline"):
-        found[name] = {"color": COLOURS[i % len(COLOURS)], "ls": DASHES[i // len(COLOURS) % 2],
+        found[name] = {"color": COLOURS[i % len(COLOURS)], "ls": DASHES[i // len(COLOURS) % 3],
                        "marker": MARKERS[i % len(MARKERS)]}
     return found
 
@@ -896,21 +877,20 @@ def by_run(*metrics, bars=False, beside=("baseline",)):
             return None
         having = data.valid[shown].notna().any(axis=1)
         figure, cells = grid(panels(data.valid[having]), shown)
-        legend = {}
-        for axis, title, runs, metric in cells:
-            if runs[metric].isna().all():
-                axis.set_axis_off()
-                continue
+        for axes, title, runs in cells:
             joined = not title.endswith((" all runs", " yardsticks"))
-            draw_by_run(axis, runs, metric, bars, joined)
             of_cache = data.valid[data.valid.acts.isin(runs.acts) & data.valid.group.isin(beside)]
-            for (name, members), style in zip(of_cache.groupby("group"), ("--", ":")):
-                axis.axhline(members[metric].mean(), color="#222222", lw=0.8, ls=style, label=name,
-                             zorder=1)
-            name_runs(axis, title, runs.group.unique())
-            axis.set_ylabel(label(metric))
-            legend |= dict(zip(*reversed(axis.get_legend_handles_labels())))
-        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3)
+            for axis, metric in zip(axes, shown):
+                if runs[metric].isna().all():
+                    axis.set_axis_off()
+                    continue
+                draw_by_run(axis, runs, metric, bars, joined)
+                for (name, members), style in zip(of_cache.groupby("group"), ("--", ":")):
+                    axis.axhline(members[metric].mean(), color="#222222", lw=0.8, ls=style,
+                                 label=name, zorder=1)
+                name_runs(axis, title, runs.group.unique())
+                axis.set_ylabel(label(metric))
+            add_legend(axes)
         return figure
     return draw
 
@@ -932,29 +912,25 @@ def draw_by_run(axis, runs, metric, bars, joined):
 def lines(*metrics, scale="linear"):
     """Curves of the groups that have the first metric, and of the baseline; mean and sd."""
     def draw(data):
-        runs = data.valid.assign(run=data.valid.folder.map(str))
-        wanted = {*metrics, *(NULLS[m] for m in metrics if m in NULLS)}
-        curves = data.curves[data.curves.metric.isin(wanted)]
-        curves = runs[["run", "group"]].merge(curves)
-        having = runs.run.isin(curves.run[curves.metric == metrics[0]])
+        runs, wanted = data.valid, [*metrics, *map(NULLS.get, metrics)]
+        curves = data.curves[data.curves.metric.isin(wanted)].astype({"x": float})
+        curves = runs[["folder", "group"]].merge(curves)
+        shown = [m for m in metrics if (curves.metric == m).any()]
+        having = runs.folder.isin(curves.folder[curves.metric == metrics[0]])
         if not having.any():
             return None
-        shown = [m for m in metrics if (curves.metric == m).any()]
         having |= (runs.variant == "baseline") & runs.acts.isin(runs.acts[having])
         figure, cells = grid(panels(runs[having]), shown)
-        legends = defaultdict(dict)      # of each row of panels: a run may be in some of them alone
-        for axis, _, part, metric in cells:
-            mine = curves[curves.run.isin(part.run)].astype({"x": float})
+        for axes, _, part in cells:
+            mine = curves[curves.folder.isin(part.folder)]
             styles = looks(part.group.unique())
-            draw_lines(axis, mine[mine.metric == metric], metric, scale, styles)
-            null = mine[mine.metric == NULLS.get(metric)]
-            if len(null):
-                axis.plot(null.groupby("x").y.mean(), ":", color="#888888", lw=1.6, label="chance")
-            legend = legends[id(part)]
-            legend |= dict(zip(*reversed(axis.get_legend_handles_labels())))
-            if metric == shown[-1]:
-                names = sorted(legend, key=[*styles, "chance"].index)
-                axis.legend([legend[name] for name in names], names, **RIGHT)
+            for axis, metric in zip(axes, shown):
+                draw_lines(axis, mine[mine.metric == metric], metric, scale, styles)
+                null = mine[mine.metric == NULLS.get(metric)]
+                if len(null):
+                    axis.plot(null.groupby("x").y.mean(), ":", color="#888888", lw=1.6,
+                              label="chance")
+            add_legend(axes)
         return figure
     return draw
 
@@ -962,7 +938,6 @@ def lines(*metrics, scale="linear"):
 def draw_lines(axis, curves, metric, scale, styles):
     """One panel of lines: a mean over seeds in a band of their standard deviation."""
     if metric.startswith("log."):
-        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
         axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         if scale == "linear":    # the first steps would squeeze all that follows
             curves = curves[curves.x > 0.05 * curves.x.max()]
@@ -977,83 +952,69 @@ def draw_lines(axis, curves, metric, scale, styles):
 
 def final_losses(data):
     """The terms of each run's last logged loss, stacked; mean over seeds."""
-    terms = [c for c in data.valid if c.startswith("final.loss_") and data.valid[c].fillna(0).any()]
-    if not terms:
+    if data.valid.empty:
         return None
+    terms = [c for c in data.valid if c.startswith("final.loss_")]
     names = [term.removeprefix("final.loss_") for term in terms]
     figure, cells = grid(panels(data.valid), ["loss"])
-    for axis, title, runs, _ in cells:
+    for axes, title, runs in cells:
         table = runs.groupby("group", sort=False)[terms].mean().fillna(0).set_axis(names, axis=1)
         table = table.loc[:, table.any()]
-        table.plot.bar(stacked=True, ax=axis, width=0.65, color=COLOURS, legend=False, rot=0)
-        name_runs(axis, title, table.index)
-        axis.set_ylabel("last loss (x_hat = 0 has 1)")
-        axis.legend(**RIGHT)
+        table.plot.bar(stacked=True, ax=axes[0], width=0.65, legend=False, rot=0)
+        name_runs(axes[0], title, table.index)
+        axes[0].set_ylabel("last loss (x_hat = 0 has 1)")
+        add_legend(axes)
     return figure
 
 
-def heat(metric, words):
-    """A map of groups by the letters or data sets of an evaluation; mean over seeds."""
-    def draw(data):
-        curves = data.curves[data.curves.metric == metric]
-        runs = data.valid.assign(run=data.valid.folder.map(str))
-        table = runs.merge(curves, on="run").pivot_table("y", ["acts", "order", "group"], "x")
-        if table.empty:
-            return None
-        several = data.runs.acts.nunique() > 1
-        table.index = [f"{acts} {group}" if several else group for acts, _, group in table.index]
-        figure, axis = plt.subplots(figsize=(4 + 0.36 * table.shape[1], 1.4 + 0.2 * len(table)),
-                                    layout="constrained")
-        sns.heatmap(table, vmin=0, cmap="cividis", annot=True, fmt=".2f", annot_kws={"size": 5.5},
-                    yticklabels=True, cbar_kws={"shrink": 0.5, "aspect": 40}, ax=axis)
-        axis.set(title=words, xlabel="", ylabel="")
-        return figure
-    return draw
+def letter_absorption(data):
+    """A map of groups by first letters; mean over seeds."""
+    curves = data.curves[data.curves.metric == "absorption.full_absorption_rate"]
+    if curves.empty:
+        return None
+    curves = data.valid.merge(curves, on="folder")
+    table = curves.pivot_table("y", ["acts", "group"], "x", sort=False).sort_index(axis=1)
+    figure, axis = plt.subplots(figsize=(4 + 0.36 * table.shape[1], 1.4 + 0.2 * len(table)),
+                                layout="constrained")
+    sns.heatmap(table, vmin=0, cmap="cividis", annot=True, fmt=".2f", annot_kws={"size": 5.5},
+                yticklabels=True, cbar_kws={"shrink": 0.5, "aspect": 40}, ax=axis)
+    axis.set(title="full absorption rate by first letter", xlabel="", ylabel="")
+    return figure
 
 
 EFFECTS = ["explained_variance", "ce_recovered", "mcc", "absorption_full", "absorption", "dead"]
 
 
-def sweep(pattern):
-    """The effects of swept settings whose name matches; a line per combination of the others."""
-    def draw(data):
-        runs = data.valid
-        metrics, found = measured(runs, EFFECTS), list(swept(runs, pattern))
-        if not found or not metrics:
-            return None
-        figure, cells = grid([(f"{variant}: {key}", (key, part)) for variant, key, part in found],
-                             metrics)
-        for axis, _, (key, part), metric in cells:
-            base = runs[runs.acts.isin(part.acts) & (runs.group == "baseline")][metric].mean()
-            sns.pointplot(part, x="value", y=metric, hue="others", errorbar="sd", ms=4, lw=1.2,
-                          palette=colours(part.others.nunique()), err_kws={"lw": 1}, ax=axis)
-            axis.axhline(base, color="#222222", lw=0.8, ls="--", label="baseline")
-            axis.set(xlabel=key, ylabel=label(metric))
-            axis.legend().remove()
-            if metric == metrics[-1]:
-                axis.legend(**RIGHT)
-        return figure
-    return draw
+def ablation(data):
+    """The effects of settings that were swept, but L0; a line per combination of the others."""
+    metrics, shown = measured(data.valid, EFFECTS), list(swept(data.valid))
+    if not shown or not metrics:
+        return None
+    figure, cells = grid(shown, metrics)
+    for axes, title, runs in cells:
+        base = data.valid[data.valid.acts.isin(runs.acts) & (data.valid.group == "baseline")]
+        for axis, metric in zip(axes, metrics):
+            sns.pointplot(runs, x="value", y=metric, hue="others", errorbar="sd", ms=4, lw=1.2,
+                          err_kws={"lw": 1}, ax=axis)
+            axis.axhline(base[metric].mean(), color="#222222", lw=0.8, ls="--", label="baseline")
+            axis.set(xlabel=title.split(": ")[1], ylabel=label(metric))
+            axis.get_legend().remove()
+        add_legend(axes)
+    return figure
 
 
-def colours(n):
-    """n colours that differ."""
-    return COLOURS[:n] if n <= len(COLOURS) else sns.color_palette("husl", n)
-
-
-def swept(runs, pattern):
-    """Yield (variant, setting, runs) of settings that take several values (--sweep).
+def swept(runs):
+    """Yield ('variant: setting', runs) of settings that take several values (--sweep).
 
     The runs have the columns value (of the setting, as text) and others (the other overrides).
     """
     for (_, variant), members in runs.groupby(["acts", "variant"], sort=False):
-        for key in sorted({key for shown in members.overrides for key in shown}):
+        for key in sorted({key for shown in members.overrides for key in shown} - {"l0"}):
             values = members.settings.map(lambda settings: settings.get(key))
-            if not re.fullmatch(pattern, key) or values.astype(str).nunique() < 2:
-                continue
-            others = members.group.str.replace(rf"-{key}=[^=]+(?=-\w+=|$)", "", regex=True)
-            part = members.assign(number=values, value=values.astype(str), others=others)
-            yield variant, key, part.sort_values("number")
+            if values.astype(str).nunique() > 1:
+                others = members.group.str.replace(rf"-{key}=[^=]+(?=-\w+=|$)", "", regex=True)
+                part = members.assign(number=values, value=values.astype(str), others=others)
+                yield f"{variant}: {key}", part.sort_values("number")
 
 
 def scatter(*pairs):
@@ -1064,42 +1025,23 @@ def scatter(*pairs):
             return None
         having = data.valid[[y for _, y in shown]].notna().any(axis=1)
         figure, cells = grid(panels(data.valid[having], with_swept=True), shown)
-        last = {}                        # of each row of panels: it has the legend
-        for axis, _, panel, (x, y) in cells:
-            runs = panel[panel[x].notna() & panel[y].notna()]
-            if runs.empty:
-                axis.set_axis_off()
-                continue
-            last[id(panel)] = axis
-            styles = looks(runs.variant.unique())
-            for variant, members in runs.groupby("variant", sort=False):
-                table = members.groupby("group")[[x, y]].agg(["mean", "std"])
-                table = table.sort_values((x, "mean"))
-                axis.errorbar(table[x, "mean"], table[y, "mean"], table[y, "std"], table[x, "std"],
-                              **styles[variant], ms=5, lw=1.2, elinewidth=1, capsize=2,
-                              label=variant)
-            axis.set(xlabel=label(x), ylabel=label(y))
-        for axis in last.values():
-            axis.legend(**RIGHT)
+        for axes, _, panel in cells:
+            styles = looks(panel.variant.unique())
+            for axis, (x, y) in zip(axes, shown):
+                runs = panel.dropna(subset=[x, y])
+                if runs.empty:
+                    axis.set_axis_off()
+                    continue
+                for variant, members in runs.groupby("variant", sort=False):
+                    table = members.groupby("group")[[x, y]].agg(["mean", "std"])
+                    table = table.sort_values((x, "mean"))
+                    axis.errorbar(table[x, "mean"], table[y, "mean"], table[y, "std"],
+                                  table[x, "std"], **styles[variant], ms=5, lw=1.2, elinewidth=1,
+                                  capsize=2, label=variant)
+                axis.set(xlabel=label(x), ylabel=label(y))
+            add_legend(axes)
         return figure
     return draw
-
-
-def controls(data):
-    """What controls reach beside the baseline and all other runs; a panel per metric."""
-    metrics = [m for m in measured(data.controls, METRICS) if METRICS[m].better and m in data.valid]
-    if not metrics:
-        return None
-    names = data.controls.folder.map(lambda folder: f"control: {folder.name}")
-    which = data.valid.variant.where(data.valid.variant == "baseline", "other runs")
-    both = pd.concat([data.controls.assign(which=names), data.valid.assign(which=which)])
-    shown = [(acts, (runs, metric)) for acts, runs in both.groupby("acts", sort=False)
-             for metric in metrics if runs[metric].notna().any()]
-    figure, cells = grid(shown, [None])
-    for axis, _, (runs, metric), _ in cells:
-        sns.stripplot(runs, x=metric, y="which", color=COLOURS[0], alpha=0.7, jitter=False, ax=axis)
-        axis.set(xlabel=label(metric), ylabel="")
-    return figure
 
 
 VERDICT_COLOURS = {"better": "#0072B2", "worse": "#D55E00", "no difference seen": "#222222"}
@@ -1110,17 +1052,16 @@ def verdicts(data):
     if not data.found.used.any():
         return None
     about = METRICS[data.metric]
-    counts = data.found.groupby("acts", sort=False).size() / 2
+    found = data.found.groupby(["acts", "whose"], sort=False)
+    counts = found.size()[::2]
     height = 0.22 * counts.sum() + 1.2 * len(counts)
     figure, axes = plt.subplots(len(counts), 2, figsize=(15, height), squeeze=False,
                                 layout="constrained", height_ratios=counts + 3)
-    for row, acts in zip(axes, counts.index):
-        for axis, whose in zip(row, ("baseline", "parent")):
-            rows = data.found[(data.found.acts == acts) & (data.found.whose == whose)]
-            draw_forest(axis, rows, about)
-            names = rows.group if whose == "baseline" else "its parent: " + rows.other
-            axis.set_yticks(range(len(rows)), names)
-            axis.set_title(f"{acts}: {about.title} - {whose}'s")
+    for axis, ((acts, whose), rows) in zip(axes.flat, found):
+        draw_forest(axis, rows, about)
+        names = rows.group if whose == "baseline" else "its parent: " + rows.other
+        axis.set_yticks(range(len(rows)), names)
+        axis.set_title(f"{acts}: {about.title} - {whose}'s")
     figure.supxlabel("line: 95 % interval of this one difference; ticks: seeds; "
                      "grey: too small to matter", fontsize=8)
     return figure
@@ -1148,19 +1089,16 @@ PLOTS = {
     # ours
     "verdicts": verdicts,
     "pareto": scatter(("l0", "explained_variance"), ("l0", "ce_recovered"), ("l0", "mcc")),
-    "controls": controls,
     # note 000
     "absorption_scores": by_run("absorption_full", "absorption_fraction", "absorption", bars=True),
     "feature_splits": by_run("absorption.splits", bars=True),
     "final_losses": final_losses,
-    "letter_absorption": heat("absorption.full_absorption_rate",
-                              "full absorption rate by first letter"),
+    "letter_absorption": letter_absorption,
     "jl_quality": lines("geometry.jl.run.error_sd", "geometry.jl.run.recall"),
     "sparsity_distributions": lines("density.counts", "geometry.l0_of_rows"),
     "sparsity_indices": by_run("geometry.hoyer", "geometry.gini", "dead"),
     # note 001
     "condition_numbers": by_run("geometry.condition_group", "geometry.condition_active"),
-    "alpha_ablation": sweep(".*_(alpha|coef|weight|share)"),
     "unlearning": by_run("unlearning", "forget.forget_added", "forget.retain_added",
                          beside=("baseline", "fixed_ortho")),
     # note 002
@@ -1170,7 +1108,6 @@ PLOTS = {
     "feature_usage": lines("usage", scale="log"),
     "tau_fixed_adaptive": lines("log.tau", "log.pair_cos", "log.pair_over",
                                 "log.explained_variance"),
-    "topk_ablation": sweep("pair_(fraction|rule)"),
     "pair_stability": lines("geometry.pairs.coactivation.jaccard", "geometry.pairs.preact.jaccard"),
     "absorption_efficiency": scatter(
         ("explained_variance", "absorption_full"), ("seconds", "absorption_full"),
@@ -1192,8 +1129,8 @@ PLOTS = {
     "absorption_rates": by_run("absorption_full", "absorption"),
     "probing_accuracy": by_run("probe_1", "probe_5", "probe_20"),
     "feature_stability": by_run("stability.matched", "stability.again", "stability.best"),
-    # all other swept settings
-    "ablation": sweep("(?!l0$|pair_(fraction|rule)$|.*_(alpha|coef|weight|share)$).*"),
+    # notes 001 and 002: alpha, the share of the pairs
+    "ablation": ablation,
 }
 
 
@@ -1319,7 +1256,9 @@ def report(data, drawn):
     body = []
     for acts in data.runs.acts.unique():
         body += [f"<h2>{html.escape(heading(data, acts))}</h2>",
-                 html_table(results_table(data, acts)),
+                 "<div class=wide>",
+                 results_table(data, acts).to_html(index=False, border=0),
+                 "</div>",
                  "<ul>", *(f"<li>{html.escape(line)}</li>" for line in notes(data, acts)), "</ul>"]
     body += ["<details><summary>How to read this</summary>", f"<p>{html.escape(RULE)}</p>",
              f"<p>{html.escape(worth_in_words())}</p></details>", "<h2>Latents</h2>"]
@@ -1339,11 +1278,6 @@ def report(data, drawn):
     text = json.dumps(features).replace("<", "\\u003c")
     start, middle, end = re.split("__BODY__|__FEATURES__", PAGE)
     return start + "\n".join(body) + middle + text + end
-
-
-def html_table(table):
-    """A data frame as a table whose columns sort."""
-    return f"<div class=wide>{table.to_html(index=False, border=0)}</div>"
 
 
 def read_features(runs):
@@ -1366,9 +1300,6 @@ def main():
     p.add_argument("--out", default="plots", help="folder to write to (default: %(default)s)")
     args = p.parse_args()
     out = Path(args.out)
-    if not args.out or out.exists() and not out.is_dir():
-        raise Refuse(f"--out {args.out!r}: want a folder", 2)
-
     runs, at_controls, curves = read_runs(args.runs)
     data = Data(runs, at_controls, curves, compare(runs, args.metric), args.metric)
     held = lock(out)

@@ -186,6 +186,15 @@ def test_runs_that_differ_in_another_setting_are_not_interpolated_between(tmp_pa
     assert judge(tmp_path)["topk"]["mean"] == pytest.approx(0.2, abs=0.002)      # the nearest L0's
 
 
+def test_invalid_seeds_do_not_choose_the_group_that_is_nearest_in_l0(tmp_path):
+    plant(tmp_path, "baseline", [0.0] * 7, l0=15.4, sets={"lr": 0.01})
+    plant(tmp_path, "baseline", [-0.2] * 7, l0=16.2, sets={"lr": 0.1})
+    plant(tmp_path, "topk", SMALL[:7])
+    for seed in range(4):
+        make_run(tmp_path, "topk", seed, core={"l0": 0.0}, void=["no latent fires"])
+    assert judge(tmp_path)["topk"]["mean"] == pytest.approx(0.2, abs=0.002)
+
+
 def test_each_seed_is_compared_with_the_same_settings(tmp_path):
     for seed, (a, b) in enumerate([(15.9, 16.2), (16.3, 16.1), (15.9, 16.2)]):
         for lr, l0, value in ((0.01, a, 0.7), (0.1, b, 0.8)):
@@ -267,9 +276,10 @@ def test_runs_of_another_batch_size_or_base_are_not_compared(tmp_path):
     plant(tmp_path, "topk", [0.1] * 3, sets={"batch_size": 64}, base_checksum="one")
     plant(tmp_path, "gated", [0.1] * 3, base_checksum="two")
     plant(tmp_path, "skip", [0.05 + e for e in SMALL[:3]], base_checksum="one")
+    plant(tmp_path, "older", [0.05 + e for e in SMALL[:3]])              # its base is not known
     assert verdicts(tmp_path) == {"topk-batch_size=64": "cannot tell (another batch size)",
                                   "gated": "cannot tell (trained by another sae.py)",
-                                  "skip": "better (3 seeds)"}
+                                  "skip": "better (3 seeds)", "older": "better (3 seeds)"}
 
 
 def test_a_seed_that_ran_other_code_is_out(tmp_path):
@@ -289,7 +299,7 @@ def test_a_metric_measured_on_other_data_or_otherwise_is_not_compared(tmp_path):
     assert verdicts(tmp_path) == {"topk": "better (3 seeds)"}
     for path in tmp_path.glob("topk-s*/eval/core.json"):
         write_json(path, read_json(path) | {"val": "another"})
-    assert verdicts(tmp_path)["topk"].startswith("cannot tell (evaluated on other data")
+    assert verdicts(tmp_path)["topk"].startswith("cannot tell (not evaluated alike")
 
 
 def test_a_variant_is_also_compared_with_the_row_before(tmp_path):
