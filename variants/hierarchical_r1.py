@@ -8,7 +8,7 @@ usual for annealed TopK. The note also makes d_sae = d_in: --set d_sae=..., for 
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.39, the baseline's 0.40: no
 difference that matters; explained variance is 0.569, the baseline's 0.616: worse. On a real model
-(3 seeds) explained variance is 0.769, the baseline's 0.782: worse.
+(5 seeds) explained variance is 0.769, the baseline's 0.782: worse.
 """
 import torch
 

@@ -7,7 +7,7 @@ On the default data it idles: at most one latent falls silent.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.39, the baseline's 0.40: no
 difference that matters; explained variance is 0.569, the baseline's 0.616: worse. On a real model
-(3 seeds) explained variance is 0.769, the baseline's 0.782: worse.
+(5 seeds) explained variance is 0.769, the baseline's 0.782: worse.
 """
 from variants.hierarchical_r1 import Variant as Base
 from variants.revive import Variant as Revive

@@ -6,7 +6,7 @@ power is latent_l1_power: at 0 each latent is left alone, at 1 all shall fire eq
 are those in the window. So what fires often pays more, what fires rarely less, at the same L0.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.48, the baseline's 0.40: can't
-be told from it; explained variance is 0.543, the baseline's 0.616: worse. On a real model (3 seeds)
+be told from it; explained variance is 0.543, the baseline's 0.616: worse. On a real model (5 seeds)
 explained variance is 0.767, the baseline's 0.782: worse.
 """
 import torch

@@ -10,7 +10,7 @@ Idle on the default data: nothing dies.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.40, the baseline's 0.40: no
 difference that matters; explained variance is 0.616, the baseline's 0.616: no difference that
-matters. On a real model (3 seeds) explained variance is 0.782, the baseline's 0.782: no difference
+matters. On a real model (5 seeds) explained variance is 0.782, the baseline's 0.782: no difference
 that matters.
 """
 import torch

@@ -16,7 +16,7 @@ push towards absorption.
 Silent latents restart if they overlap with living ones (idle on the default data: none is silent).
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.52, the baseline's 0.40: can't
-be told from it; explained variance is 0.558, the baseline's 0.616: worse. On a real model (3 seeds)
+be told from it; explained variance is 0.558, the baseline's 0.616: worse. On a real model (5 seeds)
 explained variance is 0.774, the baseline's 0.782: no difference that matters.
 """
 from statistics import NormalDist

@@ -7,7 +7,7 @@ plateau_gain=0.01 no plateau comes in 479 steps: so short a run has none. On kno
 comes either, so the figures below are those of the lower penalty alone.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.65, the baseline's 0.40: worse;
-explained variance is 0.767, the baseline's 0.616: better. On a real model (3 seeds) explained
+explained variance is 0.767, the baseline's 0.616: better. On a real model (5 seeds) explained
 variance is 0.816, the baseline's 0.782: better.
 """
 import torch

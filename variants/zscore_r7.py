@@ -5,7 +5,7 @@
 Why: a row's length may say something; g decides how much of it the encoder sees.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.63, the baseline's 0.40: worse;
-explained variance is 0.784, the baseline's 0.616: better. On a real model (3 seeds) explained
+explained variance is 0.784, the baseline's 0.616: better. On a real model (5 seeds) explained
 variance is 0.847, the baseline's 0.782: better.
 """
 import torch

@@ -8,8 +8,8 @@
 means then depends on its company, which a probe can't see.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.62, the baseline's 0.40: worse;
-explained variance is 0.793, the baseline's 0.616: better. On a real model (3 seeds) explained
-variance is 0.848, the baseline's 0.782: better.
+explained variance is 0.793, the baseline's 0.616: better. On a real model (5 seeds) explained
+variance is 0.847, the baseline's 0.782: better.
 """
 import torch
 from torch import nn

@@ -8,7 +8,7 @@ Why powers: the note's scales 0.1, 0.5, 1, 2 as factors on the normed row would 
 powers they go from hardly normed to turned over: at 2 short rows become the long ones.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.59, the baseline's 0.40: can't
-be told from it; explained variance is 0.798, the baseline's 0.616: better. On a real model (3
+be told from it; explained variance is 0.798, the baseline's 0.616: better. On a real model (5
 seeds) explained variance is 0.850, the baseline's 0.782: better.
 """
 import torch
