@@ -974,6 +974,8 @@ def letter_absorption(data):
         return None
     curves = data.valid.merge(curves, on="folder")
     table = curves.pivot_table("y", ["acts", "group"], "x", sort=False).sort_index(axis=1)
+    if data.valid.acts.nunique() == 1:
+        table = table.droplevel("acts")
     figure, axis = plt.subplots(figsize=(4 + 0.36 * table.shape[1], 1.4 + 0.2 * len(table)),
                                 layout="constrained")
     sns.heatmap(table, vmin=0, cmap="cividis", annot=True, fmt=".2f", annot_kws={"size": 5.5},
