@@ -452,11 +452,13 @@ class Text:
         self.held_out_files = [p for p in chosen if split_of(p, folder) == "held out"]
         self.files = [p for p in chosen if split_of(p, folder) == split]
         if not self.files:
-            raise Refuse(f"--data {self.name}: no {kind} file of --split {split}", 2)
+            under = f" and --config {config}" if config else ""
+            raise Refuse(f"--data {self.name}: no {kind} file of --split {split}{under}", 2)
         rest = sorted({*there} - {*self.files} - {*self.held_out_files})
         if rest:
             print(f"note: {self.name}: left out {len(rest)} that are not {kind} of split {split}: "
-                  + ", ".join(str(p.relative_to(folder)) for p in rest[:5]))
+                  + ", ".join(str(p.relative_to(folder)) for p in rest[:5])
+                  + (", ..." if rest[5:] else ""))
 
     def train(self):
         if self.files is not None:

@@ -32,6 +32,7 @@ import re
 import string
 import sys
 import tempfile
+import textwrap
 import time
 import unittest.mock
 import warnings
@@ -2136,32 +2137,63 @@ def report(what, error, failures):
 # ---- the script ----------------------------------------------------------------------------------
 
 
-COLUMNS = {                                # metric of core -> title
-    "l0": "L0", "explained_variance": "EV", "ce_recovered": "CE rec.", "kl_sae": "KL",
-    "dead": "dead", "mcc": "MCC", "f1": "F1", "absorption": "absorb.",
+COLUMNS = {                                # title -> (metric of core, format)
+    "L0": ("l0", ".2f"), "EV": ("explained_variance", ".4f"), "CE rec.": ("ce_recovered", ".4f"),
+    "KL": ("kl_sae", ".4f"), "dead": ("dead", ".1%"), "MCC": ("mcc", ".3f"), "F1": ("f1", ".3f"),
+    "absorb.": ("absorption", ".3f"),
 }
 
 
 def print_table(runs, acts):
     """Print core's metrics of each run and its guards in words: those that make it invalid, with !,
     and the reasons below; else its caveats."""
-    rows, reasons = {}, []
-    for run in runs:
-        result = stored("core", run, acts)
-        if result:
-            invalid = [guard for guard in result["guards"] if guard["level"] == INVALID]
-            words = [f"{guard['name']}!" for guard in invalid]
-            words = words or [guard["name"] for guard in result["guards"]]
-            name = f"control: {run.name}" if run.is_control else run.name
-            rows[name] = result["metrics"] | {"guards": ", ".join(words)}
-            if not run.is_control:
-                reasons += [f"{run.name}: invalid, {guard['name']}: {guard['why']}"
-                            for guard in invalid]
+    results = {run: stored("core", run, acts) for run in runs}
+    results = {run: result for run, result in results.items() if result}
+    names = short_names([run.name for run in results if not run.is_control])
+    rows, reasons = [], []
+    for run, result in results.items():
+        name = f"control: {run.name}" if run.is_control else names[run.name]
+        rows.append({"run": name, **table_row(result)})
+        if not run.is_control:
+            reasons += [f"{run.name}: invalid, {guard['name']}: {guard['why']}"
+                        for guard in result["guards"] if guard["level"] == INVALID]
     if rows:
-        table = pd.DataFrame(rows.values(), rows).filter([*COLUMNS, "guards"])
-        lines = table.rename(columns=COLUMNS).to_string(
-            float_format="{:.4f}".format, na_rep="-", max_colwidth=30)
-        print("", acts.folder, lines, *reasons, sep="\n")
+        print("\n".join(["", str(acts.folder), *table_lines(pd.DataFrame(rows)), *reasons]))
+
+
+def table_row(result):
+    """{title: cell} of a result of core."""
+    row = {}
+    for title, (metric, form) in COLUMNS.items():
+        if result["metrics"].get(metric) is not None:
+            row[title] = format(result["metrics"][metric], form)
+    invalid = [guard["name"] + "!" for guard in result["guards"] if guard["level"] == INVALID]
+    words = invalid or [guard["name"] for guard in result["guards"]]
+    return {**row, "guards": ", ".join(words) or "-"}
+
+
+def short_names(names, room=34):
+    """{name: the name}; without the parts that all names share, where one is longer than `room`."""
+    parts = {name: name.split("-") for name in names}
+    if max(map(len, names), default=0) <= room:
+        return {name: name for name in names}
+    shared = set.intersection(*map(set, parts.values()))
+    return {name: "-".join([first, *(part for part in rest if part not in shared)])
+            for name, (first, *rest) in parts.items()}
+
+
+def table_lines(table):
+    """The lines of print_table's table, `run` on the left and `guards` in what is left of 100
+    columns."""
+    table = table[[title for title in ("run", *COLUMNS, "guards") if title in table]]
+    guards = ["guards", *table.pop("guards")]
+    width = table["run"].str.len().max()
+    table["run"] = table["run"].str.ljust(width)
+    table = table.rename(columns={"run": "run".ljust(width)})
+    lines = table.to_string(index=False, na_rep="-").split("\n")
+    room = max(10, 98 - len(lines[0]))
+    return [f"{line}  {textwrap.shorten(text, room, placeholder=' ...')}"
+            for line, text in zip(lines, guards)]
 
 
 def portions(folders):

@@ -676,6 +676,8 @@ def summary(data, acts):
     said = f"In {METRICS[data.metric].title}, {'; '.join(parts)}."
     if found.seeds.max() < MIN_SEEDS:
         said += " Verdicts need three seeds: 02_train.py --seed 0 1 2."
+    elif found.used.max() < MIN_SEEDS:
+        said += f" Most often: {sum(found.lost, Counter()).most_common(1)[0][0]}."
     return said
 
 
@@ -801,8 +803,8 @@ def label(metric):
 def panels(runs, with_swept=False):
     """[(title, runs)]: a panel for each cache or, of more than MANY lines, for each study.
 
-    The baseline is in each. Settings that were swept have plots of their own: without with_swept a
-    variant's usual settings stand for it.
+    The baseline is in each; a study of more than MANY lines is cut in parts. Settings that were
+    swept have plots of their own: without with_swept a variant's usual settings stand for it.
     """
     found = []
     for acts, of_cache in runs.groupby("acts", sort=False):
@@ -810,13 +812,17 @@ def panels(runs, with_swept=False):
             plain = of_cache.group == of_cache.variant
             only_swept = ~of_cache.variant.isin(of_cache.variant[plain])
             of_cache = of_cache[plain | only_swept]
-        drawn = of_cache.variant if with_swept else of_cache.group       # what has a line
-        if drawn.nunique() <= MANY:
+        drawn = "variant" if with_swept else "group"       # what has a line
+        if of_cache[drawn].nunique() <= MANY:
             found.append((f"{acts}: all runs", of_cache))
             continue
         is_base = of_cache.variant == "baseline"
+        room = max(1, MANY + 1 - of_cache[is_base][drawn].nunique())
         for study, members in of_cache[~is_base].groupby("study"):
-            found.append((f"{acts}: {study}", pd.concat([of_cache[is_base], members])))
+            names = members[drawn].unique()
+            for at in range(0, len(names), room):
+                part = members[drawn].isin(names[at:at + room])
+                found.append((f"{acts}: {study}", pd.concat([of_cache[is_base], members[part]])))
     return found
 
 
@@ -987,33 +993,37 @@ def letter_absorption(data):
 EFFECTS = ["explained_variance", "ce_recovered", "mcc", "absorption_full", "absorption", "dead"]
 
 
-def ablation(data):
-    """The effects of settings that were swept, but L0; a line per combination of the others."""
-    metrics, shown = measured(data.valid, EFFECTS), list(swept(data.valid))
-    if not shown or not metrics:
-        return None
-    figure, cells = grid(shown, metrics)
-    for axes, title, runs in cells:
-        base = data.valid[data.valid.acts.isin(runs.acts) & (data.valid.group == "baseline")]
-        for axis, metric in zip(axes, metrics):
-            sns.pointplot(runs, x="value", y=metric, hue="others", errorbar="sd", ms=4, lw=1.2,
-                          err_kws={"lw": 1}, ax=axis)
-            axis.axhline(base[metric].mean(), color="#222222", lw=0.8, ls="--", label="baseline")
-            axis.set(xlabel=title.split(": ")[1], ylabel=label(metric))
-            axis.get_legend().remove()
-        add_legend(axes)
-    return figure
+def sweep(pattern):
+    """The effects of swept settings whose name matches; a line per combination of the others."""
+    def draw(data):
+        metrics, shown = measured(data.valid, EFFECTS), list(swept(data.valid, pattern))
+        if not shown or not metrics:
+            return None
+        figure, cells = grid(shown, metrics)
+        for axes, title, runs in cells:
+            base = data.valid[data.valid.acts.isin(runs.acts) & (data.valid.group == "baseline")]
+            for axis, metric in zip(axes, metrics):
+                sns.pointplot(runs, x="value", y=metric, hue="others", errorbar="sd", ms=4, lw=1.2,
+                              err_kws={"lw": 1}, ax=axis)
+                axis.axhline(base[metric].mean(), color="#222222", lw=0.8, ls="--",
+                             label="baseline")
+                axis.set(xlabel=title.split(": ")[1], ylabel=label(metric))
+                axis.get_legend().remove()
+            add_legend(axes)
+        return figure
+    return draw
 
 
-def swept(runs):
-    """Yield ('variant: setting', runs) of settings that take several values (--sweep).
+def swept(runs, pattern):
+    """Yield ('variant: setting', runs) of settings that take several values (--sweep) and whose
+    name matches.
 
     The runs have the columns value (of the setting, as text) and others (the other overrides).
     """
     for (_, variant), members in runs.groupby(["acts", "variant"], sort=False):
-        for key in sorted({key for shown in members.overrides for key in shown} - {"l0"}):
+        for key in sorted({key for shown in members.overrides for key in shown}):
             values = members.settings.map(lambda settings: settings.get(key))
-            if values.astype(str).nunique() > 1:
+            if re.fullmatch(pattern, key) and values.astype(str).nunique() > 1:
                 others = members.group.str.replace(rf"-{key}=[^=]+(?=-\w+=|$)", "", regex=True)
                 part = members.assign(number=values, value=values.astype(str), others=others)
                 yield f"{variant}: {key}", part.sort_values("number")
@@ -1044,6 +1054,23 @@ def scatter(*pairs):
             add_legend(axes)
         return figure
     return draw
+
+
+def controls(data):
+    """What controls reach beside the baseline and all other runs; a panel per metric."""
+    metrics = [m for m in measured(data.controls, METRICS) if METRICS[m].better and m in data.valid]
+    if not metrics:
+        return None
+    names = data.controls.folder.map(lambda folder: f"control: {folder.name}")
+    which = data.valid.variant.where(data.valid.variant == "baseline", "other runs")
+    both = pd.concat([data.controls.assign(which=names), data.valid.assign(which=which)])
+    shown = [(acts, (runs, metric)) for acts, runs in both.groupby("acts", sort=False)
+             for metric in metrics if runs[metric].notna().any()]
+    figure, cells = grid(shown, [None])
+    for (axis,), _, (runs, metric) in cells:
+        sns.stripplot(runs, x=metric, y="which", color=COLOURS[0], alpha=0.7, jitter=False, ax=axis)
+        axis.set(xlabel=label(metric), ylabel="")
+    return figure
 
 
 VERDICT_COLOURS = {"better": "#0072B2", "worse": "#D55E00", "no difference seen": "#222222"}
@@ -1091,6 +1118,7 @@ PLOTS = {
     # ours
     "verdicts": verdicts,
     "pareto": scatter(("l0", "explained_variance"), ("l0", "ce_recovered"), ("l0", "mcc")),
+    "controls": controls,
     # note 000
     "absorption_scores": by_run("absorption_full", "absorption_fraction", "absorption", bars=True),
     "feature_splits": by_run("absorption.splits", bars=True),
@@ -1101,6 +1129,7 @@ PLOTS = {
     "sparsity_indices": by_run("geometry.hoyer", "geometry.gini", "dead"),
     # note 001
     "condition_numbers": by_run("geometry.condition_group", "geometry.condition_active"),
+    "alpha_ablation": sweep(".*_(alpha|coef|weight|share)"),
     "unlearning": by_run("unlearning", "forget.forget_added", "forget.retain_added",
                          beside=("baseline", "fixed_ortho")),
     # note 002
@@ -1110,6 +1139,7 @@ PLOTS = {
     "feature_usage": lines("usage", scale="log"),
     "tau_fixed_adaptive": lines("log.tau", "log.pair_cos", "log.pair_over",
                                 "log.explained_variance"),
+    "topk_ablation": sweep("pair_(fraction|rule)"),
     "pair_stability": lines("geometry.pairs.coactivation.jaccard", "geometry.pairs.preact.jaccard"),
     "absorption_efficiency": scatter(
         ("explained_variance", "absorption_full"), ("seconds", "absorption_full"),
@@ -1131,8 +1161,8 @@ PLOTS = {
     "absorption_rates": by_run("absorption_full", "absorption"),
     "probing_accuracy": by_run("probe_1", "probe_5", "probe_20"),
     "feature_stability": by_run("stability.matched", "stability.again", "stability.best"),
-    # notes 001 and 002: alpha, the share of the pairs
-    "ablation": ablation,
+    # all other swept settings
+    "ablation": sweep("(?!l0$|pair_(fraction|rule)$|.*_(alpha|coef|weight|share)$).*"),
 }
 
 
@@ -1302,6 +1332,8 @@ def main():
     p.add_argument("--out", default="plots", help="folder to write to (default: %(default)s)")
     args = p.parse_args()
     out = Path(args.out)
+    if not args.out or out.exists() and not out.is_dir():
+        raise Refuse(f"--out {args.out!r}: want a folder", 2)
     runs, at_controls, curves = read_runs(args.runs)
     data = Data(runs, at_controls, curves, compare(runs, args.metric), args.metric)
     held = lock(out)

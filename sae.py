@@ -16,6 +16,7 @@ import argparse
 import ast
 import contextlib
 import difflib
+import errno
 import importlib
 import inspect
 import json
@@ -1017,10 +1018,11 @@ def load_run(folder):
 
 def run_folders(folders):
     """Folders of runs: those given, or all under runs/."""
+    where = "among the folders given" if folders else "under runs/"
     folders = folders or sorted(path.parent for path in Path("runs").glob("*/config.json"))
     found = [Path(folder) for folder in folders if not Path(folder).name.startswith("controls-")]
     if not found:
-        raise Refuse("there are no runs: run 02_train.py first")
+        raise Refuse(f"no runs {where}: run 02_train.py first")
     for folder in found:
         if not (folder / "config.json").exists():
             raise Refuse(f"{folder} is not a run: {folder}/config.json does not exist", 2)
@@ -1370,6 +1372,9 @@ def write_file(path, *blocks):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise Refuse(f"disk full while writing {path}: free some space, then run the same "
+                         "command again", 4) from e
         raise Refuse(f"cannot write {path}: {e.strerror}", 4) from e
     finally:
         with contextlib.suppress(OSError):                 # it is renamed, or never could be made

@@ -500,6 +500,18 @@ def test_the_table_is_narrow_and_says_guards_in_words(place):
     assert "untrained!" in row
 
 
+def test_long_names_lose_what_all_of_them_share():
+    names = [f"{idea}-synthetic-batch_size=1024-d_sae=320-l0={l0}-s{seed}"
+             for idea in ("topk", "batch_topk") for l0 in (3.0, 5.0) for seed in (0, 1)]
+    short = eval_py.short_names(names)
+    assert short[names[-1]] == "batch_topk-l0=5.0-s1" and len(set(short.values())) == 8
+    assert eval_py.short_names(["topk-s0", "topk-s1"]) == {"topk-s0": "topk-s0",
+                                                           "topk-s1": "topk-s1"}
+    table = eval_py.pd.DataFrame(
+        {"run": short.values(), "L0": "5.00", "guards": "dense latents, shrinkage, short run"})
+    assert all(len(line) <= 100 for line in eval_py.table_lines(table))
+
+
 def test_a_result_says_what_it_belongs_to(place):
     run = place[0] / "runs/topk-s0"
     result, config = read_json(run / "eval/core.json"), read_json(run / "config.json")

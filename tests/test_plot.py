@@ -234,8 +234,9 @@ FROM_THE_NOTES = """absorption_scores feature_splits final_losses letter_absorpt
     sparsity_evolution feature_correlations feature_usage explained_variance_evolution mse_evolution
     l0_evolution l1_evolution kl_div_score_evolution ce_loss_score_evolution l2_ratio_evolution
     key_metrics_combined metrics_comparison absorption_rates probing_accuracy jl_quality
-    sparsity_distributions condition_numbers ablation tau_fixed_adaptive absorption_efficiency
-    pair_stability reactivation feature_stability unlearning pareto verdicts""".split()
+    sparsity_distributions condition_numbers alpha_ablation tau_fixed_adaptive absorption_efficiency
+    pair_stability topk_ablation reactivation feature_stability unlearning pareto verdicts
+    controls""".split()
 
 
 def test_a_run_has_one_colour_in_a_figure_and_the_legend_says_it(root):
@@ -282,6 +283,7 @@ def test_everything_that_the_notes_name_is_drawn_and_on_the_page(root, call_main
                               core={"explained_variance": 0.8 + rng.normal(0, 0.001)},
                               settings=SETTINGS | usual | (sets or {}))
             write_tensors(folder / "eval/rates.safetensors", {"rate": torch.linspace(0, 0.3, 64)})
+    make_control(root, "pca", l0=16.0, explained_variance=0.75)
     call_main()
     assert capsys.readouterr().err == ""
     drawn = {p.stem for p in (root.parent / "plots").glob("*.png")}
@@ -350,14 +352,15 @@ def test_a_line_has_its_own_look_in_every_panel_however_many_there_are(root):
         figure = plot.PLOTS["training_curves"](data)
     drawn = {axis: [(line.get_color(), line.get_linestyle()) for line in axis.lines]
              for axis in figure.axes if axis.lines}
-    assert len(drawn) == 4 and all(len(set(looks)) == len(looks) for looks in drawn.values())
+    assert len(drawn) == 8 and all(len(set(looks)) == len(looks) for looks in drawn.values())
     plot.plt.close(figure)
 
 
-def test_panels_without_data_are_empty(root):
+def test_panels_without_data_are_empty_and_a_swept_setting_is_in_one_plot(root):
     make_run(root, "baseline", core={"mcc": 0.5})
     make_run(root, "baseline", acts="other", core={})
-    make_run(root, "topk", core={})
+    for value in (256, 512):
+        make_run(root, "topk", core={}, sets={"pair_latents": value})
     data = read_data(root)
     figure = plot.PLOTS["pareto"](data)
     assert [axis.axison for axis in figure.axes].count(False) == 1
@@ -365,7 +368,18 @@ def test_panels_without_data_are_empty(root):
     assert [axis.get_title() for axis in figure.axes] == ["tiny: all runs"]
     figure = plot.by_run("mcc", "l0")(data)
     assert sorted(axis.axison for axis in figure.axes) == [False, True, True, True]
+    drawn = {name for name in ("topk_ablation", "alpha_ablation", "ablation")
+             if plot.PLOTS[name](data)}
+    assert drawn == {"ablation"}
     plot.plt.close("all")
+
+
+def test_a_sentence_says_why_nothing_can_be_told(root):
+    for seed in range(3):
+        for name in ("baseline", "topk"):
+            make_run(root, name, seed, core={"explained_variance": 0.8 + 0.01 * seed})
+    data = read_data(root, "absorption_full")
+    assert plot.summary(data, "tiny").endswith("Most often: not measured.")
 
 
 def test_many_combinations_of_swept_settings_have_a_colour_each(root):
@@ -385,7 +399,7 @@ def test_swept_settings_are_drawn_in_the_order_of_their_values(root):
     for fraction in (0.1, 0.002, 0.03):
         make_run(root, "topk_ortho_r1", core={"explained_variance": fraction},
                  sets={"pair_fraction": fraction})
-    axis = plot.PLOTS["ablation"](read_data(root)).axes[0]
+    axis = plot.PLOTS["topk_ablation"](read_data(root)).axes[0]
     assert [t.get_text() for t in axis.get_xticklabels()] == ["0.002", "0.03", "0.1"]
     assert axis.lines[0].get_ydata() == pytest.approx([0.002, 0.03, 0.1])
 
@@ -402,7 +416,7 @@ def test_a_user_error_is_one_line_and_an_exit_code(root):
 
 @pytest.mark.parametrize("flags, words", [
     (["--metric", "l0"], "invalid choice"),
-    (["--out", "runs/baseline-s0/config.json"], "cannot write")])
+    (["--out", "runs/baseline-s0/config.json"], "want a folder")])
 def test_wrong_flags_are_refused(root, call_main, flags, words):
     make_run(root, "baseline", core={})
     with pytest.raises(plot.Refuse, match=words):
