@@ -3,13 +3,14 @@
     python tests/bench/gpu.py --out gpu.jsonl             on a GPU
     python tests/bench/gpu.py --out gpu.jsonl --toy       toy sizes, anywhere: does it run
 
-Needs torch, transformers, safetensors, numpy, xxhash, filelock and tqdm; no datasets, sae_bench or
-network. Appends JSON lines to --out: one per figure, and one per phase with how it ended. Times in
-ms are medians.
+Needs torch, transformers, safetensors, numpy, scipy, pandas, xxhash, filelock, tqdm and pytest; no
+datasets, sae_bench or network. Appends JSON lines to --out: one per figure, and one per phase with
+how it ended. Times in ms are medians. dictionary_learning takes part if it is installed.
 """
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -128,16 +129,24 @@ def sizes(say, device, toy):
 
 
 def profile(say, device, toy):
-    bench = Bench(device, **({} if not toy else dict(d_in=64, d_sae=256, batch=64)),
-                  activation="topk", l0=40.0 if not toy else 4.0)
-    bench.step()
-    _, found = launches(bench.step)
-    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    say(table=found.key_averages().table(sort_by=key, row_limit=25).splitlines())
+    """Where a TopK step's time goes, on both paths."""
+    for d_sae, k, path in (((2304, 40, "dense"), (65_536, 80, "dense"), (65_536, 80, "sparse"))
+                           if not toy else ((256, 4, "dense"),)):
+        bench = Bench(device, d_in=2304 if not toy else 64, d_sae=d_sae, path=path,
+                      batch=2048 if not toy else 64, activation="topk", l0=float(k))
+        for _ in range(3):
+            bench.step()
+        _, found = launches(bench.step)
+        rows = sorted(found.key_averages(), key=lambda row: (-row.self_device_time_total,
+                                                             -row.self_cpu_time_total))
+        say(d_sae=d_sae, path=path, calls_and_ms_of_device_and_host={
+            row.key[:60]: [row.count, row.self_device_time_total / 1e3,
+                           row.self_cpu_time_total / 1e3] for row in rows[:30]})
+        del bench
 
 
 def stage2(say, device, toy):
-    """From disk: one run, nine runs, nine runs in four processes on one GPU."""
+    """From disk: nine runs in four processes on one GPU, nine runs in one, one run."""
     from toys import write_cache
     here = Path(tempfile.mkdtemp())
     rows, d_in = (400_000, 2304) if not toy else (6_000, 32)
@@ -148,8 +157,8 @@ def stage2(say, device, toy):
     small = ["--set", f"d_sae={2304 if not toy else 64}", f"l0={40 if not toy else 4}",
              f"batch_size={2048 if not toy else 256}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
-    for runs, start in ((variants[1:2], [sys.executable]), (variants, [sys.executable]),
-                        (variants, torchrun)):
+    for runs, start in ((variants, torchrun), (variants, [sys.executable]),
+                        (variants[1:2], [sys.executable])):
         shutil.rmtree(here / "runs", ignore_errors=True)
         started = time.perf_counter()
         done = subprocess.run(
@@ -161,8 +170,8 @@ def stage2(say, device, toy):
     shutil.rmtree(here)
 
 
-def stage1(say, device, toy):
-    """Caching on a Gemma shape with random weights, to layer 12 of 13."""
+def stages(say, device, toy):
+    """Stages 1 to 3 on a Gemma shape with random weights, to layer 12 of 13."""
     import transformers
     here = Path(tempfile.mkdtemp())
     small = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
@@ -170,8 +179,11 @@ def stage1(say, device, toy):
     gemma = dict(hidden_size=2304, intermediate_size=9216, num_hidden_layers=13,
                  num_attention_heads=8, num_key_value_heads=4, head_dim=256, vocab_size=32_000)
     config = transformers.Gemma2Config(**(small if toy else gemma))
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
-        here / "gemma")
+    started = time.perf_counter()
+    with device:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(here / "gemma")
+    del model
     letters = "abcdefghijklmnopqrstuvwxyz .\n"
     from tokenizers import Tokenizer, models, pre_tokenizers
     vocabulary = {"<bos>": 0, "<eos>": 1, "<pad>": 2} | {c: i + 3 for i, c in enumerate(letters)}
@@ -183,34 +195,39 @@ def stage1(say, device, toy):
     draw = torch.randint(len(letters), (3_000_000 if not toy else 60_000,),
                          generator=torch.Generator().manual_seed(0))
     (here / "text.txt").write_text("".join(letters[i] for i in draw.tolist()))
-    started = time.perf_counter()
+    say(script="the model and its text", seconds=time.perf_counter() - started)
     tokens = 1_000_000 if not toy else 20_000
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "01_cache_acts.py"), "--model", "gemma", "--layer",
-         "12" if not toy else "1", "--data", "text.txt", "--ctx", "128", "--tokens", str(tokens)],
-        cwd=here,
-        capture_output=True,
-        text=True,
-    )
-    seconds = time.perf_counter() - started
-    say(seconds=seconds, tokens_per_s=tokens / seconds, code=done.returncode,
-        said=done.stderr[-300:] if done.returncode else "")
+    sizes = ["d_sae=16384", "l0=80", "batch_size=2048"]
+    toys = ["d_sae=64", "l0=4", "batch_size=256"]
+    for script, *given in (
+            ("01_cache_acts.py", "--model", "gemma", "--layer", "1" if toy else "12", "--data",
+             "text.txt", "--ctx", "128", "--tokens", str(tokens)),
+            ("02_train.py", "--acts", "gemma_l1" if toy else "gemma_l12", "--seed", "0",
+             "--variant", "topk", "baseline", "--set", *(toys if toy else sizes)),
+            ("03_eval.py", "--eval", "core", "geometry")):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, str(ROOT / script), *given], cwd=here,
+                              capture_output=True, text=True)
+        say(script=script, seconds=time.perf_counter() - started, tokens=tokens,
+            code=done.returncode, said=done.stderr[-600:] if done.returncode else done.stdout[-600:])
     shutil.rmtree(here)
 
 
 def rule(say, device, toy):
     """Sparse against dense at several k: where the rule of SAE.path should be."""
-    shapes = ((2304, 4096), (2304, 16_384), (2304, 65_536)) if not toy else ((64, 512),)
+    shapes = (((768, 6144), (2304, 2304), (2304, 8192), (2304, 16_384), (2304, 65_536))
+              if not toy else ((64, 512),))
     for d_in, d_sae in shapes:
-        for share in (0.002, 0.005, 0.009, 0.02):
-            times = {}
-            for path in ("sparse", "dense"):
-                bench = Bench(device, d_in=d_in, d_sae=d_sae, batch=2048 if not toy else 64,
-                              path=path, activation="topk", l0=float(max(1, round(share * d_sae))))
-                times[path], _ = median_ms(bench.step, times=5)
-                del bench
-            say(d_in=d_in, d_sae=d_sae, share=share, sparse_ms=times["sparse"],
-                dense_ms=times["dense"], sparse_over_dense=times["sparse"] / times["dense"])
+        for kind in ("topk", "batch_topk"):
+            for share in (0.0025, 0.005, 0.01, 0.02):
+                times = {}
+                for path in ("sparse", "dense"):
+                    bench = Bench(device, d_in=d_in, d_sae=d_sae, batch=2048 if not toy else 64,
+                                  path=path, activation=kind, l0=float(max(1, round(share * d_sae))))
+                    times[path], _ = median_ms(bench.step, times=5, warm=2)
+                    del bench
+                say(activation=kind, d_in=d_in, d_sae=d_sae, share=share, sparse_ms=times["sparse"],
+                    dense_ms=times["dense"], sparse_over_dense=times["sparse"] / times["dense"])
 
 
 def variants(say, device, toy):
@@ -227,13 +244,15 @@ def variants(say, device, toy):
 
 def tests(say, device, toy):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests" / "test_gpu.py")],
-        capture_output=True, text=True)
-    say(code=done.returncode, said=done.stdout.splitlines()[-15:])
+        [sys.executable, "-m", "pytest", "-q", "--tb=short", "-n", "4", "-m", "gpu",
+         str(ROOT / "tests" / "test_gpu.py")], capture_output=True, text=True)
+    say(code=done.returncode, said=done.stdout.splitlines()[-60:])
 
 
 def peers(say, device, toy):
-    """The plain way: autograd through dense products, torch's Adam, as most public trainers do."""
+    """The plain way: autograd through dense products, torch's Adam, as most public trainers do; and
+    dictionary_learning's own steps under autocast."""
+    from train import CASES, dictionary_learning
     from sae import unit
     for d_sae, k in ((16_384, 80), (65_536, 80)) if not toy else ((512, 4),):
         d_in, batch = (2304, 2048) if not toy else (64, 64)
@@ -256,14 +275,26 @@ def peers(say, device, toy):
             with torch.no_grad():
                 decoder.copy_(unit(decoder))
 
-        ours = Bench(device, d_in=d_in, d_sae=d_sae, batch=batch, activation="topk", l0=float(k))
-        theirs_ms, ours_ms = median_ms(plain, times=5)[0], median_ms(ours.step, times=5)[0]
-        say(d_sae=d_sae, k=k, plain_ms=theirs_ms, ours_ms=ours_ms,
-            plain_over_ours=theirs_ms / ours_ms)
+        times = {"plain": median_ms(plain, times=5)[0]}
+        for kind in ("topk", "batch_topk"):
+            ours = Bench(device, d_in=d_in, d_sae=d_sae, batch=batch, activation=kind, l0=float(k))
+            times[f"ours {kind}"] = median_ms(ours.step, times=5)[0]
+            del ours
+            if importlib.util.find_spec("dictionary_learning"):
+                CASES["here"] = (kind, d_in, d_sae, float(k), batch)
+                step = dictionary_learning(None, "here", device.type)
+
+                def theirs():
+                    with torch.autocast(device.type, torch.bfloat16,
+                                        enabled=device.type == "cuda"):
+                        step(0)
+                times[f"dictionary_learning {kind}"] = median_ms(theirs, times=5)[0]
+                del step
+        say(d_sae=d_sae, k=k, ms=times)
 
 
-PHASES = {versions: 25, steps: 45, sizes: 80, profile: 30, stage2: 75, stage1: 45, rule: 60,
-          variants: 90, tests: 60, peers: 70}
+PHASES = {versions: 25, steps: 25, tests: 100, sizes: 30, rule: 70, peers: 50, stages: 120,
+          stage2: 90, variants: 60, profile: 30}
 
 
 def main():
@@ -276,7 +307,7 @@ def main():
 
     def say(**found):
         line = json.dumps({"phase": args.phase, **found})
-        print(line[:300], flush=True)
+        print(line[:3000], flush=True)
         with open(args.out, "a") as f:
             f.write(line + "\n")
 
