@@ -1457,7 +1457,8 @@ def write_tensors(path, tensors, meta=None):
         header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [end, end + tensor.nbytes]}
         end += tensor.nbytes
-        blocks.append(tensor.view(-1).view(torch.uint8).numpy())
+        flat = tensor.as_strided((tensor.numel(),), (1,))      # one value may have another stride
+        blocks.append(flat.view(torch.uint8).numpy())
     header = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     header = len(header).to_bytes(8, "little") + header

@@ -1,20 +1,25 @@
 """Promises of the files between the stages: whole or not at all, checked when read, one line when
 wrong."""
+import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import safetensors.torch
 import torch
 
 from sae import (ROOT, Acts, Refuse, check_name, lock, natural, pick_device, positive_int,
-                 read_json, read_tensors, run_folders, write_file, write_json, write_tensors)
+                 read_json, read_tensors, run_folders, run_script, write_file, write_json,
+                 write_tensors)
 from toys import mixture, write_cache
 
 TENSORS = {"acts": torch.randn(40, 8).bfloat16(), "tokens": torch.arange(40, dtype=torch.int32),
-           "position": torch.arange(40, dtype=torch.int16), "empty": torch.zeros(0, 3)}
+           "position": torch.arange(40, dtype=torch.int16), "empty": torch.zeros(0, 3),
+           "one of a column": torch.arange(14)[::7][:1]}
 
 
 def test_tensors_come_back_with_their_meta_also_through_a_kept_buffer(tmp_path):
@@ -69,52 +74,72 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
+def ended(main, stderr=os.devnull):
+    """The exit code of main() in a process of its own, a fork, whose stderr goes to a file."""
+    def run():
+        sys.stderr = open(stderr, "w")
+        main()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
 def test_a_write_killed_half_way_leaves_the_old_file_and_the_lock_removes_the_rest(tmp_path):
     """The process dies before the rename: os.replace is never called."""
+    def die_half_way():
+        os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        write_file(tmp_path / "a", b"new")
+
     write_file(tmp_path / "a", b"old")
-    code = (
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import sae\n"
-        f"os.replace = lambda *_: os.kill(os.getpid(), 9)\n"
-        f"sae.write_file({str(tmp_path / 'a')!r}, b'new')"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert ended(die_half_way) == -signal.SIGKILL
     assert (tmp_path / "a").read_bytes() == b"old" and list(tmp_path.glob(".a.*.tmp"))
     lock(tmp_path).release()
     assert not list(tmp_path.glob(".a.*.tmp"))
 
 
 def test_a_disk_that_is_full_is_one_line(tmp_path):
-    code = (f"import resource, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import sae\n"
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-            f"sae.run_script(lambda: sae.write_file({str(tmp_path / 'a')!r}, bytes(5000)))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 4 and done.stderr.startswith("error: disk full while writing")
-    assert not list(tmp_path.iterdir())
+    def fill_the_disk():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        write_file(tmp_path / "there" / "a", bytes(5000))
+
+    (tmp_path / "there").mkdir()
+    assert ended(lambda: run_script(fill_the_disk), tmp_path / "stderr") == 4
+    assert (tmp_path / "stderr").read_text().startswith("error: disk full while writing")
+    assert not list((tmp_path / "there").iterdir())
 
 
-@pytest.mark.parametrize(
-    "does, code, says",
-    [
-        ("raise sae.Refuse('no such run: a\\nb', 2)", 2, "error: no such run: a b\n"),
-        ("raise KeyboardInterrupt", 130,
-         "interrupted: the same command goes on from what is saved\n"),
-        ("open('/nowhere/x')", 4, "error: /nowhere/x: No such file or directory\n"),
-        ("raise MemoryError('12 GB')", 4, "error: out of memory: 12 GB\n"),
-        ("import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)", 130,
-         "interrupted"),
-        ("return 0", 0, ""),
-    ],
-)
-def test_a_script_ends_in_one_line_and_a_code(does, code, says):
-    script = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sae\n"
-              f"def main():\n    {does}\nsae.run_script(main)")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (
-        done.returncode == code
-        and done.stderr.startswith(says)
-        and done.stderr.count("\n") == bool(says)
-    )
+def refuse():
+    raise Refuse("no such run: a\nb", 2)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def run_out_of_memory():
+    raise MemoryError("12 GB")
+
+
+def be_terminated():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+
+
+@pytest.mark.parametrize("main, code, says", [
+    (refuse, 2, "error: no such run: a b\n"),
+    (interrupt, 130, "interrupted: the same command goes on from what is saved\n"),
+    (lambda: open("/nowhere/x"), 4, "error: /nowhere/x: No such file or directory\n"),
+    (run_out_of_memory, 4, "error: out of memory: 12 GB\n"),
+    (be_terminated, 130, "interrupted"),
+    (lambda: 0, 0, ""),
+])
+def test_a_script_ends_in_one_line_and_a_code(main, code, says, tmp_path):
+    assert ended(lambda: run_script(main), tmp_path / "stderr") == code
+    said = (tmp_path / "stderr").read_text()
+    assert said.startswith(says) and said.count("\n") == bool(says)
 
 
 def test_a_reader_that_has_seen_enough_ends_a_script_quietly():

@@ -143,7 +143,7 @@ def test_the_reader_gives_each_shard_whole_while_it_reads_the_next(here):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_goes_on_to_the_same_bits(here, monkeypatch, how):
-    args = ["--variant", "baseline", "batch_topk", "--seed", "0", "--steps", "500", *SMALL]
+    args = ["--variant", "baseline", "batch_topk", "--seed", "0", "--steps", "250", *SMALL]
     first = script(here, *args, "--checkpoint", "0")
     checkpoints = lambda: list(here.glob("runs/*/checkpoint.safetensors"))
     while len(checkpoints()) < 2:

@@ -12,9 +12,10 @@ from toys import build, evaluate, mixture, steps, train, train_py
 
 NAMES = variant_names()
 CHILDREN = [n for n in NAMES if n != "baseline"]
-STEPS = 300
-every_file = pytest.mark.parametrize("name", NAMES)
-every_child = pytest.mark.parametrize("name", CHILDREN)
+STEPS, SHORT = 300, 100                 # all schedules are fractions of a run
+# "module": all tests of a variant one after another, so that one process trains it for all
+every_file = pytest.mark.parametrize("name", NAMES, scope="module")
+every_child = pytest.mark.parametrize("name", CHILDREN, scope="module")
 
 
 @functools.cache
@@ -31,6 +32,11 @@ def trained(name):
         log.append({k: float(v) for k, v in terms.items()})
 
     return train(name, data(), STEPS, each=each), log
+
+
+@functools.cache
+def trained_shortly(name):
+    return train(name, data(), SHORT)
 
 
 def rows():
@@ -68,7 +74,7 @@ def test_it_trains_differently_from_its_parent(name):
 def test_switched_off_it_is_its_parent_bit_for_bit(name):
     cls = load_variant(name)
     assert "off" in vars(cls), "a variant names the settings that switch its idea off: off = {...}"
-    off, parent = train(name, data(), STEPS, **cls.off), trained(parent_of(name))[0]
+    off, parent = train(name, data(), SHORT, **cls.off), trained_shortly(parent_of(name))
     for key, value in parent.state_dict().items():
         assert torch.equal(off.state_dict()[key], value), key
 
@@ -122,15 +128,15 @@ def test_saved_and_loaded_it_gives_the_same_bits(name, tmp_path):
 
 @every_file
 def test_stopped_and_resumed_it_gives_the_same_bits(name, tmp_path):
-    stop = STEPS // 2 + 7
-    first, opt = build(name, data(), STEPS)
+    stop = SHORT // 2 + 7
+    first, opt = build(name, data(), SHORT)
     steps(first, opt, data(), stop=stop)
     tensors, plain = train_py.pack(first, opt)
     write_tensors(tmp_path / "checkpoint.safetensors", tensors)
-    second, opt = build(name, data(), STEPS)
+    second, opt = build(name, data(), SHORT)
     train_py.unpack(second, opt, read_tensors(tmp_path / "checkpoint.safetensors")[0], plain)
     steps(second, opt, data(), start=stop)
-    for key, value in trained(name)[0].state_dict().items():
+    for key, value in trained_shortly(name).state_dict().items():
         assert torch.equal(second.state_dict()[key], value), key
 
 

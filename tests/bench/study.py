@@ -33,8 +33,11 @@ IDEAS = sorted((name for name in variant_names() if re.search(r"_r\d+$", name)),
 SWEPT = YARDSTICKS[:3]       # what the others are compared with at their own L0
 REAL, TOY = "smollm2-135m_l10", "synthetic"              # folders under acts/
 SEEDS = {REAL: range(3), TOY: range(5)}
-AGAIN = ["baseline", "revive", *(name for name in IDEAS if re.match("zscore|hierarchical", name))]
-MORE_SEEDS = range(3, 5)     # on the real model, for AGAIN: what looked better or cost little
+TOLD = re.compile("zscore|hierarchical|contrastive_r([3-9]|10)|adaptive_ortho_r[5-9]|"
+                  "topk_ortho_r[7-9]")
+AGAIN = ["baseline", "revive", *filter(TOLD.match, IDEAS)]
+MORE_SEEDS = range(3, 5)     # on the real model, for AGAIN: what looked better or worse, and the row
+                             # before it
 SETTINGS = {REAL: ["d_sae=2304", "batch_size=512"], TOY: ["d_sae=320", "batch_size=1024"]}
 L0 = {REAL: "40", TOY: "5"}
 SWEEP = {REAL: "22,72", TOY: "3,8"}      # neighbours are at most a factor of 2 apart
