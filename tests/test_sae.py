@@ -184,7 +184,7 @@ def test_aux_revives_dead_latents(activation):
     """Latents that start shut come back with AuxK and stay dead without it."""
     dead = {}
     for weight in (0.0, SAE.aux_weight):
-        sae, opt = build("baseline", RICH, 400, activation=activation, l0=8.0, aux_weight=weight,
+        sae, opt = build("baseline", RICH, 240, activation=activation, l0=8.0, aux_weight=weight,
                          dead_after=0.02)
         with torch.no_grad():
             sae.b_enc[:32] -= 12.0
