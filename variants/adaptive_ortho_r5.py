@@ -9,7 +9,7 @@ graph.
 On toys (300 steps) it costs explained variance: 0.545, the parent 0.551.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.49, the baseline's 0.40: can't
-be told from it; explained variance is 0.577, the baseline's 0.616: worse. On a real model (3 seeds)
+be told from it; explained variance is 0.577, the baseline's 0.616: worse. On a real model (5 seeds)
 explained variance is 0.775, the baseline's 0.782: no difference that matters.
 """
 from variants.adaptive_ortho_r4 import Variant as Base

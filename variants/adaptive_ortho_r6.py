@@ -11,7 +11,7 @@ parent 0.545, 0.400; path alone 0.596, 0.468; dropout alone 0.482, 0.353; both 0
 narrows the loss by ablation (0.144 to 0.129) by shortening every reconstruction.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.47, the baseline's 0.40: can't
-be told from it; explained variance is 0.514, the baseline's 0.616: worse. On a real model (3 seeds)
+be told from it; explained variance is 0.514, the baseline's 0.616: worse. On a real model (5 seeds)
 explained variance is 0.758, the baseline's 0.782: worse.
 """
 import torch

@@ -4,7 +4,7 @@ Latents first find their features and are then parted. The note ramps over the w
 (curriculum_ramp=1); the learning rate falls in its last fifth, where little can be parted any more.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.48, the baseline's 0.40: can't
-be told from it; explained variance is 0.516, the baseline's 0.616: worse. On a real model (3 seeds)
+be told from it; explained variance is 0.516, the baseline's 0.616: worse. On a real model (5 seeds)
 explained variance is 0.758, the baseline's 0.782: worse.
 """
 from variants.adaptive_ortho_r6 import Variant as Base

@@ -9,7 +9,7 @@ the layer norm gains it, the gentle start costs some of it in so short a run.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.40, the baseline's 0.40: no
 difference that matters; explained variance is 0.458, the baseline's 0.616: worse. On a real model
-(3 seeds) explained variance is 0.727, the baseline's 0.782: worse.
+(5 seeds) explained variance is 0.726, the baseline's 0.782: worse.
 """
 from sae import choice
 from variants.adaptive_ortho_r7 import Variant as Base

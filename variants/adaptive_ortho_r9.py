@@ -11,7 +11,7 @@ for an explained variance of 0.540, the parent's 0.559.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.39, the baseline's 0.40: no
 difference that matters; explained variance is 0.450, the baseline's 0.616: worse. On a real model
-(3 seeds) explained variance is 0.727, the baseline's 0.782: worse.
+(5 seeds) explained variance is 0.727, the baseline's 0.782: worse.
 """
 import torch
 from torch.utils.checkpoint import checkpoint

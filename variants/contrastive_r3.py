@@ -11,7 +11,7 @@ Found (toy mixture, ReLU, L0 4, 300 steps, seeds 0 and 1): Gini of the rates 0.0
 of 0.20 and 0.20, explained variance 0.533 and 0.534 instead of 0.545 and 0.538.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.61, the baseline's 0.40: worse;
-explained variance is 0.544, the baseline's 0.616: worse. On a real model (3 seeds) explained
+explained variance is 0.544, the baseline's 0.616: worse. On a real model (5 seeds) explained
 variance is 0.777, the baseline's 0.782: no difference that matters.
 """
 from variants.contrastive_r2 import Variant as Base

@@ -13,8 +13,8 @@ columns of latents that fire together 0.114 and 0.113 instead of 0.123 and 0.122
 variance 0.536 and 0.542 instead of 0.540 and 0.541.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.55, the baseline's 0.40: worse;
-explained variance is 0.564, the baseline's 0.616: worse. On a real model (3 seeds) explained
-variance is 0.745, the baseline's 0.782: worse.
+explained variance is 0.564, the baseline's 0.616: worse. On a real model (5 seeds) explained
+variance is 0.744, the baseline's 0.782: worse.
 """
 import torch
 

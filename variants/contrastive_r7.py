@@ -19,7 +19,7 @@ seed 0: 2.0 groups instead of 3.0, explained variance 0.545 instead of 0.501. Th
 did not move there (0.66).
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.55, the baseline's 0.40: worse;
-explained variance is 0.583, the baseline's 0.616: worse. On a real model (3 seeds) explained
+explained variance is 0.583, the baseline's 0.616: worse. On a real model (5 seeds) explained
 variance is 0.679, the baseline's 0.782: worse.
 """
 import torch

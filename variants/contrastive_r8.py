@@ -15,8 +15,8 @@ is 1.17 times the mean. Groups are as full as each other there: the factors' log
 standard deviation of 0.06.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.56, the baseline's 0.40: worse;
-explained variance is 0.582, the baseline's 0.616: worse. On a real model (3 seeds) explained
-variance is 0.670, the baseline's 0.782: worse.
+explained variance is 0.582, the baseline's 0.616: worse. On a real model (5 seeds) explained
+variance is 0.669, the baseline's 0.782: worse.
 """
 import torch
 from torch.nn import functional as F

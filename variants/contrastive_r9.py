@@ -14,7 +14,7 @@ In the default job (seed 0) 9.6 latents a row fall silent beside a winner, and t
 deviation is 0.07.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.57, the baseline's 0.40: worse;
-explained variance is 0.603, the baseline's 0.616: worse. On a real model (3 seeds) explained
+explained variance is 0.603, the baseline's 0.616: worse. On a real model (5 seeds) explained
 variance is 0.539, the baseline's 0.782: worse.
 """
 import torch

@@ -8,7 +8,7 @@ those of the latent that it was until others are counted. Only the latents that 
 counted. A pass over these for each of the 64 neighbours makes it the study's slowest row.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.57, the baseline's 0.40: worse;
-explained variance is 0.464, the baseline's 0.616: worse. On a real model (3 seeds) explained
+explained variance is 0.464, the baseline's 0.616: worse. On a real model (5 seeds) explained
 variance is 0.756, the baseline's 0.782: worse.
 """
 import torch

@@ -5,7 +5,7 @@ random direction if its rate is below reallocate_below times the mean rate l0 / 
 default data it idles: none does (seed 0).
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.57, the baseline's 0.40: worse;
-explained variance is 0.464, the baseline's 0.616: worse. On a real model (3 seeds) explained
+explained variance is 0.464, the baseline's 0.616: worse. On a real model (5 seeds) explained
 variance is 0.757, the baseline's 0.782: worse.
 """
 from variants.revive import Variant as Revive
