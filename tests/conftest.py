@@ -1,5 +1,4 @@
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -31,25 +30,13 @@ def own_process():
 
 
 def pytest_configure(config):
-    if getattr(config.option, "dist", "no") == "load":      # by -n: see the groups below
-        config.option.dist, config.option.loadscopereorder = "loadgroup", False
     config.addinivalue_line("markers", "slow: takes minutes; run with -m slow")
     config.addinivalue_line("markers", "gpu: needs a GPU; run with -m gpu")
-
-
-def group(item):
-    """Tests of one group go to one process: they share fixtures, or a study's trained variants."""
-    if item.path.stem != "test_variants":
-        return item.path.stem
-    name = item.callspec.params["name"] if hasattr(item, "callspec") else ""
-    return re.sub(r"_r\d+$", "", name)
 
 
 @pytest.hookimpl(tryfirst=True)                 # before -m chooses
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if item.path.stem not in ("test_gpu", "test_pretend_gpu"):           # they share nothing
-            item.add_marker(pytest.mark.xdist_group(group(item)))
         if item.get_closest_marker("slow") and "slow" not in config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -205,6 +205,7 @@ def test_what_is_missing_or_out_of_reach_is_said_in_one_line(hub, online):
 
 
 def test_offline_the_hubs_cache_gives_the_same_rows(hub, online, offline):
+    online.run(*ASK)
     hub.log.clear()
     assert "data set toys/stories is not in the local cache" in offline.refuses(4, *ASK)
     fetch = [Path(sys.executable).with_name("hf"), "download", "toys/stories", "--repo-type",

@@ -10,7 +10,8 @@ from sae import (SAE, ROOT, Refuse, docstring_line, generator, load_variant, par
                  parse_settings, read_tensors, variant_names, write_tensors)
 from toys import build, evaluate, mixture, steps, train, train_py
 
-NAMES = variant_names()
+# r9 before r10: a parent is trained before its child
+NAMES = sorted(variant_names(), key=lambda name: re.sub(r"\d+", lambda n: f"{int(n[0]):02}", name))
 CHILDREN = [n for n in NAMES if n != "baseline"]
 STEPS, SHORT = 300, 100                 # all schedules are fractions of a run
 # "module": all tests of a variant one after another, so that one process trains it for all
