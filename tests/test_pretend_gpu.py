@@ -92,6 +92,18 @@ def test_a_gpu_takes_the_dense_path():
         assert sae.path == "sparse" and sae.to("cuda").path == "dense"
 
 
+def test_aux_on_a_gpu_makes_dense_products():
+    with pretended() as launched:
+        sae, _ = build("baseline", X)
+        sae = sae.to("cuda")
+        sae.silent[:24] = 1e9
+        terms = {}
+        steps(sae, sae.make_optimizer(), X.to("cuda"), stop=1,
+              each=lambda sae, out, found: terms.update(found))
+    assert terms["aux"] > 0 and launched
+    assert not any("embedding_bag" in name or "sparse" in name for name in launched)
+
+
 def test_a_part_is_copied_from_there_whole_and_in_order():
     """Stage 1: the rows that are kept, as they were on the GPU when the copy was asked for."""
     kept = torch.tensor([5, 0, 3])
