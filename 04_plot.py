@@ -962,11 +962,12 @@ def final_losses(data):
         return None
     terms = [c for c in data.valid if c.startswith("final.loss_")]
     names = [term.removeprefix("final.loss_") for term in terms]
+    colours = dict(zip(names, [*COLOURS, *sns.color_palette("tab20b")]))     # in all panels
     figure, cells = grid(panels(data.valid), ["loss"])
     for axes, title, runs in cells:
         table = runs.groupby("group", sort=False)[terms].mean().fillna(0).set_axis(names, axis=1)
         table = table.loc[:, table.any()]
-        table.plot.bar(stacked=True, ax=axes[0], width=0.65, legend=False, rot=0)
+        table.plot.bar(stacked=True, ax=axes[0], width=0.65, legend=False, rot=0, color=colours)
         name_runs(axes[0], title, table.index)
         axes[0].set_ylabel("last loss (x_hat = 0 has 1)")
         add_legend(axes)

@@ -395,6 +395,16 @@ def test_many_combinations_of_swept_settings_have_a_colour_each(root):
     plot.plt.close(figure)
 
 
+def test_each_term_of_the_loss_has_a_colour(root):
+    for name in ("baseline", "topk"):
+        make_run(root, name, core={}, log={f"loss_term{i}": 0.1 for i in range(9)}.items())
+    with plot.plt.rc_context(plot.STYLE):
+        figure = plot.PLOTS["final_losses"](read_data(root))
+    bars = figure.axes[0].containers
+    assert len(bars) == 11 == len({bar[0].get_facecolor() for bar in bars})
+    plot.plt.close(figure)
+
+
 def test_swept_settings_are_drawn_in_the_order_of_their_values(root):
     for fraction in (0.1, 0.002, 0.03):
         make_run(root, "topk_ortho_r1", core={"explained_variance": fraction},
