@@ -197,24 +197,26 @@ def stages(say, device, toy):
     (here / "text.txt").write_text("".join(letters[i] for i in draw.tolist()))
     say(script="the model and its text", seconds=time.perf_counter() - started)
     tokens = 1_000_000 if not toy else 20_000
-    sizes = ["d_sae=16384", "l0=80", "batch_size=2048"]
-    toys = ["d_sae=64", "l0=4", "batch_size=256"]
+    acts = "gemma_l1" if toy else "gemma_l12"
+    settings = (["d_sae=64", "l0=4", "batch_size=256"] if toy
+                else ["d_sae=16384", "l0=80", "batch_size=2048"])
     for script, *given in (
             ("01_cache_acts.py", "--model", "gemma", "--layer", "1" if toy else "12", "--data",
              "text.txt", "--ctx", "128", "--tokens", str(tokens)),
-            ("02_train.py", "--acts", "gemma_l1" if toy else "gemma_l12", "--seed", "0",
-             "--variant", "topk", "baseline", "--set", *(toys if toy else sizes)),
+            ("02_train.py", "--acts", acts, "--seed", "0", "--variant", "topk", "baseline", "--set",
+             *settings),
             ("03_eval.py", "--eval", "core", "geometry")):
         started = time.perf_counter()
         done = subprocess.run([sys.executable, str(ROOT / script), *given], cwd=here,
                               capture_output=True, text=True)
+        said = done.stderr if done.returncode else done.stdout
         say(script=script, seconds=time.perf_counter() - started, tokens=tokens,
-            code=done.returncode, said=done.stderr[-600:] if done.returncode else done.stdout[-600:])
+            code=done.returncode, said=said[-600:])
     shutil.rmtree(here)
 
 
 def rule(say, device, toy):
-    """Sparse against dense at several k: where the rule of SAE.path should be."""
+    """Sparse against dense at several k: whether SAE.path chooses the faster one."""
     shapes = (((768, 6144), (2304, 2304), (2304, 8192), (2304, 16_384), (2304, 65_536))
               if not toy else ((64, 512),))
     for d_in, d_sae in shapes:
@@ -223,7 +225,7 @@ def rule(say, device, toy):
                 times = {}
                 for path in ("sparse", "dense"):
                     bench = Bench(device, d_in=d_in, d_sae=d_sae, batch=2048 if not toy else 64,
-                                  path=path, activation=kind, l0=float(max(1, round(share * d_sae))))
+                                  path=path, activation=kind, l0=max(1.0, share * d_sae))
                     times[path], _ = median_ms(bench.step, times=5, warm=2)
                     del bench
                 say(activation=kind, d_in=d_in, d_sae=d_sae, share=share, sparse_ms=times["sparse"],
@@ -252,8 +254,8 @@ def tests(say, device, toy):
 def peers(say, device, toy):
     """The plain way: autograd through dense products, torch's Adam, as most public trainers do; and
     dictionary_learning's own steps under autocast."""
-    from train import CASES, dictionary_learning
     from sae import unit
+    from train import CASES, dictionary_learning
     for d_sae, k in ((16_384, 80), (65_536, 80)) if not toy else ((512, 4),):
         d_in, batch = (2304, 2048) if not toy else (64, 64)
         x = torch.randn(batch, d_in, device=device)

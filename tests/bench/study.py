@@ -3,7 +3,7 @@
     python tests/bench/smollm2.py                   first: the language model and the text
     python tests/bench/study.py                     print the commands of all parts
     python tests/bench/study.py synthetic           a part: synthetic, yardsticks, ideas,
-                                                    exploratory, seeds
+                                                    exploratory, seeds, figures
     python tests/bench/study.py tables              write the tables of STUDIES.md from the runs
 
 All of them in one working folder, which needs 20 GB. What is finished is left alone, and the same
@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,14 +34,22 @@ IDEAS = sorted((name for name in variant_names() if re.search(r"_r\d+$", name)),
 SWEPT = YARDSTICKS[:3]       # what the others are compared with at their own L0
 REAL, TOY = "smollm2-135m_l10", "synthetic"              # folders under acts/
 SEEDS = {REAL: range(3), TOY: range(5)}
-TOLD = re.compile("zscore|hierarchical|contrastive_r([3-9]|10)|adaptive_ortho_r[5-9]|"
-                  "topk_ortho_r[7-9]")
-AGAIN = ["baseline", "revive", *filter(TOLD.match, IDEAS)]
-MORE_SEEDS = range(3, 5)     # on the real model, for AGAIN: what looked better or worse, and the row
-                             # before it
+# what looked better or worse on the real model, and the row before it
+TOLD = "zscore|hierarchical|contrastive_r([3-9]|10)|adaptive_ortho_r[5-9]|topk_ortho_r[7-9]"
+AGAIN = ["baseline", "revive", *filter(re.compile(TOLD).match, IDEAS)]
+MORE_SEEDS = range(3, 5)
 SETTINGS = {REAL: ["d_sae=2304", "batch_size=512"], TOY: ["d_sae=320", "batch_size=1024"]}
 L0 = {REAL: "40", TOY: "5"}
 SWEEP = {REAL: "22,72", TOY: "3,8"}      # neighbours are at most a factor of 2 apart
+FIGURES = {                  # study -> the plots that its note names
+    "contrastive": ["absorption_scores", "feature_splits", "final_losses", "letter_absorption"],
+    "topk_ortho": ["training_curves", "sparsity_evolution", "feature_correlations",
+                   "feature_usage"],
+    "zscore": [*(f"{metric}_evolution" for metric in (
+        "explained_variance", "mse", "l0", "l1", "kl_div_score", "ce_loss_score", "l2_ratio")),
+        "key_metrics_combined"],
+    "hierarchical": ["metrics_comparison", "absorption_rates", "probing_accuracy"],
+}
 
 
 # ---- the commands --------------------------------------------------------------------------------
@@ -69,6 +78,11 @@ def commands(part):
         yield from train(REAL, AGAIN, f"l0={L0[REAL]}", MORE_SEEDS)
         yield from train(REAL, ["baseline"], f"l0={SWEEP[REAL]}", MORE_SEEDS)
         yield evaluate(REAL, "core")
+    elif part == "figures":
+        baseline = f"runs/baseline-{REAL}-*l0={L0[REAL]}.0-s*"
+        yield ["03_eval.py", baseline, f"runs/topk_ortho_*-{REAL}-*", "--eval", "geometry"]
+        for study in FIGURES:
+            yield ["04_plot.py", baseline, f"runs/{study}_*-{REAL}-*", "--out", f"plots/{study}"]
 
 
 def yardsticks(acts):
@@ -102,6 +116,16 @@ def run(part):
 def expand(pattern):
     """The folders of a pattern such as runs/*-synthetic-*."""
     return sorted(str(path.parent) for path in Path().glob(f"{pattern}/config.json"))
+
+
+def keep_figures():
+    """Copy the plots that the notes name to this folder, smaller: of 256 colours."""
+    for study, names in FIGURES.items():
+        folder = STUDIES.parent / "figures" / study
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            drawn = Image.open(f"plots/{study}/{name}.png").convert("RGB")
+            drawn.quantize(256).save(folder / f"{name}.png", optimize=True)
 
 
 # ---- the tables ----------------------------------------------------------------------------------
@@ -191,7 +215,7 @@ def show_verdict(found):
 
 
 def main():
-    parts = ["synthetic", "yardsticks", "ideas", "exploratory", "seeds"]
+    parts = ["synthetic", "yardsticks", "ideas", "exploratory", "seeds", "figures"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", choices=[*parts, "tables"])
     part = parser.parse_args().part
@@ -199,6 +223,8 @@ def main():
         write_tables()
     elif part:
         run(part)
+        if part == "figures":
+            keep_figures()
     else:
         for name in parts:
             print(f"# {name}", *map(shlex.join, commands(name)), sep="\n")

@@ -65,18 +65,18 @@ def ours(root, case):
 
 def dictionary_learning(_, case, device="cpu"):
     """step() of dictionary_learning's trainer on the same rows, scaled as its own pipeline does."""
-    for name, attribute in {"nnsight": "LanguageModel", "zstandard": "", "datasets": "load_dataset"
-                            }.items():           # only its buffers need them, which take no part
+    # only its buffers need these, which take no part
+    for name, needed in (("nnsight", "LanguageModel"), ("zstandard", "open"),
+                         ("datasets", "load_dataset")):
         if name not in sys.modules and not importlib.util.find_spec(name):
-            sys.modules[name] = types.ModuleType(name)
-            setattr(sys.modules[name], attribute, None)
+            sys.modules[name] = types.SimpleNamespace(**{needed: None})
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.standard import StandardTrainer
     from dictionary_learning.trainers.top_k import TopKTrainer
     activation, d_in, d_sae, l0, batch = CASES[case]
     x = (rows(4 * batch, d_in) / d_in ** 0.5).to(device)
-    both = dict(steps=2000, activation_dim=d_in, dict_size=d_sae, layer=0, lm_name="", device=device,
-                lr=1e-3)
+    both = dict(steps=2000, activation_dim=d_in, dict_size=d_sae, layer=0, lm_name="",
+                device=device, lr=1e-3)
     kinds = {"topk": (TopKTrainer, {"k": int(l0)}),
              "batch_topk": (BatchTopKTrainer, {"k": int(l0)}),
              "relu": (StandardTrainer, {"l1_penalty": 0.1})}
