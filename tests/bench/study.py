@@ -3,7 +3,7 @@
     python tests/bench/smollm2.py                   first: the language model and the text
     python tests/bench/study.py                     print the commands of all parts
     python tests/bench/study.py synthetic           a part: synthetic, yardsticks, ideas,
-                                                    exploratory, seeds, figures
+                                                    exploratory, seeds, figures, larger
     python tests/bench/study.py tables              write the tables of STUDIES.md from the runs
 
 All of them in one working folder, which needs 20 GB. What is finished is left alone, and the same
@@ -33,14 +33,16 @@ YARDSTICKS = ["baseline", "topk", "batch_topk", "jumprelu", "gated", "p_anneal",
 IDEAS = sorted((name for name in variant_names() if re.search(r"_r\d+$", name)), key=plot.natural)
 SWEPT = YARDSTICKS[:3]       # what the others are compared with at their own L0
 REAL, TOY = "smollm2-135m_l10", "synthetic"              # folders under acts/
-SEEDS = {REAL: range(3), TOY: range(5)}
+LARGER = ["smollm2-1m_l10", "smollm2-1m_l20"]            # four times as many rows, two layers
+SEEDS = {REAL: range(3), TOY: range(5), **dict.fromkeys(LARGER, range(3))}
 # what looked better or worse on the real model, and the row before it
 TOLD = "zscore|hierarchical|contrastive_r([3-9]|10)|adaptive_ortho_r[5-9]|topk_ortho_r[7-9]"
 AGAIN = ["baseline", "revive", *filter(re.compile(TOLD).match, IDEAS)]
 MORE_SEEDS = range(3, 5)
-SETTINGS = {REAL: ["d_sae=2304", "batch_size=512"], TOY: ["d_sae=320", "batch_size=1024"]}
-L0 = {REAL: "40", TOY: "5"}
-SWEEP = {REAL: "22,72", TOY: "3,8"}      # neighbours are at most a factor of 2 apart
+SETTINGS = {REAL: ["d_sae=2304", "batch_size=512"], TOY: ["d_sae=320", "batch_size=1024"],
+            **dict.fromkeys(LARGER, ["d_sae=2304"])}
+L0 = {REAL: "40", TOY: "5", **dict.fromkeys(LARGER, "40")}
+SWEEP = {REAL: "22,72", TOY: "3,8", **dict.fromkeys(LARGER, "22,72")}   # at most a factor of 2 apart
 FIGURES = {                  # study -> the plots that its note names
     "contrastive": ["absorption_scores", "feature_splits", "final_losses", "letter_absorption"],
     "topk_ortho": ["training_curves", "sparsity_evolution", "feature_correlations",
@@ -83,6 +85,14 @@ def commands(part):
         yield ["03_eval.py", baseline, f"runs/topk_ortho_*-{REAL}-*", "--eval", "geometry"]
         for study in FIGURES:
             yield ["04_plot.py", baseline, f"runs/{study}_*-{REAL}-*", "--out", f"plots/{study}"]
+    elif part == "larger":
+        yield ["01_cache_acts.py", "--model", "models/smollm2-135m", "--layer", "10", "20",
+               "--ctx", "128", "--data", "texts/smollm2", "--tokens", "1_024_000",
+               "--val-tokens", "6_144", "--name", "smollm2-1m"]
+        for acts in LARGER:
+            yield from train(acts, AT_LARGE, f"l0={L0[acts]}")
+            yield from train(acts, ["baseline"], f"l0={SWEEP[acts]}")
+            yield evaluate(acts, "core")
 
 
 def yardsticks(acts):
@@ -131,11 +141,14 @@ def keep_figures():
 # ---- the tables ----------------------------------------------------------------------------------
 
 
-PRIMARY = {REAL: "explained_variance", TOY: "absorption"}        # what verdicts are about
+PRIMARY = {REAL: "explained_variance", TOY: "absorption",        # what verdicts are about
+           **dict.fromkeys(LARGER, "explained_variance")}
+EXPLORED = {REAL: ["absorption_fraction", "probe_1"], TOY: ["explained_variance", "mcc", "f1"],
+            **dict.fromkeys(LARGER, [])}
 SHOWN = {REAL: ["l0", "explained_variance", "ce_recovered", "dead", "absorption_fraction",
                 "probe_1"],
-         TOY: ["l0", "explained_variance", "mcc", "f1", "absorption", "dead"]}
-EXPLORED = {REAL: ["absorption_fraction", "probe_1"], TOY: ["explained_variance", "mcc", "f1"]}
+         TOY: ["l0", "explained_variance", "mcc", "f1", "absorption", "dead"],
+         **dict.fromkeys(LARGER, ["l0", "explained_variance", "ce_recovered", "kl_sae", "dead"])}
 EXPLORED_WORDS = {"better": " better", "worse": " worse", "no difference seen": " same"}
 TABLE = re.compile(r"<!-- table (\S+) (\S+) -->.*?<!-- end -->", re.DOTALL)
 
@@ -151,10 +164,11 @@ def write_tables():
 
     def table(match):
         acts, study = match.groups()
-        lines = ["Not run yet."]
-        if acts in found and study == "summary":
+        if acts not in found:
+            return match[0]              # its runs are elsewhere
+        if study == "summary":
             lines = summarise(found[acts], acts)
-        elif acts in found:
+        else:
             lines = describe(found[acts], explored[acts], acts, study)
         return "\n".join([f"<!-- table {acts} {study} -->", *lines, "<!-- end -->"])
 
@@ -177,11 +191,12 @@ def summarise(data, acts):
 
 
 def describe(data, explored, acts, study):
-    """The lines of a study's table: a row per group of runs; the controls are yardsticks."""
+    """The lines of the table of a study or of "all": a row per group of runs; the controls are
+    yardsticks."""
     rows = []
     for name, scored, members, told in plot.entries(data, acts):
         is_control = members.control.any()
-        if study == ("yardsticks" if is_control else members.study.iloc[0]):
+        if study in ("all", "yardsticks" if is_control else members.study.iloc[0]):
             rows.append(row(name, scored, members, told, acts, explored))
     if not rows:
         return ["No run yet."]
@@ -215,7 +230,7 @@ def show_verdict(found):
 
 
 def main():
-    parts = ["synthetic", "yardsticks", "ideas", "exploratory", "seeds", "figures"]
+    parts = ["synthetic", "yardsticks", "ideas", "exploratory", "seeds", "figures", "larger"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", choices=[*parts, "tables"])
     part = parser.parse_args().part
