@@ -734,7 +734,9 @@ class SAE(nn.Module):
         """Cosines between the columns of acts [B, d_sae] of `latents` [n]: who fires together [n,
         n]."""
         columns = acts.index_select(1, latents).float()
-        columns = columns / columns.norm(dim=0).clamp_min(1e-6)
+        norm = columns.norm(dim=0)
+        # a silent latent has no gradient either: jumprelu would multiply it by 1 / norm
+        columns = torch.where(norm > 1e-6, columns / norm.clamp_min(1e-6), 0.0)
         return columns.T @ columns
 
     @torch.no_grad()

@@ -381,6 +381,13 @@ def test_r4_firing_together_by_chance_costs_nothing_but_in_the_note_s_form():
     assert abs(diversity(acts)) < 0.25 * diversity(acts, div_product="batch")
 
 
+def test_r4_a_latent_that_is_silent_in_a_half_does_not_blow_up_jumprelus_gradient():
+    norms = []
+    train("contrastive_r4", X, 80, activation="jumprelu", micro_batches=2,
+          each=lambda sae, *_: norms.append(float(sae.stats["grad_norm"])))
+    assert max(norms) < 10
+
+
 def test_r4_the_weight_rises_over_half_of_the_run():
     sae, _ = start("contrastive_r4")
     scales = []
