@@ -53,7 +53,7 @@ from sae import (SAE, Acts, Parser, Refuse, checksum, decoder_layers, files_chec
                  model_checksum, model_tokenizer, pick_device, read_json, read_log, read_tensors,
                  run_folders, run_script, unit, write_file, write_json, write_tensors)
 
-VERSION = 7                  # of the evaluations here; a result of another version is made again
+VERSION = 8                  # of the evaluations here; a result of another version is made again
 LOADED = 2 ** 33             # bytes of SAEs that are in memory at the same time, or one SAE
 CODES = 2 ** 25              # entries of [rows, d_sae] that are made at a time
 LOGITS = {"cpu": 2 ** 22, "cuda": 2 ** 28}     # entries of [tokens, vocabulary] at a time
@@ -463,7 +463,7 @@ def skip_share(sae, x):
         without_acts = explained(sae.reconstruct(x))
     finally:
         del sae.activate
-    return max(0.0, without_acts) / max(with_acts, without_acts, 1e-9)
+    return max(0.0, without_acts) / max(with_acts, without_acts, 1e-3)
 
 
 # ---- truth: synthetic data, whose features are known ---------------------------------------------
@@ -760,9 +760,9 @@ def projections(W):
     for k in JL_DIMENSIONS:
         low = unit(W @ axes[:, :k])
         rough = (low @ low.T)[once]
-        found["error_sd"].append((rough - exact).square().mean().sqrt().item())
+        found["error_sd"].append(finite((rough - exact).square().mean().sqrt().item()))
         kept = torch.isin(exact.topk(n).indices, rough.topk(n).indices)
-        found["recall"].append(kept.double().mean().item())
+        found["recall"].append(finite(kept.double().mean().item()))
     return found
 
 
@@ -883,15 +883,16 @@ def pair_stability(code):
         for size in sizes:
             batches = list(zip(code.acts.split(size), code.pre.split(size)))[:min(n // size, 4)]
             chosen = [top_pairs(score(acts, pre), count) for acts, pre in batches]
-            indices = [len(a & b) / len(a | b) for a, b in itertools.pairwise(chosen)]
+            indices = [len(a & b) / max(1, len(a | b)) for a, b in itertools.pairwise(chosen)]
             found[rule]["jaccard"].append(sum(indices) / len(indices))
     return found
 
 
 def top_pairs(score, count):
-    """The set of the `count` pairs i < j with the highest scores [m, m], as flat indices."""
-    below = torch.ones_like(score, dtype=torch.bool).tril()
-    return set(score.masked_fill(below, -math.inf).flatten().topk(count).indices.tolist())
+    """The set of the `count` pairs i < j with the highest positive scores [m, m], as flat
+    indices."""
+    top = score.triu(1).flatten().topk(count)
+    return set(top.indices[top.values > 0].tolist())
 
 
 # ---- stability: which latents another seed finds again -------------------------------------------
@@ -997,6 +998,8 @@ def bench_settings(acts, name):
         asked = json.loads(file.read_text("utf-8")) if file.exists() else {}
     except ValueError as error:
         raise Refuse(f"{file} is not JSON: {error}", 2) from error
+    if not isinstance(asked, dict) or not all(isinstance(v, dict) for v in asked.values()):
+        raise Refuse(f"{file}: want {{evaluation: {{setting: value}}}}", 2)
     unknown = ", ".join(set(asked) - set(EVALS))
     if unknown:
         raise Refuse(f"{file}: there is no evaluation {unknown}, only {', '.join(EVALS)}", 2)
@@ -1266,7 +1269,7 @@ def split_latents(run, bench, letters, config):
         letter, reached = string.ascii_lowercase[i], -100.0
         y, test_y = (letters.labels[part] == i for part in ("train", "test"))
         for k in range(1, config.max_k_value + 1):
-            best = row.topk(k).indices
+            best = row.topk(min(k, len(row))).indices
             fit = LogisticRegression(max_iter=500, class_weight="balanced")
             fit.fit(train[:, best].numpy(), y.numpy())
             f1 = f1_score(test_y, fit.predict(test[:, best].numpy()))
@@ -1289,7 +1292,7 @@ def word_scores(run, bench, letters, split):
     probe.load_state_dict({"fc.weight": letters.weight, "fc.bias": letters.bias})
     calculator = FeatureAbsorptionCalculator(
         Replay(letters.again.to(bench.device)), [], max_icl_examples=0, word_token_pos=0,
-        batch_size=1024)                   # the thresholds' defaults are the published ones
+        batch_size=1024, topk_feats=min(10, run.sae.d_sae))    # else the published defaults
     return _aggregate_results_df(published.calculate_projection_and_cos_sims(
         calculator, BenchSAE(bench, run), probe, bench.acts.meta["layer"], stats))
 
@@ -1405,12 +1408,12 @@ def kinds_of_line(source):
 
 
 def own_tasks(acts, name):
-    """{task: folder} of the labelled corpus or, without one, of labelled/NAME. SCR and TPP take of
-    a corpus the task whose groups can be confounded with its classes."""
-    folder = corpus_tasks(acts)
-    if folder and name != "sparse_probing":
-        return {"package": folder / "package"}
-    found = sorted((folder or LABELLED).glob("*/train.jsonl"))
+    """{task: folder} of the labelled corpus and of labelled/NAME. SCR and TPP take of a corpus the
+    task whose groups can be confounded with its classes."""
+    found, folder = sorted(LABELLED.glob("*/train.jsonl")), corpus_tasks(acts)
+    if folder:
+        tasks = "*" if name == "sparse_probing" else "package"
+        found = sorted(folder.glob(f"{tasks}/train.jsonl")) + found
     return {p.parent.name: p.parent for p in found if p.parent.name not in ("forget", "retain")}
 
 

@@ -134,6 +134,8 @@ def test_pairs_that_fire_together_are_chosen_in_every_batch_and_others_by_chance
     assert stable["rows"] == [256, 1024, 2048] and stable["pairs"] == 12
     assert min(stable["phi"]["jaccard"]) >= 8 / 16 and chance["phi"]["jaccard"][0] < 0.25
     assert stable["null"] == pytest.approx([0.1 / 1.9] * 3)
+    never = eval_py.pair_stability(code_of(torch.eye(16).repeat(512, 1)))        # fire together
+    assert never["coactivation"]["jaccard"] == never["phi"]["jaccard"] == [0, 0, 0]
 
 
 def test_every_latent_is_in_the_density_histogram_or_silent():
@@ -182,6 +184,8 @@ def test_geometry_of_a_run_stands_beside_that_of_random_directions(here):
     assert len(details["l0_of_rows"]) == 101 and details["l0_of_rows"][50] == 3
     assert len(details["jl"]["run"]["recall"]) == 5
     write_json(folder / "geometry.json", result)                 # strict JSON
+    one = write_run(folder / "one-s0", build(acts, d_sae=1, l0=1.0, activation="relu"), acts)
+    write_json(folder / "geometry.json", evaluate("geometry", acts, [one])["one-s0"])
     again = evaluate("geometry", acts, [run])["topk-s0"]
     assert again == result
 

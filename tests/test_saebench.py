@@ -196,7 +196,7 @@ def make_run(name, sae):
 @torch.no_grad()
 def random_sae(acts, seed=0, d_sae=200):
     """Random directions, a tenth of which fire."""
-    sae = SAE(D, 100, seed, d_sae=d_sae, activation="topk", l0=20.0)
+    sae = SAE(D, 100, seed, d_sae=d_sae, activation="topk", l0=min(20.0, d_sae / 2))
     sae.scale.fill_(acts.scale)
     sae.mean.copy_(acts.mean)
     sae.b_enc.normal_(0, 0.1, generator=generator("b_enc", seed))
@@ -400,6 +400,11 @@ def test_absorption_out_of_its_scope_and_without_a_latent_that_knows_letters_is_
     assert blind[0]["level"] == "invalid" and "no latent knows" in blind[0]["why"]
 
 
+def test_absorption_of_fewer_latents_than_it_compares(world):
+    run = make_run("few", random_sae(world.toy, d_sae=8))
+    results("absorption", "toy", world.model, [run], **FEW_K)
+
+
 def test_absorption_is_left_out_if_the_model_knows_no_letters(world):
     with pytest.raises(ev.Unfit, match="probes find 0 first letters"):
         results("absorption", "toy", world.model, [], **FEW_K, min_GT_probe_f1=1.1)
@@ -562,6 +567,10 @@ def test_settings_that_are_no_json_are_one_line(world):
     Path("labelled/settings.json").write_text('{"scr": {},}')
     with pytest.raises(ev.Refuse, match="settings.json is not JSON"):
         ev.EVALS["absorption"].settings(Acts("acts/toy"))
+    for text in ('{"scr": ["package"]}', "5"):
+        Path("labelled/settings.json").write_text(text)
+        with pytest.raises(ev.Refuse, match="want {evaluation"):
+            ev.EVALS["scr"].settings(Acts("acts/toy"))
 
 
 def test_a_mistyped_name_in_the_settings_is_refused(world):
@@ -594,6 +603,13 @@ def test_a_result_depends_on_what_the_labelled_files_hold(world):
     assert before["data"].keys() == after["data"].keys() == set(PROBING["dataset_names"])
     assert before["data"][BIOS] == after["data"][BIOS]
     assert before["data"]["fancyzhx/ag_news"] != after["data"]["fancyzhx/ag_news"]
+
+
+def test_own_tasks_stand_beside_those_of_the_corpus(world):
+    write_lines(Path("labelled/own/train.jsonl"), [{"text": "one", "label": "a"}])
+    for name in ("sparse_probing", "tpp"):
+        assert {"package", "own"} <= ev.own_tasks(Acts("acts/labelled"), name).keys()
+    shutil.rmtree("labelled/own")
 
 
 def test_labelled_text_keeps_modules_apart(world):
