@@ -128,8 +128,8 @@ class Run:
             with torch.no_grad():
                 check_forward(self.sae, self.sae(x[:256]))
             self.sae.init_from_data(x)
-            start = {key: getattr(self.sae, key) for key in ("W_enc", "W_dec", "b_enc", "b_dec")}
-            self.config["start_checksum"] = write_tensors(self.folder / "start.safetensors", start)
+            start = write_tensors(self.folder / "start.safetensors", base_weights(self.sae))
+            self.config["start_checksum"] = start
         write_json(self.folder / "config.json", self.config)
 
     def train_on(self, x, log_now):
@@ -217,8 +217,10 @@ class Run:
         """Write the SAE and how the run ended."""
         self.sae.step = self.steps
         said = write_tensors(self.folder / "sae.safetensors", self.sae.state_dict())
+        weights = [w.detach().cpu().numpy().tobytes() for w in base_weights(self.sae).values()]
         log = (self.folder / "metrics.jsonl").read_bytes()
         self.config |= {"status": "done", "sae_checksum": said, "log_checksum": checksum(log),
+                        "weights_checksum": checksum(b"".join(weights)),
                         "seconds": self.seconds, "refused": self.refused, "final": self.last,
                         "acted": self.acted, "void": self.void()}
         write_json(self.folder / "config.json", self.config)
@@ -247,6 +249,11 @@ class Run:
         if self.folder.exists():
             write_json(self.folder / "config.json", self.config)
         print(f"error: {self.name}: {self.failure}", file=sys.stderr)
+
+
+def base_weights(sae):
+    """The parameters that every variant has."""
+    return {name: getattr(sae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
 
 
 @functools.cache

@@ -125,7 +125,7 @@ def call(mean, low, high, p, worth, better=1):
     """
     gain = np.multiply(mean, better)
     real = (p <= LEVEL) & (abs(gain) >= worth)
-    small = (low > -worth) & (high < worth)
+    small = (low >= -worth) & (high <= worth)        # also of what is 0 in all runs
     words = ["better", "worse", "no difference seen"]
     return np.select([real & (gain > 0), real & (gain < 0), small], words, "cannot tell")
 
@@ -169,8 +169,10 @@ def read_evaluation(name, result):
     # a list is a curve; SAEBench's details are curves over letters or data sets
     curves = []
     for key, ys in lists.items():
-        axis = next((lists[a] for start, a in AXES.items() if key.startswith(start)), None)
-        xs = np.linspace(0, 100, len(ys)) if axis is None else axis[:len(ys)]
+        xs = next((lists[a] for start, a in AXES.items() if key.startswith(start)),
+                  np.linspace(0, 100, len(ys)))
+        if len(xs) > len(ys):                # edges of bins: their middles
+            xs = np.convolve(xs, [0.5, 0.5], "valid")
         curves.append((key, xs, ys))
     details = pd.DataFrame(result.get("eval_result_details") or [])
     for key in details.select_dtypes("number"):
@@ -238,7 +240,8 @@ def read_run(folder):
     settings = config.get("settings") or {}
     row = {key: config.get(key) for key in needed}
     row |= {key: config.get(key, "") for key in
-            ("acts_checksum", "sae_checksum", "code_checksum", "base_checksum", "acted")}
+            ("acts_checksum", "sae_checksum", "weights_checksum", "code_checksum",
+             "base_checksum", "acted")}
     row |= {key: settings.get(key) for key in ("d_sae", "batch_size")}
     row |= {"folder": folder, "control": control, "paired": config.get("paired", True),
             "invalid": ["void"] * bool(config.get("void")), "caveats": [], "whys": [], "stale": [],
@@ -301,7 +304,7 @@ def read_runs(folders):
     order = sorted(runs.index, key=lambda i: (runs.acts[i], natural(runs.group[i]), runs.seed[i]))
     runs = runs.loc[order].reset_index(drop=True)
     mark_other_code(runs)
-    mark_duplicates(runs)
+    mark_same_weights(runs)
     return runs, controls[controls.acts.isin(runs.acts)], curves
 
 
@@ -342,15 +345,18 @@ def mark_other_code(runs):
         runs.loc[odd, "problem"] = "other code than its other seeds: train them again"
 
 
-def mark_duplicates(runs):
-    """Take out the runs that have the weights of another: an idea that never acted, or a copy. Of
-    an idea and its parent the parent stays."""
-    for _, same in runs[runs.problem == ""].groupby(["acts", "sae_checksum"]):
-        first = same[~same.parent.isin(same.variant)].index[0]
-        why = f"the weights of {runs.folder[first]}: an idea that never acted, or a copied run"
-        for i in same.index.drop(first):
+def mark_same_weights(runs):
+    """Take out the copies of a run, and say of an idea with its parent's weights that it never
+    acted."""
+    for _, same in runs[runs.problem == ""].groupby(["acts", "group", "sae_checksum"]):
+        for i in same.index[1:]:
             runs.at[i, "problem"] = "invalid: duplicate"
-            runs.at[i, "whys"] = [*runs.whys[i], ("duplicate", why)]
+            runs.whys[i].append(("duplicate", f"a copy of {runs.folder[same.index[0]]}"))
+    known = runs[(runs.problem == "") & (runs.weights_checksum != "")]   # not of an older stage 2
+    for _, same in known.groupby(["acts", "weights_checksum", "l0"]):
+        for i in same.index[same.parent.isin(same.variant)]:
+            runs.caveats[i].append("never acted")
+            runs.whys[i].append(("never acted", f"it has the weights of {runs.parent[i]}"))
 
 
 def usual_settings(overrides):
@@ -572,6 +578,8 @@ def results_table(data, acts):
                     "parent": parent.other,
                     "against its parent": parent.verdict,
                     f"{main.title} - parent's": show_interval(parent, main.digits)}
+        elif members.problem.str.startswith("invalid").all() and not members.control.any():
+            row["verdict"] = "invalid"       # of the baseline; the page ranks no such row
         for m in metrics:
             row[METRICS[m].title + "*" * (m in blind)] = mean_sd(scored[m], METRICS[m].digits)
         row["seeds"] = "" if members.control.any() else str(len(members))
@@ -590,10 +598,13 @@ def show_acted(members):
 def uninformative(data, acts):
     """{metric: the controls that do at least as well as the median run}."""
     valid, controls = data.valid[data.valid.acts == acts], data.controls[data.controls.acts == acts]
-    found = {}
+    found, sparse = {}, controls.l0 <= (1 + SAME_L0) * valid.l0.quantile()
     for metric, about in METRICS.items():
         if about.better and metric in valid and metric in controls:
-            as_good = about.better * (controls[metric] - valid[metric].quantile()) >= 0
+            on = {on.get(metric) for on in valid.measured_on}
+            alike = controls.measured_on.map(lambda theirs: theirs.get(metric) in on)
+            gain = about.better * (controls[metric] - valid[metric].quantile())
+            as_good = sparse & alike & (gain >= 0)
             if as_good.any():
                 found[metric] = [folder.name for folder in controls.folder[as_good]]
     return found
@@ -977,9 +988,9 @@ def final_losses(data):
 def letter_absorption(data):
     """A map of groups by first letters; mean over seeds."""
     curves = data.curves[data.curves.metric == "absorption.full_absorption_rate"]
+    curves = data.valid.merge(curves, on="folder")
     if curves.empty:
         return None
-    curves = data.valid.merge(curves, on="folder")
     table = curves.pivot_table("y", ["acts", "group"], "x", sort=False).sort_index(axis=1)
     if data.valid.acts.nunique() == 1:
         table = table.droplevel("acts")

@@ -395,6 +395,20 @@ def test_many_combinations_of_swept_settings_have_a_colour_each(root):
     plot.plt.close(figure)
 
 
+def test_runs_that_are_not_evaluated_by_core_are_no_traceback(root, call_main):
+    for seed in range(3):
+        make_run(root, "topk", seed, evals=everything(np.random.default_rng(seed)))
+    call_main()
+    plots = root.parent / "plots"
+    assert (plots / "report.html").exists() and not (plots / "letter_absorption.png").exists()
+
+
+def test_a_histogram_is_drawn_at_the_middles_of_its_bins(root):
+    make_run(root, "topk", core={})
+    curves = read_data(root).curves
+    assert list(curves[curves.metric == "density.counts"].x) == [-2.5, -1.5]
+
+
 def test_each_term_of_the_loss_has_a_colour(root):
     for name in ("baseline", "topk"):
         make_run(root, name, core={}, log={f"loss_term{i}": 0.1 for i in range(9)}.items())

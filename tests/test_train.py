@@ -96,11 +96,8 @@ def test_a_run_folder_says_what_ran(here, monkeypatch):
     assert config["sae_checksum"] == read_tensors(folder / "sae.safetensors")[1]["checksum"]
     assert config["start_checksum"] == read_tensors(folder / "start.safetensors")[1]["checksum"]
     source = (folder / "code.py").read_text()
-    assert (
-        source.index("class SAE")
-        < source.index("contrastive_r1 =")
-        < source.index("contrastive_r3 =")
-    )
+    places = [source.index(text) for text in ("class SAE", "contrastive_r1 =", "contrastive_r3 =")]
+    assert places == sorted(places)
     log = read_log(folder, config)
     assert log[-1]["step"] == 62
     assert log[-1] == config["final"]
@@ -199,23 +196,19 @@ class Variant(SAE):
 """
 
 
-@pytest.mark.parametrize(
-    "body, says",
-    [
-        ("def decode(self, acts): return acts @ self.W_dec[:, :5]",
-         "decode() returned [256, 5], want [256, 32]"),
-        ("def activate(self, pre): return pre", "activate() returned negative activations"),
-        ("def pre_acts(self, x): return super().pre_acts(x) * float('nan')",
-         "pre_acts() returned numbers that are not finite"),
-        ("def penalties(self, out): return {'aux': out.x}", "penalties() returned 'aux'"),
-        ("def after_step(self, opt, out): self.no_such_thing",
-         "AttributeError in after_step() (broken.py:5)"),
-        ("def choose_batch(self, n_rows, rng): return self.nothing",
-         "AttributeError in choose_batch()"),
-        ("def choose_batch(self, n_rows, rng): return torch.tensor([n_rows])", "IndexError"),
-        ("def accept(self, loss): return False", "10 steps in a row"),
-    ],
-)
+@pytest.mark.parametrize("body, says", [
+    ("def decode(self, acts): return acts @ self.W_dec[:, :5]",
+     "decode() returned [256, 5], want [256, 32]"),
+    ("def activate(self, pre): return pre", "activate() returned negative activations"),
+    ("def pre_acts(self, x): return super().pre_acts(x) * float('nan')",
+     "pre_acts() returned numbers that are not finite"),
+    ("def penalties(self, out): return {'aux': out.x}", "penalties() returned 'aux'"),
+    ("def after_step(self, opt, out): self.no_such_thing",
+     "AttributeError in after_step() (broken.py:5)"),
+    ("def choose_batch(self, n_rows, rng): return self.nothing",
+     "AttributeError in choose_batch()"),
+    ("def choose_batch(self, n_rows, rng): return torch.tensor([n_rows])", "IndexError"),
+    ("def accept(self, loss): return False", "10 steps in a row")])
 def test_a_broken_variant_is_named_and_the_others_go_on(here, monkeypatch, capsys, tmp_path, body,
                                                         says):
     package = tmp_path / "variants"
@@ -223,13 +216,14 @@ def test_a_broken_variant_is_named_and_the_others_go_on(here, monkeypatch, capsy
     (package / "broken.py").write_text(BROKEN.format(body))
     import variants
     monkeypatch.setattr(variants, "__path__", [*variants.__path__, str(package)])
-    monkeypatch.setattr(
-        train_py,
-        "load_variant",
-        lambda name: (
-            importlib.import_module("variants." + name).Variant if name == "broken" else load(name)
-        ),
-    )
+    load = train_py.load_variant
+
+    def find(name):
+        if name == "broken":
+            return importlib.import_module("variants.broken").Variant
+        return load(name)
+
+    monkeypatch.setattr(train_py, "load_variant", find)
     monkeypatch.setattr(train_py, "docstring_line", lambda name: name)
     monkeypatch.setattr(train_py, "parent_of", lambda name: "baseline")
     monkeypatch.setattr(train_py, "find_variants", lambda names: names)
@@ -246,9 +240,6 @@ def test_a_broken_variant_is_named_and_the_others_go_on(here, monkeypatch, capsy
     assert status == {"broken": "failed", "topk": "done"}
 
 
-load = train_py.load_variant
-
-
 def test_a_count_that_is_nan_is_left_out_of_what_is_told(here, monkeypatch):
     plain = SAE.after_step
 
@@ -262,12 +253,17 @@ def test_a_count_that_is_nan_is_left_out_of_what_is_told(here, monkeypatch):
     assert read_json(next(Path("runs").iterdir()) / "config.json")["acted"] == {"even": 2.0}
 
 
+def test_an_idea_that_never_acted_has_its_parents_weights(here, monkeypatch):
+    assert call(monkeypatch, "--variant", "baseline", "revive", "latent_lr", "--seed", "0",
+                *SMALL) == 0
+    configs = [read_json(path) for path in sorted(Path("runs").glob("*/config.json"))]
+    baseline, latent_lr, revive = (config["weights_checksum"] for config in configs)
+    assert configs[2]["acted"] == {"revived": 0} and baseline == revive != latent_lr
+
+
 def test_a_void_run_is_marked(here, monkeypatch, capsys):
-    assert (
-        call(monkeypatch, "--variant", "baseline", "--seed", "0", "--set", "d_sae=64", "l0=4",
-             "batch_size=256", "sparsity_start=0.0001", "sparsity_warmup=1")
-        == 5
-    )
+    never = ("d_sae=64", "l0=4", "batch_size=256", "sparsity_start=0.0001", "sparsity_warmup=1")
+    assert call(monkeypatch, "--variant", "baseline", "--seed", "0", "--set", *never) == 5
     config = read_json(next(Path("runs").iterdir()) / "config.json")
     assert config["void"] and "VOID" in capsys.readouterr().out
     # windows over past steps that are not full yet hold NaN

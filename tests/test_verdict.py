@@ -80,6 +80,7 @@ def test_seeds_that_change_nothing_are_no_evidence(tmp_path):
     for seed in range(5):
         make_run(tmp_path, "topk", seed, core={"explained_variance": 0.8})
     assert verdicts(tmp_path) == {"topk": "no difference seen (5 seeds)"}        # the same bits
+    assert plot.call(0.0, 0.0, 0.0, 1.0, worth=0.0) == "no difference seen"      # 0 in all runs
 
 
 def test_less_is_better_where_the_metric_says_so_and_its_margin_is_a_share(tmp_path):
@@ -248,20 +249,25 @@ def test_another_baseline_changes_no_verdict_of_runs_that_the_plain_one_fits_as_
         plant(tmp_path, "baseline", [0.05] * 3, sets={"activation": "jumprelu"})   # a nearer L0
 
 
-def test_of_two_runs_with_the_same_weights_the_idea_is_the_duplicate(tmp_path):
-    """An idea that never acted has its parent's weights; a copied run has its own."""
-    plant(tmp_path, "baseline", [0.0] * 3)
-    plant(tmp_path, "ortsae", [0.05 + e for e in SMALL[:3]])
-    for seed in range(3):
-        for name, parent in (("adaptive_ortho_r1", "ortsae"), ("ortsae", "baseline")):
-            folder = make_run(tmp_path, name, seed, parent=parent, core={}, sae_checksum=f"{seed}")
-            core = read_json(folder / "eval/core.json")
-            write_json(folder / "eval/core.json", core | {"sae_checksum": f"{seed}"})
-    found = verdicts(tmp_path)
-    assert found["adaptive_ortho_r1"] == "invalid (duplicate)" and "(3 seeds)" in found["ortsae"]
-    (whys,) = [row.whys for row in read_data(tmp_path).runs.itertuples()
-               if row.folder.name == "adaptive_ortho_r1-s1"]
-    assert whys[-1][0] == "duplicate" and "ortsae-s1: an idea that never acted" in whys[-1][1]
+def test_a_copied_run_is_no_seed_of_its_own(tmp_path):
+    plant(tmp_path, "baseline", [0.0] * 4)
+    plant(tmp_path, "topk", [0.05 + e for e in SMALL[:4]])
+    original = read_json(tmp_path / "topk-s0/config.json")["sae_checksum"]
+    for file in ("config.json", "eval/core.json"):
+        path = tmp_path / "topk-s3" / file
+        write_json(path, read_json(path) | {"sae_checksum": original})
+    assert verdicts(tmp_path) == {"topk": "better (3 of 4 seeds)"}
+
+
+def test_an_idea_that_never_acted_is_called_so(tmp_path):
+    for name, effect, weights in (("baseline", 0, "a"), ("topk", 0.05, "b"), ("revive", 0, "a")):
+        plant(tmp_path, name, [effect + e for e in SMALL[:3]])
+        for seed in range(3):
+            path = tmp_path / f"{name}-s{seed}/config.json"
+            write_json(path, read_json(path) | {"weights_checksum": f"{weights}{seed}"})
+    assert verdicts(tmp_path)["revive"] == "no difference seen (3 seeds)"
+    remarks = plot.results_table(read_data(tmp_path), "tiny").set_index("run").remarks
+    assert remarks.to_dict() == {"baseline": "", "topk": "", "revive": "never acted"}
 
 
 def test_guards_that_differ_between_seeds_are_each_named_once(tmp_path):
@@ -360,6 +366,11 @@ def test_a_metric_that_a_control_does_as_well_in_is_printed_as_such(tmp_path):
     data = read_data(tmp_path)
     assert plot.uninformative(data, "tiny") == {"absorption": ["untrained"]}
     assert "absorption*" in plot.results_table(data, "tiny")
+    make_control(tmp_path, "pca", l0=64.0, explained_variance=0.93, absorption=0.3)
+    assert "explained_variance" not in plot.uninformative(read_data(tmp_path), "tiny")
+    path = tmp_path / "controls-tiny/untrained/eval/core.json"
+    write_json(path, read_json(path) | {"acts_checksum": "of an older cache"})
+    assert plot.uninformative(read_data(tmp_path), "tiny") == {}
 
 
 # ---- simulated experiments; all of them in tests/bench/nulls.py ----------------------------------
