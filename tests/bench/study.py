@@ -33,7 +33,10 @@ YARDSTICKS = ["baseline", "topk", "batch_topk", "jumprelu", "gated", "p_anneal",
 IDEAS = sorted((name for name in variant_names() if re.search(r"_r\d+$", name)), key=plot.natural)
 SWEPT = YARDSTICKS[:3]       # what the others are compared with at their own L0
 REAL, TOY = "smollm2-135m_l10", "synthetic"              # folders under acts/
-LARGER = ["smollm2-1m_l10", "smollm2-1m_l20"]            # four times as many rows, two layers
+LARGER = {                   # four times as many rows, in batches of 2,048, at two layers
+    "smollm2-1m_l10": [*YARDSTICKS, *IDEAS],
+    "smollm2-1m_l20": ["baseline", "topk", "batch_topk", "zscore_r2", "hierarchical_r1",
+                       "contrastive_r4"]}
 SEEDS = {REAL: range(3), TOY: range(5), **dict.fromkeys(LARGER, range(3))}
 # what looked better or worse on the real model, and the row before it
 TOLD = "zscore|hierarchical|contrastive_r([3-9]|10)|adaptive_ortho_r[5-9]|topk_ortho_r[7-9]"
@@ -42,7 +45,8 @@ MORE_SEEDS = range(3, 5)
 SETTINGS = {REAL: ["d_sae=2304", "batch_size=512"], TOY: ["d_sae=320", "batch_size=1024"],
             **dict.fromkeys(LARGER, ["d_sae=2304"])}
 L0 = {REAL: "40", TOY: "5", **dict.fromkeys(LARGER, "40")}
-SWEEP = {REAL: "22,72", TOY: "3,8", **dict.fromkeys(LARGER, "22,72")}   # at most a factor of 2 apart
+# neighbours are at most a factor of 2 apart
+SWEEP = {REAL: "22,72", TOY: "3,8", **dict.fromkeys(LARGER, "22,72")}
 FIGURES = {                  # study -> the plots that its note names
     "contrastive": ["absorption_scores", "feature_splits", "final_losses", "letter_absorption"],
     "topk_ortho": ["training_curves", "sparsity_evolution", "feature_correlations",
@@ -89,8 +93,8 @@ def commands(part):
         yield ["01_cache_acts.py", "--model", "models/smollm2-135m", "--layer", "10", "20",
                "--ctx", "128", "--data", "texts/smollm2", "--tokens", "1_024_000",
                "--val-tokens", "6_144", "--name", "smollm2-1m"]
-        for acts in LARGER:
-            yield from train(acts, AT_LARGE, f"l0={L0[acts]}")
+        for acts, variants in LARGER.items():
+            yield from train(acts, variants, f"l0={L0[acts]}")
             yield from train(acts, ["baseline"], f"l0={SWEEP[acts]}")
             yield evaluate(acts, "core")
 
