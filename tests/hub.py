@@ -20,12 +20,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-API = re.compile(
-    r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)"
-    r"(/(?P<ask>revision|tree|paths-info|auth-check))?(/(?P<revision>[^/]+))?(/(?P<path>.+))?"
-)
-FILE = re.compile(
-    r"/(?P<kind>datasets/|)(?P<name>[^/]+/[^/]+)/(?P<ask>resolve)/(?P<revision>[^/]+)/(?P<path>.+)")
+API = re.compile(r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)"
+                 r"(/(?P<ask>revision|tree|paths-info|auth-check))?"
+                 r"(/(?P<revision>[^/]+))?(/(?P<path>.+))?")
+FILE = re.compile(r"/(?P<kind>datasets/|)(?P<name>[^/]+/[^/]+)/(?P<ask>resolve)"
+                  r"/(?P<revision>[^/]+)/(?P<path>.+)")
 LARGE = {".safetensors", ".parquet"}
 
 
@@ -34,8 +33,8 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, folder, gated=(), accepted=None):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.folder, self.gated, self.accepted, self.log = (Path(folder), set(gated),
-                                                            accepted or {}, [])
+        self.folder, self.gated = Path(folder), set(gated)
+        self.accepted, self.log = accepted or {}, []
         self.history = {}  # (repository, commit) -> its files: old ones are still served
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -91,13 +90,13 @@ class Answer(BaseHTTPRequestHandler):
         if path.startswith("/large/"):  # an address that was given to who may read it
             kind, org, name, commit, path = path.removeprefix("/large/").split("/", 4)
             data = self.server.history[f"{kind}/{org}/{name}", commit][path]
-            return self.content(
-                data, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'})
+            tag = f'"{hashlib.sha256(data).hexdigest()}"'
+            return self.content(data, {"X-Repo-Commit": commit, "ETag": tag})
         asked = API.fullmatch(path) or FILE.fullmatch(path)
         if not asked:
             return self.refuse(404, "", "Sorry, we can't find the page you are looking for.")
-        ask, name, revision, path = (asked["ask"], asked["name"], asked["revision"] or "main",
-                                     asked["path"] or "")
+        ask, name = asked["ask"], asked["name"]
+        revision, path = asked["revision"] or "main", asked["path"] or ""
         repo = f"{asked['kind'].strip('/') or 'models'}/{name}"
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in self.server.accepted:
@@ -105,14 +104,10 @@ class Answer(BaseHTTPRequestHandler):
         if not (self.server.folder / repo).is_dir():
             return self.refuse(404 if token else 401, "RepoNotFound",
                                "Repository not found" if token else "Invalid username or password.")
-        if (
-            ask in ("resolve", "auth-check")
-            and name in self.server.gated
-            and name not in self.server.accepted.get(token, ())
-        ):
-            return self.refuse(
-                403 if token else 401, "GatedRepo",
-                f"Access to {name} is restricted and you are not in the authorized list.")
+        closed = name in self.server.gated and name not in self.server.accepted.get(token, ())
+        if closed and ask in ("resolve", "auth-check"):
+            said = f"Access to {name} is restricted and you are not in the authorized list."
+            return self.refuse(403 if token else 401, "GatedRepo", said)
         latest = self.server.commit(repo)
         commit = latest if revision == "main" else revision
         if (repo, commit) not in self.server.history:
@@ -126,37 +121,26 @@ class Answer(BaseHTTPRequestHandler):
             under = [p for p in files if p.startswith(f"{path}/" if path else "")]
             if path and not under:
                 return self.refuse(404, "EntryNotFound", f"{path} does not exist on {revision}")
-            deep = (
-                parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() == "true"
-            )
-            folders = {
-                str(parent)
-                for p in under
-                for parent in Path(p).parents
-                if str(parent) not in (".", path)
-            }
-            entries = [self.entry(p, files) for p in under] + [
-                {"type": "directory", "path": f, "oid": commit, "size": 0} for f in folders]
+            parents = {str(parent) for p in under for parent in Path(p).parents} - {".", path}
+            deep = "recursive=true" in urlsplit(self.path).query.lower()
             depth = path.count("/") + 1 if path else 0
-            self.json([e for e in entries if deep or e["path"].count("/") == depth])
+            shown = [p for p in [*under, *parents] if deep or p.count("/") == depth]
+            self.json([self.entry(p, files, commit) for p in shown])
         elif ask == "paths-info":
             wanted = parse_qs(body).get("paths") or json.loads(body or "{}").get("paths", [])
-            folders = [p for p in wanted if any(f.startswith(f"{p}/") for f in files)]
-            self.json(
-                [self.entry(p, files) for p in wanted if p in files]
-                + [{"type": "directory", "path": p, "oid": commit, "size": 0} for p in folders]
-            )
+            there = [p for p in wanted if any(f == p or f.startswith(f"{p}/") for f in files)]
+            self.json([self.entry(p, files, commit) for p in there])
         else:
-            self.json(
-                {"_id": commit[:24], "id": name, "modelId": name, "sha": commit, "private": False,
-                 "tags": [], "downloads": 0, "likes": 0,
-                 "gated": "manual" if name in self.server.gated else False,
-                 "siblings": [{"rfilename": p} for p in files]}
-            )
+            self.json({"_id": commit[:24], "id": name, "modelId": name, "sha": commit,
+                       "private": False, "tags": [], "downloads": 0, "likes": 0,
+                       "gated": "manual" if name in self.server.gated else False,
+                       "siblings": [{"rfilename": p} for p in files]})
 
     do_HEAD = do_POST = do_GET
 
-    def entry(self, path, files):
+    def entry(self, path, files, commit):
+        if path not in files:
+            return {"type": "directory", "path": path, "oid": commit, "size": 0}
         return {"type": "file", "path": path, "size": len(files[path]),
                 "oid": hashlib.sha1(files[path]).hexdigest()}
 
@@ -168,9 +152,8 @@ class Answer(BaseHTTPRequestHandler):
         if Path(path).suffix in LARGE:
             headers |= {"X-Linked-Size": str(len(files[path])),
                         "X-Linked-ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"'}
-            return self.send(
-                302, b"", {**headers, "Location": f"{self.server.url}/large/{repo}/{commit}/{path}"}
-            )
+            headers["Location"] = f"{self.server.url}/large/{repo}/{commit}/{path}"
+            return self.send(302, b"", headers)
         self.content(files[path], headers)
 
     def content(self, data, headers=None):
@@ -182,25 +165,21 @@ class Answer(BaseHTTPRequestHandler):
         first, last = int(part[1]), min(int(part[2] or len(data)), len(data) - 1)
         if first >= len(data):
             return self.send(416, b"", {**headers, "Content-Range": f"bytes */{len(data)}"})
-        self.send(206, data[first : last + 1],
+        self.send(206, data[first:last + 1],
                   {**headers, "Content-Range": f"bytes {first}-{last}/{len(data)}"})
 
     def json(self, value):
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def refuse(self, status, code, message, headers=None):
-        self.send(
-            status,
-            json.dumps({"error": message}).encode(),
-            {**(headers or {}), **({"X-Error-Code": code} if code else {}),
-             "X-Error-Message": message},
-        )
+        headers = {**(headers or {}), "X-Error-Message": message}
+        if code:
+            headers["X-Error-Code"] = code
+        self.send(status, json.dumps({"error": message}).encode(), headers)
 
     def send(self, status, data, headers):
-        self.server.log.append(
-            (self.command, unquote(urlsplit(self.path).path),
-             len(data) if self.command == "GET" and status < 300 else 0)
-        )
+        fetched = len(data) if self.command == "GET" and status < 300 else 0
+        self.server.log.append((self.command, unquote(urlsplit(self.path).path), fetched))
         self.send_response(status)
         for key, value in {"Content-Type": "application/octet-stream", **headers,
                            "Content-Length": str(len(data))}.items():

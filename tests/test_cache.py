@@ -44,11 +44,7 @@ CONFIGS = {
         text_config=dict(**SIZE, num_key_value_heads=1, head_dim=8, sliding_window=4),
         vision_config=dict(hidden_size=16, intermediate_size=32, num_hidden_layers=3,
                            num_attention_heads=2, image_size=28, patch_size=14),
-        image_token_index=200,
-        boi_token_index=201,
-        eoi_token_index=202,
-        mm_tokens_per_image=4,
-    ),
+        image_token_index=200, boi_token_index=201, eoi_token_index=202, mm_tokens_per_image=4),
     "mixtral": lambda: T.MixtralConfig(**SIZE, num_key_value_heads=2, num_local_experts=4),
     "mamba": lambda: T.MambaConfig(vocab_size=204, hidden_size=16, num_hidden_layers=3,
                                    state_size=4),
@@ -114,8 +110,8 @@ def save(folder, architecture="gpt2", words=None, seed=0):
 def texts(n=80, length=30, seed=0):
     """Documents of random words."""
     g = torch.Generator().manual_seed(seed)
-    return [
-        " ".join(WORDS[i] for i in torch.randint(200, (length,), generator=g)) for _ in range(n)]
+    drawn = torch.randint(200, (n, length), generator=g).tolist()
+    return [" ".join(WORDS[i] for i in document) for document in drawn]
 
 
 def write_jsonl(path, documents, column="text"):
@@ -185,20 +181,17 @@ def tokens_of(rows, n):
     return tokens
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    ["llama", "gemma2", "gemma3 with vision", "mixtral", "mamba", "jamba", "falcon_h1", "gpt_oss",
-     "falcon"],
-)
+@pytest.mark.parametrize("architecture", [
+    "llama", "gemma2", "gemma3 with vision", "mixtral", "mamba", "jamba", "falcon_h1", "gpt_oss",
+    "falcon"])
 def test_activations_are_the_hidden_states_of_the_model(architecture, here):
     model = save(here / "m", architecture)
     run("--model", "m", "--layer", 0, 1, "--data", "t.jsonl", *SMALL)
     for layer in (0, 1):
         meta, rows = sae.Acts(f"acts/m_l{layer}").meta, all_rows(f"acts/m_l{layer}")
         hidden = model(tokens_of(rows, meta["contexts"]), output_hidden_states=True).hidden_states
-        hidden = hidden[
-            layer if architecture == "mamba" else layer + 1]  # Mamba's list starts later
-        wanted = hidden[rows["context"].long(), rows["position"].long()]
+        at = layer if architecture == "mamba" else layer + 1         # Mamba's list starts later
+        wanted = hidden[at][rows["context"].long(), rows["position"].long()]
         torch.testing.assert_close(rows["acts"], wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -235,10 +228,8 @@ def test_every_shard_is_a_sample_of_the_whole_cache(here):
         context = acts.shard(i)["context"].float()
         assert context.unique().numel() > 25                               # of 80, in about 62 rows
         assert abs(context.mean() - 39.5) < 12                             # 4 standard errors
-        assert (
-            abs(torch.corrcoef(torch.stack([context, torch.arange(len(context)).float()]))[0, 1])
-            < 0.5
-        )
+        both = torch.stack([context, torch.arange(len(context)).float()])
+        assert abs(torch.corrcoef(both)[0, 1]) < 0.5
 
 
 def test_layers_after_the_deepest_one_are_not_run(here, monkeypatch):
@@ -320,13 +311,12 @@ def test_contexts_start_with_bos_if_the_tokenizer_puts_one(words, starts):
 
 
 def test_held_out_documents_are_not_trained_on_and_are_a_tenth_of_a_short_text(here):
-    write_jsonl(here / "t.jsonl",
-                [" ".join([WORDS[i]] * 20) for i in range(150)])  # known by their word
+    write_jsonl(here / "t.jsonl", [" ".join([word] * 20) for word in WORDS[:150]])
     run("--model", "m", "--data", "t.jsonl", "--ctx", 8, "--device", "cpu")  # 1,000,000 tokens
     acts = sae.Acts("acts/m")
     val = acts.val()
-    held, trained = set(val["tokens"][val["mask"]].tolist()), set(
-        all_rows("acts/m")["tokens"].tolist())
+    held = set(val["tokens"][val["mask"]].tolist())
+    trained = set(all_rows("acts/m")["tokens"].tolist())
     assert held and trained and not held & trained
     assert 0.08 < len(val["tokens"]) / (len(val["tokens"]) + acts.meta["contexts"]) < 0.11
 
@@ -417,8 +407,8 @@ def test_text_that_runs_out_gives_the_rows_there_are(here, capsys):
     run("--model", "m", "--data", "t.jsonl", *SMALL, "--tokens", "20_000")
     meta = sae.Acts("acts/m").meta
     assert meta["rows"] < 80 * 30 and "the text ends after" in capsys.readouterr().out
-    assert (
-        len(meta["shards"]) < 2 * meta["rows"] / 64 + 1)  # not as many as 20,000 tokens would fill
+    # not as many as 20,000 tokens would fill
+    assert len(meta["shards"]) < 2 * meta["rows"] / 64 + 1
 
 
 @pytest.mark.parametrize("dtype, bytes_of_one", [("bfloat16", 2), ("float16", 2)])
@@ -436,9 +426,8 @@ def test_synthetic_rows_are_sums_of_known_directions_in_trees(tmp_path, monkeypa
     run("--model", "synthetic", "--tokens", 20_000, "--rows-per-shard", 5000, "--val-tokens", 5000,
         "--dtype", "float32", "--device", "cpu")
     acts, rows = sae.Acts("acts/synthetic"), all_rows("acts/synthetic")
-    truth, val = (
-        sae.read_tensors("acts/synthetic/truth.safetensors", acts.meta["truth"]["checksum"])[0],
-        acts.val())
+    val, checksum = acts.val(), acts.meta["truth"]["checksum"]
+    truth, _ = sae.read_tensors("acts/synthetic/truth.safetensors", checksum)
     fires, parent = val["features"] > 0, truth["parent"].long()
     children = (parent >= 0).nonzero().flatten()
     torch.testing.assert_close(val["features"].float() @ truth["dictionary"], val["acts"])
@@ -581,7 +570,7 @@ def test_killed_at_every_event_and_run_again_the_bytes_are_the_same(here):
 def test_parts_with_gaps_are_gone_on_from_and_a_late_process_finds_the_cache_complete(
         here, monkeypatch):
     ask = ["--model", "m", "--data", "t.jsonl", *SMALL]
-    finish, seen = cache.Cache.finish, []
+    seen = []
 
     def interrupted(self, *args):
         seen.append((self, args))
@@ -732,22 +721,17 @@ def test_a_config_that_this_transformers_does_not_read_is_translated_or_refused(
         run("--model", name, *ask)
     assert torch.equal(in_order("acts/v4_l1"), in_order("acts/v5_l1"))
     rows = all_rows("acts/v5_l1")
-    plain = model(tokens_of(rows, 80), output_hidden_states=True).hidden_states[
-        2]  # rotary base 10,000
-    assert (
-        plain[rows["context"].long(), rows["position"].long()] - rows["acts"]).abs().max() > 0.01
+    # the model itself still has the rotary base 10,000
+    plain = model(tokens_of(rows, 80), output_hidden_states=True).hidden_states[2]
+    plain = plain[rows["context"].long(), rows["position"].long()]
+    assert (plain - rows["acts"]).abs().max() > 0.01
     edit(config, transformers_version="99.0", wobble=3, auto_map={"AutoModel": "code.Model"})
     said = refused(3, "--model", "v5", *ask, "--name", "x")
     assert "written by transformers 99.0" in said and "has wobble," in said
     assert T.__version__ in said
     if T.__version__ < "5":
-        edit(
-            config,
-            transformers_version="5.2",
-            wobble=None,
-            rope_parameters={"full_attention": {"rope_theta": 5.0},
-                             "sliding_attention": {"rope_theta": 1.0}},
-        )
+        bases = {"full_attention": {"rope_theta": 5.0}, "sliding_attention": {"rope_theta": 1.0}}
+        edit(config, transformers_version="5.2", wobble=None, rope_parameters=bases)
         assert "rope_parameters" in refused(3, "--model", "v5", *ask, "--name", "x")
         edit(here / "m" / "tokenizer_config.json", tokenizer_class="TokenizersBackend")
         assert "was written by transformers 5" in refused(3, "--model", "m", *ask)
@@ -769,8 +753,8 @@ def test_a_model_that_can_not_be_read_is_one_line(here):
     edit(here / "m/config.json", quantization_config=None)
     Path("m/model.safetensors").unlink()
     torch.save(saved, "m/pytorch_model.bin")
-    assert "no weights in safetensors files: save them so, or add --trust-remote-code" in refused(
-        3, *ask)
+    said = refused(3, *ask)
+    assert "no weights in safetensors files: save them so, or add --trust-remote-code" in said
     with open("m/model.safetensors", "wb") as f:
         f.truncate(10 ** 13)                                               # a hole of 10 TB
     with pytest.raises(sae.Refuse,
@@ -845,8 +829,7 @@ def test_the_embedded_model_beats_bigrams_clearly(tmp_path, monkeypatch):
     acts = sae.Acts("acts/tiny")
     words = transformers.AutoTokenizer.from_pretrained("acts/tiny_lm/model")
     assert acts.meta["layer"] == 1 and acts.d_in == 128 and len(acts.val()["tokens"]) > 100
-    assert (
-        acts.shard(0)["position"].min() == 1 and acts.meta["dropped"]["outlier"] < 0.001 * acts.rows
-    )
+    assert acts.shard(0)["position"].min() == 1
+    assert acts.meta["dropped"]["outlier"] < 0.001 * acts.rows
     tail = words.tokenize(" tartan has the first letter:")[-5:]  # as the absorption prompts need it
     assert words.convert_tokens_to_string(tail) == " has the first letter:"

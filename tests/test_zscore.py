@@ -95,18 +95,15 @@ def test_it_is_a_jumprelu_in_saelens_format(tmp_path):
     sae.to_saelens(tmp_path)
     again = SAE.from_saelens(tmp_path)
     raw = rows()[:256] / 3 + 0.5
-    assert (
-        torch.allclose(again.encode(raw), sae.encode(raw), atol=1e-4)
-        and (sae.encode(raw) > 0).any()
-    )
+    assert torch.allclose(again.encode(raw), sae.encode(raw), atol=1e-4)
+    assert (sae.encode(raw) > 0).any()
 
 
 def test_z_brings_l0_to_its_target_from_anywhere_and_left_alone_does_not():
     for start in (0.5, 3.5):
         assert abs(l0_of(after("zscore_r1", 60, zscore_start=start)) / 4 - 1) < 0.1
-    left = [
-        l0_of(after("zscore_r1", 60, zscore_start=2.0, zscore_gain=0.0, l0=l0)) for l0 in (2.0, 6.0)
-    ]
+    left = [l0_of(after("zscore_r1", 60, zscore_start=2.0, zscore_gain=0.0, l0=l0))
+            for l0 in (2.0, 6.0)]
     assert abs(left[0] / left[1] - 1) < 0.1
 
 
@@ -167,8 +164,8 @@ def test_firing_together_is_averaged_over_the_last_batches_with_this_ones_gradie
     by = size * size[:, None] if rule == "coactivation" else size.square().mean()
     known = acts.T @ acts / by
     off_diagonal = ~torch.eye(64, dtype=torch.bool)
-    assert (
-        torch.corrcoef(torch.stack([sae.together[off_diagonal], known[off_diagonal]]))[0, 1] > 0.8)
+    both = torch.stack([sae.together[off_diagonal], known[off_diagonal]])
+    assert torch.corrcoef(both)[0, 1] > 0.8
     assert abs(sae.together.diag().mean() / known.diag().mean() - 1) < 0.15
     cos = (sae.W_dec @ sae.W_dec.T).detach()
     cost = sae.interference(out)
@@ -219,11 +216,8 @@ def test_dead_copies_come_to_life_and_the_dictionary_becomes_more_diverse():
         steps(sae, opt, data())
         saes.append(sae.eval())
     revived, left = saes
-    assert (
-        revived.revived >= 16
-        and (rates(revived) == 0).sum() == 0
-        and (rates(left) == 0).sum() == 16
-    )
+    assert revived.revived >= 16
+    assert (rates(revived) == 0).sum() == 0 and (rates(left) == 0).sum() == 16
     assert nearest(revived) < nearest(left) - 0.05
 
 

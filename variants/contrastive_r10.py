@@ -10,6 +10,7 @@ restarts takes what is left of its direction beside its block: at d_sae = d_in i
 
 Pruning idles in all that was run: rows of a block can't be parallel, and the contrast parts the
 others. Revival idles on the default data, where nothing dies; on a real model 7 latents restart.
+A restarted one fires at a fifth of the wanted rate at first: r7's mask and r9's competition.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.53, the baseline's 0.40: worse;
 explained variance is 0.587, the baseline's 0.616: worse. On a real model (5 seeds) explained

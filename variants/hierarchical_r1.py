@@ -19,7 +19,7 @@ class Variant(SAE):
     linear_start = 0.5            # L0 wanted at the start, as a multiple of l0: below 1 it rises
     linear_until = 0.5            # fraction of the run by which it is l0, linearly
     linear_form = choice("l0", "weight")    # weight: 1 / sqrt(d_sae) of itself, linearly to 0
-    linear_window = 100.0         # rows per latent over which firing is followed in `window`
+    linear_window = 100.0         # rows per latent that `window` follows (hierarchical_r3 reads it)
     off = {"linear_start": 1.0}
     counts = ("schedule_gap",)              # mean |L0 / wanted - 1| over the run
 

@@ -9,8 +9,6 @@ On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.48, the base
 be told from it; explained variance is 0.543, the baseline's 0.616: worse. On a real model (5 seeds)
 explained variance is 0.767, the baseline's 0.782: worse.
 """
-import torch
-
 from variants.hierarchical_r2 import Variant as Base
 from variants.latent_l1 import Variant as LatentL1
 

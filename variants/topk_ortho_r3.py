@@ -21,7 +21,7 @@ class Variant(Base):
     pairs_min = 10            # so many pairs pay in any case, the best
     pairs_memory = 0.02       # fraction of the run that the threshold is averaged over
     off = {"pairs_std": 0.0}
-    fixed = {"pair_fraction": "pairs are those above the threshold of topk_ortho_r3"}
+    fixed = {"pair_fraction": "pairs above a threshold pay; topk_ortho_r2 has a fixed share"}
     counts = ("pairs",)
 
     def build(self):
@@ -32,7 +32,7 @@ class Variant(Base):
         if not self.pairs_std:
             return super().select_pairs(score)
         known = score[score > -torch.inf].float()
-        if len(known) > 1:
+        if len(known) > 1 and not self.part.start:         # once a step, by the batch's first part
             threshold = known.mean() + self.pairs_std * known.std()
             self.pair_threshold.lerp_(threshold, self.memory(self.pairs_memory))
         most = max(self.pairs_min, round(0.05 * len(known)))

@@ -8,8 +8,6 @@ On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.34, the base
 be told from it; explained variance is 0.563, the baseline's 0.616: worse. On a real model (3 seeds)
 explained variance is 0.782, the baseline's 0.782: no difference that matters.
 """
-import torch
-
 from variants.topk_ortho_r4 import Variant as Base
 
 

@@ -11,8 +11,6 @@ On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.59, the base
 explained variance is 0.440, the baseline's 0.616: worse. On a real model (3 seeds) explained
 variance is 0.774, the baseline's 0.782: no difference that matters.
 """
-import torch
-
 from sae import choice
 from variants.latent_l1 import Variant as LatentL1
 from variants.topk_ortho_r5 import Variant as Base

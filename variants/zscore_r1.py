@@ -86,7 +86,8 @@ class Variant(Base):
     revive_interference = 1.0       # a silent latent restarts if it overlaps the living so many
                                     # times as much as they do each other; 0: any
     off = {"zscore_threshold": False, "interference_weight": 0.0, "revive_interference": 0.0}
-    fixed = dict.fromkeys(["sparsity_weight", "sparsity_gain", "sparsity_memory"], "z holds L0")
+    fixed = dict.fromkeys(["sparsity_weight", "sparsity_gain", "sparsity_memory"],
+                          "z holds L0; without zscore_threshold it keeps its default")
     counts = ("z", "overlaps", "revived")
 
     def build(self):

@@ -4,7 +4,7 @@ Plateau: the loss, a moving average, has not fallen by plateau_gain for plateau_
 
 Found (default job, seed 0): the rate is halved three times, from three quarters of the run on. At
 plateau_gain=0.01 no plateau comes in 479 steps: so short a run has none. On known features none
-comes either, so the figures below are those of the lower penalty alone.
+comes either, so the figures on them are those of the lower penalty alone.
 
 On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.65, the baseline's 0.40: worse;
 explained variance is 0.767, the baseline's 0.616: better. On a real model (5 seeds) explained

@@ -11,8 +11,6 @@ On known features (tests/bench/STUDIES.md, 5 seeds) absorption is 0.61, the base
 explained variance is 0.789, the baseline's 0.616: better. On a real model (5 seeds) explained
 variance is 0.844, the baseline's 0.782: better.
 """
-import torch
-
 from variants.latent_lr import Variant as LatentLR
 from variants.zscore_r4 import Variant as Base
 
