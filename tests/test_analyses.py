@@ -63,6 +63,7 @@ def test_condition_numbers_of_orthonormal_near_duplicate_and_dependent_sets():
     near = torch.stack([W[0], math.cos(angle) * W[0] + math.sin(angle) * W[1]])
     expected = math.sqrt((1 + math.cos(angle)) / (1 - math.cos(angle)))
     assert median(near, [0, 1]) == pytest.approx(expected, rel=1e-3)
+    assert median(torch.cat([W, near]), [0, 1], [0, 1], [8, 9]) == pytest.approx(1, abs=1e-6)
     assert median(torch.cat([W, W]), [0, 8]) is None                  # the same twice
     assert median(unit(rows(20, 4)), list(range(5))) is None          # more rows than dimensions
     assert median(W) is None
@@ -134,6 +135,8 @@ def test_pairs_that_fire_together_are_chosen_in_every_batch_and_others_by_chance
     assert stable["rows"] == [256, 1024, 2048] and stable["pairs"] == 12
     assert min(stable["phi"]["jaccard"]) >= 8 / 16 and chance["phi"]["jaccard"][0] < 0.25
     assert stable["null"] == pytest.approx([0.1 / 1.9] * 3)
+    code = code_of(independent)._replace(pre=planted.float())
+    assert min(eval_py.pair_stability(code)["preact"]["jaccard"]) >= 8 / 16
     never = eval_py.pair_stability(code_of(torch.eye(16).repeat(512, 1)))        # fire together
     assert never["coactivation"]["jaccard"] == never["phi"]["jaccard"] == [0, 0, 0]
 

@@ -307,12 +307,13 @@ def test_contexts_start_with_bos_if_the_tokenizer_puts_one(words, starts):
     assert all(context[:len(starts)] == starts and len(context) == 8 for context in found)
     flat = [token for context in found for token in context[len(starts):]]
     ids = [words(text, add_special_tokens=False).input_ids for text in texts()]
-    assert flat == [token for i in ids for token in i + [words.eos_token_id]][:len(flat)]
+    given = [token for i in ids for token in i + [words.eos_token_id]]
+    assert len(given) - 8 < len(flat) and flat == given[:len(flat)]
 
 
 def test_held_out_documents_are_not_trained_on_and_are_a_tenth_of_a_short_text(here):
     write_jsonl(here / "t.jsonl", [" ".join([word] * 20) for word in WORDS[:150]])
-    run("--model", "m", "--data", "t.jsonl", "--ctx", 8, "--device", "cpu")  # 1,000,000 tokens
+    run("--model", "m", "--data", "t.jsonl", "--ctx", 8, "--device", "cpu")  # 300,000 tokens
     acts = sae.Acts("acts/m")
     val = acts.val()
     held = set(val["tokens"][val["mask"]].tolist())

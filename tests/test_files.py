@@ -67,9 +67,9 @@ def test_json_that_is_not_ours_is_refused(text, tmp_path):
         read_json(tmp_path / "a.json")
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+def test_nan_is_refused_before_the_file_is_touched(tmp_path):
     write_file(tmp_path / "a", b"old")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "a", {"x": float("nan")})
     assert (tmp_path / "a").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 

@@ -233,8 +233,15 @@ def test_near_duplicates_are_gone_after_the_first_merging_and_stay_away(activati
 
 def test_merging_counts_and_restarts_the_freed_at_bad_rows():
     sae, opt = doubled()
+    sae.step = 9
+    out = sae(TRAIN[:256])
+    residuals = unit(out.x - out.x_hat)
+    with torch.no_grad():
+        _, directions = sae.restart(out)
+    assert sae.merged == len(directions) == 32
+    assert ((unit(directions) @ residuals.T).amax(1) > 0.999).all()
+    sae, opt = doubled()
     steps(sae, opt, TRAIN, stop=10)
-    assert sae.merged == 32
     assert (cosines(sae).max(1).values < 0.9).all()
 
 

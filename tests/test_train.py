@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,17 +168,21 @@ def test_a_stopped_run_goes_on_to_the_same_bits(here, monkeypatch, how):
             {k: v for k, v in line.items() if k not in times} for line in whole]
 
 
-def test_a_finished_run_is_left_alone_until_its_data_or_settings_change(here, monkeypatch, capsys):
-    args = ["--variant", "topk", "--seed", "0", *SMALL]
-    call(monkeypatch, *args)
-    at = (next(Path("runs").iterdir()) / "sae.safetensors").stat().st_mtime_ns
-    call(monkeypatch, *args)
-    assert "1 of 1 runs are finished already" in capsys.readouterr().out
-    assert (next(Path("runs").iterdir()) / "sae.safetensors").stat().st_mtime_ns == at
+def test_a_finished_run_is_left_alone_until_its_data_or_code_change(here, monkeypatch, capsys):
+    def again():
+        call(monkeypatch, "--variant", "topk", "--seed", "0", *SMALL)
+        weights = next(Path("runs").iterdir()) / "sae.safetensors"
+        return weights.stat().st_mtime_ns, capsys.readouterr().out
+
+    first, _ = again()
+    at, said = again()
+    assert at == first and "1 of 1 runs are finished already" in said
     write_cache(here / "acts" / "tiny", X + 1)
-    call(monkeypatch, *args)
-    assert "data or code changed since: it is trained again" in capsys.readouterr().out
-    assert (next(Path("runs").iterdir()) / "sae.safetensors").stat().st_mtime_ns > at
+    at, said = again()
+    assert at > first and "data or code changed since: it is trained again" in said
+    monkeypatch.setattr(SAE, "code_checksum", lambda: "of other code")
+    later, said = again()
+    assert later > at and "data or code changed since: it is trained again" in said
 
 
 def test_a_run_in_use_is_not_trained_twice(here, monkeypatch):
@@ -262,12 +267,25 @@ def test_an_idea_that_never_acted_has_its_parents_weights(here, monkeypatch):
 
 
 def test_a_void_run_is_marked(here, monkeypatch, capsys):
-    never = ("d_sae=64", "l0=4", "batch_size=256", "sparsity_start=0.0001", "sparsity_warmup=1")
-    assert call(monkeypatch, "--variant", "baseline", "--seed", "0", "--set", *never) == 5
+    poor = ("d_sae=64", "l0=4", "batch_size=256", "sparsity_start=0.0001", "sparsity_warmup=1")
+    assert call(monkeypatch, "--variant", "baseline", "--seed", "0", "--set", *poor) == 5
     config = read_json(next(Path("runs").iterdir()) / "config.json")
-    assert config["void"] and "VOID" in capsys.readouterr().out
+    assert config["void"] == ["it explains no variance"] and "VOID" in capsys.readouterr().out
     # windows over past steps that are not full yet hold NaN
     assert call(monkeypatch, "--variant", "adaptive_ortho_r3", "--steps", "5", *SMALL) == 0
+
+
+def test_each_reason_makes_a_run_void():
+    def void(weight=0.0, l0=4.0, refused=0):
+        sae = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(sae.weight, weight)
+        last = {"l0": l0, "explained_variance": 0.5}
+        run = SimpleNamespace(sae=sae, last=last, refused=refused, steps=10)
+        return train_py.Run.void(run)
+
+    assert void() == []
+    assert void(weight=float("inf")) == ["its weights are not finite"]
+    assert void(l0=0.0) == ["no latent fires"] and void(refused=6) == ["6 of 10 steps were refused"]
 
 
 @pytest.mark.parametrize("args, code, says", [

@@ -7,7 +7,8 @@ CPU seconds of one process with one thread. SAEs are random: TopK, 1,024 latents
 sae_bench, both work on the embedded model, absorption on 12 words of a letter (whatever the model
 knows of them: it does not spell, so --alone leaves absorption out), the others on passages of
 documentation that stand in the columns of one of its data sets. sae_bench is timed on one SAE and
-on two; the difference is what a further one costs. Writes nothing but a temporary folder.
+on two; the difference is what a further one costs. Writes a temporary folder, and the labelled
+texts that 03_eval.py makes, in acts/tiny/eval_cache.
 """
 import argparse
 import contextlib

@@ -3,9 +3,10 @@
     python tests/bench/gpu.py --out gpu.jsonl             on a GPU
     python tests/bench/gpu.py --out gpu.jsonl --toy       toy sizes, anywhere: does it run
 
-Needs torch, transformers, safetensors, numpy, scipy, pandas, xxhash, filelock, tqdm and pytest; no
-datasets, sae_bench or network. Appends JSON lines to --out: one per figure, and one per phase with
-how it ended. Times in ms are medians. dictionary_learning takes part if it is installed.
+Needs torch, transformers, safetensors, numpy, scipy, pandas, xxhash, filelock, tqdm, pytest and
+pytest-xdist; no datasets, sae_bench or network. Appends JSON lines to --out: one per figure, and
+one per phase with how it ended. Times in ms are medians. dictionary_learning takes part if it is
+installed.
 """
 
 import argparse
