@@ -268,7 +268,8 @@ class TopK(ReLU):
 
 class BatchTopK(ReLU):
     """acts = the round(l0 B) highest positive entries of the batch; at inference those above a
-    threshold, the moving average of the batches' cuts (Bussmann 2024)."""
+    threshold, the moving average of the batches' cuts (Bussmann 2024). On a GPU, where pre is
+    bfloat16, those that tie with the lowest are left out: 1 to 2 % of them."""
 
     steered = False
 
@@ -842,12 +843,11 @@ class SAE(nn.Module):
             weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norm, weights["b_enc"] * norm
             weights["W_dec"] = unit(weights["W_dec"])
         activation = "relu" if architecture == "standard" else architecture
-        settings = {"activation": activation, "d_sae": config["d_sae"]}
-        if architecture == "topk":
-            settings["l0"] = float(config["k"])
+        settings = {"activation": activation, "d_sae": config["d_sae"],
+                    "l0": float(config.get("k") or 1)}
         sae = SAE(config["d_in"], 1, **settings)
         if architecture == "jumprelu":
-            weights["log_threshold"] = weights.pop("threshold").log()
+            weights["log_threshold"] = weights.pop("threshold").clamp_min(0).log()
         sae.load_state_dict(weights, strict=False)
         sae.step = sae.steps
         return sae.eval()
@@ -886,7 +886,7 @@ class SAE(nn.Module):
         for name, low, high in (("d_sae", 1, 2 ** 24), ("l0", few, max(1, settings["d_sae"] / 2)),
                                 ("lr", 1e-12, inf), ("lr_warmup", 0, 1), ("lr_decay", 0, 1),
                                 ("clip", 1e-12, inf), ("batch_size", 1, 2 ** 24),
-                                ("micro_batches", 1, settings["batch_size"]),
+                                ("micro_batches", 1, max(1, settings["batch_size"] // 16)),
                                 ("sparsity_start", 1e-9, inf), ("sparsity_warmup", 0, 1),
                                 ("dead_after", 0, 1)):
             if not low <= settings[name] <= high:
@@ -1155,13 +1155,19 @@ def language_model(path, dtype, **extra):
         raise Refuse(f"model {path} needs {size / 1e9:,.0f} GB as {dtype}, this machine has "
                      f"{memory / 1e9:,.0f} GB of memory: take a smaller model", 4)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf,
-                                                                  **extra)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, **gguf, **extra)
     except OSError as e:
         if not re.search("no file named .*safetensors|not appear to have a file named", str(e)):
             raise
         raise Refuse(f"model {path} has no weights in safetensors files: save them so, or add "
                      "--trust-remote-code (pickle files can run code)") from e
+    if lacking := sorted(found["missing_keys"]):           # they would be random
+        raise Refuse(f"model {path}: its files lack {len(lacking)} of its weights, as "
+                     f"{lacking[0]}: save the model again, under the names of its class")
+    for part in (model.config, model.config.get_text_config()):
+        for given in ("hidden_states", "attentions", "router_logits"):       # costs memory, time
+            setattr(part, f"output_{given}", False)
     return model.eval()
 
 

@@ -305,6 +305,14 @@ def test_sae_lens_reproduces_an_exported_sae(variant, tmp_path):
                               atol=1e-3)
 
 
+def test_a_saelens_threshold_below_0_is_none(tmp_path):
+    sae_lens = pytest.importorskip("sae_lens")
+    write_saelens(tmp_path, architecture="jumprelu", threshold=-0.1, n=16)       # a narrow one
+    x = torch.randn(300, 16, generator=generator("x"))
+    theirs = sae_lens.SAE.load_from_disk(str(tmp_path), device="cpu")
+    assert torch.allclose(SAE.from_saelens(tmp_path).reconstruct(x), theirs(x), atol=1e-4)
+
+
 @pytest.mark.parametrize("rescale", [False, True])
 def test_a_saelens_topk_reconstructs_as_sae_lens_does(rescale, tmp_path):
     sae_lens = pytest.importorskip("sae_lens")
@@ -320,19 +328,23 @@ def test_a_saelens_field_that_is_not_understood_is_refused(tmp_path):
         SAE.from_saelens(tmp_path)
 
 
-def write_saelens(folder, **fields):
-    """A folder in SAELens' format: topk with decoder rows that are not unit."""
+def write_saelens(folder, architecture="topk", threshold=None, n=64, **fields):
+    """A folder in SAELens' format, of n latents with decoder rows that are not unit."""
     import json
 
     import safetensors.torch
     g = generator("saelens")
-    d = torch.randn(64, 16, generator=g)
-    config = {"architecture": "topk", "k": 8, "d_in": 16, "d_sae": 64, "dtype": "float32",
+    d = torch.randn(n, 16, generator=g)
+    config = {"architecture": architecture, "d_in": 16, "d_sae": n, "dtype": "float32",
               "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
               "reshape_activations": "none", "metadata": {}, **fields}
+    tensors = {"W_enc": d.T.contiguous(), "W_dec": d * (0.5 + 3 * torch.rand(n, 1, generator=g)),
+               "b_enc": torch.zeros(n), "b_dec": torch.zeros(16)}
+    if architecture == "topk":
+        config["k"] = 8
+    else:
+        tensors["threshold"] = torch.full((n,), threshold)
     (folder / "cfg.json").write_text(json.dumps(config))
-    tensors = {"W_enc": d.T.contiguous(), "W_dec": d * (0.5 + 3 * torch.rand(64, 1, generator=g)),
-               "b_enc": torch.zeros(64), "b_dec": torch.zeros(16)}
     safetensors.torch.save_file(tensors, folder / "sae_weights.safetensors")
 
 
@@ -357,7 +369,8 @@ def test_a_bad_setting_is_refused_with_a_reason(pair, says):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"d_sae": 0}, {"l0": 2000.0}, {"lr": 0.0}, {"activation": "rleu"}, {"lr_warmup": 2.0}])
+    "bad", [{"d_sae": 0}, {"l0": 2000.0}, {"lr": 0.0}, {"activation": "rleu"}, {"lr_warmup": 2.0},
+            {"micro_batches": 256}])                       # AuxK's variance needs rows
 def test_a_setting_out_of_range_is_refused(bad):
     with pytest.raises(Refuse, match=f"--set {next(iter(bad))}=.*: want"):
         SAE(D_IN, 10, **bad)
