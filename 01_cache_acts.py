@@ -16,6 +16,7 @@ an interrupted one stopped.
 import ast
 import contextlib
 import functools
+import glob
 import importlib.metadata
 import importlib.util
 import io
@@ -81,7 +82,7 @@ def parse_args():
     add("--seed", type=natural, default=0, help="of the shuffle and of synthetic data")
     add("--device", help="cpu or cuda (default: cuda if there is a GPU)")
     add("--trust-remote-code", action="store_true",
-        help="run code that comes with the model, and read its pickle files")
+        help="run code that comes with the model or data, and read its pickle files")
     args = p.parse_args()
     if args.name is not None:
         check_name("--name", args.name)
@@ -415,6 +416,7 @@ class Text:
 
     def __init__(self, args, data):
         self.name, self.column, path = data, args.column, Path(data)
+        self.trusted = args.trust_remote_code
         self.description = dict(name=data, column=args.column, split=args.split, config=args.config)
         self.files = self.held_out_files = None
         if path.is_file() and kind_of(path):
@@ -465,7 +467,8 @@ class Text:
             return self.read(self.files)
         about = self.description
         records = read_table("data set", self.name, self.name, about["config"],
-                             split=about["split"], revision=about["revision"])
+                             split=about["split"], revision=about["revision"],
+                             trust_remote_code=self.trusted)
         return texts(records, self.column, f"data set {self.name}, record")
 
     def read(self, files):
@@ -475,8 +478,8 @@ class Text:
             elif suffix_of(path) == ".jsonl":
                 yield from texts(read_jsonl(path), self.column, f"{path}, line")
             else:
-                records = read_table("data file", path, kind_of(path), data_files=str(path),
-                                     split="train")
+                records = read_table("data file", path, kind_of(path), split="train",
+                                     data_files=glob.escape(str(path)))
                 yield from texts(records, self.column, f"{path}, record")
 
 
@@ -694,7 +697,7 @@ class LanguageModel:
             seen[module] = given, output.clone() if torch.is_tensor(output) else None
 
         with hooks(self.model.modules(), record, with_kwargs=True):
-            out = self.model(tokens, use_cache=False, output_hidden_states=True)
+            out = self.model(tokens, use_cache=False, output_hidden_states=True, return_dict=True)
         return seen, out.hidden_states or ()
 
     def check_meaning(self, tokens):
@@ -1200,9 +1203,9 @@ def run_part(source, caches, number, found, bar):
 
 def folders(args, layers):
     """Where each layer goes."""
-    model = Path(args.model).absolute().name.removesuffix(".gguf")  # also of the folder "."
+    model = Path(os.path.abspath(args.model)).name.removesuffix(".gguf")     # also of ".", ".."
     hook = "" if args.hook == "resid_post" else f"_{args.hook}"
-    name = args.name or re.sub(r"[^\w.+-]", "_", model) + hook
+    name = args.name or re.sub(r"[^\w.+-]|^[.-]", "_", model, flags=re.ASCII) + hook
     numbered = len(layers) > 1 or (args.layer and args.name is None)
     return [Path("acts") / (f"{name}_l{layer}" if numbered else name) for layer in layers]
 

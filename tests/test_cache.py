@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -294,6 +295,23 @@ def test_bos_padding_and_outliers_are_left_out_and_counted(here):
     assert Counter(rows["tokens"].tolist()) == {4 + int(w[1:]): n for w, n in words.items()}
     assert rows["position"].min() == 1
     assert meta["rows"] + sum(meta["dropped"].values()) == meta["contexts"] * 8
+
+
+@pytest.mark.parametrize("model, name", [
+    (".", "here"), ("..", "two"), ("../.mm", "_mm"), ("模型", "__"), ("m.gguf", "m"),
+    ("a/b c", "b_c")])
+def test_a_model_gives_its_cache_a_name_that_stage_2_takes(model, name, tmp_path, monkeypatch):
+    (tmp_path / "two/here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "two/here")
+    args = argparse.Namespace(model=model, name=None, layer=None, hook="resid_post")
+    assert cache.folders(args, [1]) == [Path("acts") / sae.check_name("--acts", name)]
+
+
+def test_a_file_whose_name_is_a_pattern_is_read_itself(here):
+    for name, word in (("run[1].csv", "w7"), ("run1.csv", "w8")):
+        (here / name).write_text("text\n" + f"{word} {word} {word}\n" * 400)
+    run("--model", "m", "--data", "run[1].csv", *SMALL)
+    assert set(all_rows("acts/m")["tokens"].tolist()) == {4 + 7}
 
 
 @pytest.mark.parametrize("words, starts", [
@@ -740,7 +758,13 @@ def test_a_config_that_this_transformers_does_not_read_is_translated_or_refused(
 
 def test_a_model_that_can_not_be_read_is_one_line(here):
     ask = ["--model", "m", "--layer", 1, "--data", "t.jsonl", *SMALL]
-    saved = sae.language_model("m", torch.float32).state_dict()
+    edit(here / "m/config.json", output_hidden_states=True)                # for other uses
+    model = sae.language_model("m", torch.float32)
+    assert not model.config.output_hidden_states
+    saved = model.state_dict()
+    wrapped = {f"_orig_mod.{name}": weight.clone() for name, weight in saved.items()}
+    safetensors.torch.save_file(wrapped, "m/model.safetensors", {"format": "pt"})    # compiled
+    assert "model m: its files lack 41 of its weights" in refused(3, *ask)
     os.rename("m/tokenizer.json", "hidden")
     os.rename("m/tokenizer_config.json", "hidden_too")
     for rest in Path("m").glob("*token*"):

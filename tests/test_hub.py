@@ -95,6 +95,20 @@ def parquet(path, documents, column):
                                 path)
 
 
+SCRIPTED = """
+import datasets
+class Words(datasets.GeneratorBasedBuilder):
+    def _info(self):
+        features = datasets.Features({"text": datasets.Value("string")})
+        return datasets.DatasetInfo(features=features)
+    def _split_generators(self, _):
+        return [datasets.SplitGenerator(name="train")]
+    def _generate_examples(self):
+        for i in range(200):
+            yield i, {"text": "w1 w2 w3 " * 10}
+"""
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
@@ -112,6 +126,8 @@ def hub(tmp_path_factory):
         configs += f"- config_name: {config}\n  data_files: {config}/train.jsonl\n"
     (letters / "README.md").write_text(f"---\nconfigs:\n{configs}---\n# Letters\n")
     shutil.copytree(letters, letters.with_name("secret"))
+    (letters.with_name("scripted")).mkdir()
+    (letters.with_name("scripted") / "scripted.py").write_text(SCRIPTED)
     accepted = {"hf_anna": {"toys/gated", "toys/secret"}, "hf_bob": set()}
     with Hub(folder, gated={"toys/gated", "toys/secret"}, accepted=accepted) as server:
         yield server
@@ -218,3 +234,13 @@ def test_offline_the_hubs_cache_gives_the_same_rows(hub, online, offline):
     assert shards(offline.folder / "acts/words_l1") == shards(online.folder / "acts/words_l1")
     said = offline.refuses(4, *ASK, "--model", "toys/other")
     assert "model toys/other is not in the local cache" in said and not hub.log
+
+
+def test_code_that_comes_with_data_runs_if_remote_code_is_trusted(online):
+    ask = ["--model", "toys/words", "--layer", "1", "--data", "toys/scripted", "--name", "s",
+           *SMALL]
+    # as if the user had always said yes
+    said = online.refuses(3, *ask, HF_DATASETS_TRUST_REMOTE_CODE="1")
+    assert "toys/scripted" in said and "trust_remote_code" in said
+    online.run(*ask, "--trust-remote-code")
+    assert (online.folder / "acts/s/meta.json").exists()
