@@ -208,8 +208,11 @@ class Run:
         self.refused, self.refused_in_a_row = meta["refused"], meta["refused_in_a_row"]
         self.acted, self.config["start_checksum"] = meta["acted"], meta["start_checksum"]
         lines = log.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n")
-                and json.loads(line)["step"] <= self.next_step]
+        try:
+            kept = [line for line in lines if line.endswith(b"\n")
+                    and json.loads(line)["step"] <= self.next_step]
+        except ValueError:
+            raise Refuse(f"{log} is damaged: delete {self.folder}, train it again") from None
         write_file(log, b"".join(kept))
         return True
 
@@ -389,6 +392,9 @@ def plan_shards(acts, batch_size, steps=None):
     if not sum(sizes):
         raise Refuse(f"{acts.folder} has {acts.rows} rows, no shard has a batch of {batch_size}: "
                      "cache more tokens, or --set batch_size=", 2)
+    if sum(sizes) * batch_size < 0.9 * acts.rows:
+        print(f"note: a pass takes {sum(sizes) * batch_size:,} of the {acts.rows:,} rows: batches "
+              "don't straddle shards")
     plan, left = [], steps or sum(sizes)
     for epoch in itertools.count():
         for i in torch.randperm(len(sizes), generator=generator("order", epoch)).tolist():
@@ -563,8 +569,18 @@ def combinations(cls, sets, sweeps):
         grid[key] = [parse_settings(cls, [f"{key}={value}"])[key] for value in values.split(",")]
     found = [{**fixed, **dict(zip(grid, values))} for values in itertools.product(*grid.values())]
     for settings in found:
-        cls.check({**cls.settings(), **settings})
+        full = {**cls.settings(), **settings}
+        cls.check(full)
+        for key in settings:
+            if full["activation"] not in READ_BY.get(key, [full["activation"]]):
+                raise Refuse(f"--set {key}: has no effect with activation={full['activation']}", 2)
     return found
+
+
+READ_BY = {                  # setting -> the activations that read it; all read the others
+    "bandwidth": ("jumprelu",), "threshold_lr": ("jumprelu",),
+    **dict.fromkeys(["sparsity_weight", "sparsity_gain", "sparsity_memory"], ("relu", "jumprelu")),
+}
 
 
 def interrupted(folder):

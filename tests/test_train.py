@@ -292,6 +292,7 @@ def test_each_reason_makes_a_run_void():
     (["--variant", "topkk"], 2, "did you mean topk"),
     (["--variant", "topk", "--set", "lo=3"], 2, "no such setting"),
     (["--variant", "topk", "--set", "paired=false"], 2, "no such setting"),
+    (["--variant", "topk", "--sweep", "bandwidth=0.1,0.5"], 2, "no effect with activation=topk"),
     (["--variant", "topk_ortho_r1", "--set", "pair_rule=jaccard"], 2, "want "),
     (["--acts", "tinny"], 2, "there are tiny"),
     (["--acts", "../tiny"], 2, "want a name"),
