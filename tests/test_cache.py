@@ -388,7 +388,7 @@ def test_the_same_text_in_any_format_gives_the_same_rows(here):
     (here / "d.json").write_text(json.dumps([{"text": d} for d in documents]))
     for i, half in enumerate((documents[:9], documents[9:])):
         write_jsonl(here / "folder" / f"{i}.jsonl", half)
-    column = argparse.Namespace(column="text", split="train", config=None)
+    column = argparse.Namespace(column="text", split="train", config=None, trust_remote_code=False)
     for data in ("bom.jsonl", "blank.jsonl", "z.jsonl.gz", "nul.jsonl", "b.parquet", "c.csv",
                  "d.json", "folder"):
         assert list(cache.Text(column, data).train())[-20:] == documents, data

@@ -153,7 +153,7 @@ def write_corpus(model):
             text = " ".join(list(WORDS)[t] for t in row) + " : " * 300
             records.append((text, package, i))
     write_lines(Path("corpus/train.jsonl"), [
-        {"text": text, "package": package, "module": f"{package}.{i // 4}", "kind": "doc"}
+        {"text": text, "package": package, "module": f"{package}.{i}", "kind": "doc"}
         for text, package, i in records])
 
 
@@ -423,7 +423,7 @@ SETTINGS = {"sparse_probing": PROBING, "tpp": ABLATION,
 FEW_TEXTS = {"train_set_size": 80, "test_set_size": 40, "context_length": 32}
 CORPUS = {"sparse_probing": {"probe_train_set_size": 80, "probe_test_set_size": 40,
                              "context_length": 32, "dataset_names": ["package"]},
-          "scr": FEW_TEXTS, "tpp": FEW_TEXTS}
+          **dict.fromkeys(["scr", "tpp"], {**FEW_TEXTS, "dataset_names": ["package"]})}
 
 
 def plain_call(name, acts, run, folder):
@@ -488,7 +488,7 @@ def test_a_probe_on_all_latents_that_is_not_trained_is_no_metric(world):
 
 def test_ablating_planted_latents_removes_the_bias_and_one_class_alone(world):
     runs = [make_run("planted", alphabet_sae(world.toy)), make_run("random", random_sae(world.toy))]
-    few = FEW_TEXTS | {"n_values": [2]}
+    few = FEW_TEXTS | {"n_values": [2], "dataset_names": ["package"]}
     scr = [result["metrics"]["scr_metric_threshold_2"]
            for result in results("scr", "labelled", world.model, runs, **few)]
     tpp = [result["metrics"]["tpp_threshold_2_total_metric"]
@@ -615,10 +615,14 @@ def test_own_tasks_stand_beside_those_of_the_corpus(world):
 
 
 def test_labelled_text_keeps_modules_apart(world):
-    folder = ev.corpus_tasks(Acts("acts/labelled"))
+    records = pandas.read_json("corpus/train.jsonl", lines=True)
+    records.module = records.package + "." + (records.index // 4).astype(str)    # of several texts
+    write_lines(Path("modules/train.jsonl"), records.to_dict("records"))
+    acts = Acts("acts/labelled")
+    acts.meta["data"] = {"name": "modules"}
+    folder = ev.corpus_tasks(acts)
     rows = [pandas.read_json(folder / "package" / f"{split}.jsonl", lines=True)
             for split in ("train", "test")]
-    records = pandas.read_json("corpus/train.jsonl", lines=True)
     texts = records.text.str[:3 * ev.PASSAGE]              # some are there twice: the first counts
     module = dict(zip(texts[::-1], records.module[::-1]))
     train, test = (set(table.text.map(module)) for table in rows)
