@@ -220,10 +220,12 @@ class Run:
         """Write the SAE and how the run ended."""
         self.sae.step = self.steps
         said = write_tensors(self.folder / "sae.safetensors", self.sae.state_dict())
-        weights = [w.detach().cpu().numpy().tobytes() for w in base_weights(self.sae).values()]
+        # of each alone: together they would be in memory twice more
+        sums = [checksum(w.detach().cpu().flatten().numpy())
+                for w in base_weights(self.sae).values()]
         log = (self.folder / "metrics.jsonl").read_bytes()
         self.config |= {"status": "done", "sae_checksum": said, "log_checksum": checksum(log),
-                        "weights_checksum": checksum(b"".join(weights)),
+                        "weights_checksum": checksum("".join(sums).encode()),
                         "seconds": self.seconds, "refused": self.refused, "final": self.last,
                         "acted": self.acted, "void": self.void()}
         write_json(self.folder / "config.json", self.config)
@@ -558,6 +560,12 @@ def find_variants(names):
     return list(dict.fromkeys(found))
 
 
+READ_BY = {                  # setting -> the activations that read it; all read the others
+    "bandwidth": ("jumprelu",), "threshold_lr": ("jumprelu",),
+    **dict.fromkeys(["sparsity_weight", "sparsity_gain", "sparsity_memory"], ("relu", "jumprelu")),
+}
+
+
 def combinations(cls, sets, sweeps):
     """The settings of each run of a sweep: `sets` in all, times every combination of swept
     values."""
@@ -575,12 +583,6 @@ def combinations(cls, sets, sweeps):
             if full["activation"] not in READ_BY.get(key, [full["activation"]]):
                 raise Refuse(f"--set {key}: has no effect with activation={full['activation']}", 2)
     return found
-
-
-READ_BY = {                  # setting -> the activations that read it; all read the others
-    "bandwidth": ("jumprelu",), "threshold_lr": ("jumprelu",),
-    **dict.fromkeys(["sparsity_weight", "sparsity_gain", "sparsity_memory"], ("relu", "jumprelu")),
-}
 
 
 def interrupted(folder):

@@ -353,6 +353,7 @@ def mark_same_weights(runs):
             runs.at[i, "problem"] = "invalid: duplicate"
             runs.whys[i].append(("duplicate", f"a copy of {runs.folder[same.index[0]]}"))
     known = runs[(runs.problem == "") & (runs.weights_checksum != "")]   # not of an older stage 2
+    # l0: some ideas act on what fires alone
     for _, same in known.groupby(["acts", "weights_checksum", "l0"]):
         for i in same.index[same.parent.isin(same.variant)]:
             runs.caveats[i].append("never acted")

@@ -1162,11 +1162,12 @@ def language_model(path, dtype, **extra):
             raise
         raise Refuse(f"model {path} has no weights in safetensors files: save them so, or add "
                      "--trust-remote-code (pickle files can run code)") from e
-    if lacking := sorted(found["missing_keys"]):           # they would be random
+    if lacking := sorted(found["missing_keys"]):           # which transformers makes at random
         raise Refuse(f"model {path}: its files lack {len(lacking)} of its weights, as "
                      f"{lacking[0]}: save the model again, under the names of its class")
+    # stage 1's hook ends a pass early, and what collects these for the output would stay in place
     for part in (model.config, model.config.get_text_config()):
-        for given in ("hidden_states", "attentions", "router_logits"):       # costs memory, time
+        for given in ("hidden_states", "attentions", "router_logits"):
             setattr(part, f"output_{given}", False)
     return model.eval()
 

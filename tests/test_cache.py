@@ -758,7 +758,8 @@ def test_a_config_that_this_transformers_does_not_read_is_translated_or_refused(
 
 def test_a_model_that_can_not_be_read_is_one_line(here):
     ask = ["--model", "m", "--layer", 1, "--data", "t.jsonl", *SMALL]
-    edit(here / "m/config.json", output_hidden_states=True)                # for other uses
+    edit(here / "m/config.json", output_hidden_states=True, return_dict=False)
+    run(*ask, "--name", "odd")                             # both are meant for other uses
     model = sae.language_model("m", torch.float32)
     assert not model.config.output_hidden_states
     saved = model.state_dict()

@@ -373,6 +373,9 @@ def test_of_all_variants_only_those_with_a_path_have_one(known):
     # that of adaptive_ortho_r6 and its children starts at 0
     paths = {name for name, value in share.items() if value > 0.001}
     assert paths == {f"zscore_r{n}" for n in range(4, 10)}
+    dead = build(acts, "baseline", activation="relu")
+    torch.nn.init.constant_(dead.b_enc, -100.0)
+    assert eval_py.skip_share(dead, x) < 0.001             # it explains nothing in either way
 
 
 def test_published_sparse_codes_are_sparse_and_a_code_of_all_latents_is_not(known):

@@ -126,7 +126,7 @@ def hub(tmp_path_factory):
         configs += f"- config_name: {config}\n  data_files: {config}/train.jsonl\n"
     (letters / "README.md").write_text(f"---\nconfigs:\n{configs}---\n# Letters\n")
     shutil.copytree(letters, letters.with_name("secret"))
-    (letters.with_name("scripted")).mkdir()
+    letters.with_name("scripted").mkdir()
     (letters.with_name("scripted") / "scripted.py").write_text(SCRIPTED)
     accepted = {"hf_anna": {"toys/gated", "toys/secret"}, "hf_bob": set()}
     with Hub(folder, gated={"toys/gated", "toys/secret"}, accepted=accepted) as server:

@@ -205,6 +205,17 @@ def test_r3_the_threshold_remembers_the_last_batches():
     assert torch.isclose(sae.pair_threshold, first + 1 / 20, atol=1e-4)
 
 
+def test_r3_the_threshold_moves_once_a_step_whatever_the_micro_batches():
+    moved = []
+    for parts in (1, 4):
+        sae, opt = build("topk_ortho_r3", data("mixture")[0], 1000, micro_batches=parts)
+        sae.pair_threshold.fill_(10.0)
+        steps(sae, opt, data("mixture")[0], start=500, stop=501)
+        moved.append(float(sae.pair_threshold))
+    assert 9 < min(moved) < 9.9 and abs(moved[0] - moved[1]) < 0.1
+    assert moved[0] != moved[1]                            # of the first part alone
+
+
 # ---- r4, r5: pruning -----------------------------------------------------------------------------
 
 

@@ -266,6 +266,25 @@ def test_an_idea_that_never_acted_has_its_parents_weights(here, monkeypatch):
     assert configs[2]["acted"] == {"revived": 0} and baseline == revive != latent_lr
 
 
+def test_rows_that_no_batch_takes_and_a_damaged_log_are_said(here, monkeypatch, capsys):
+    write_cache(here / "acts" / "tiny", X, rows_per_shard=6000)
+    args = ["--variant", "topk", "--seed", "0", "--set", "d_sae=64", "l0=4", "batch_size=4000"]
+    save = train_py.Run.save_checkpoint
+
+    def interrupted(run):
+        save(run)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_py.Run, "save_checkpoint", interrupted)
+        call(patch, *args, "--checkpoint", "0")
+    assert "batches don't straddle shards" in capsys.readouterr().out
+    log = next(Path("runs").glob("*/metrics.jsonl"))
+    log.write_text("no JSON\n")
+    assert call(monkeypatch, *args) == 5
+    assert f"{log} is damaged: delete {log.parent}" in capsys.readouterr().err
+
+
 def test_a_void_run_is_marked(here, monkeypatch, capsys):
     poor = ("d_sae=64", "l0=4", "batch_size=256", "sparsity_start=0.0001", "sparsity_warmup=1")
     assert call(monkeypatch, "--variant", "baseline", "--seed", "0", "--set", *poor) == 5

@@ -351,6 +351,13 @@ def test_an_invalid_run_is_in_no_comparison_and_its_guard_is_named(tmp_path):
     assert verdicts(tmp_path) == said
 
 
+def test_an_invalid_baseline_is_called_so_in_the_table(tmp_path):
+    plant(tmp_path, "baseline", [0.1] * 3, guards=[("not sparse", "invalid")])
+    plant(tmp_path, "topk", [0.0] * 3)
+    table = plot.results_table(read_data(tmp_path), "tiny").set_index("run")
+    assert table.verdict["baseline"] == "invalid"          # the page ranks by this word
+
+
 def test_an_evaluation_of_older_weights_counts_for_nothing(tmp_path):
     plant(tmp_path, "baseline", [0.0] * 3)
     plant(tmp_path, "topk", [0.05] * 3)
